@@ -1,0 +1,1 @@
+"""The mathematics: one method a file, each readable beside its paper."""

@@ -1,0 +1,44 @@
+"""Asynchronous methods with a server: AsGrad and what came after it."""
+
+from offbeat.algorithms.server.asgrad import (
+    minibatch,
+    pure,
+    random,
+    random_reshuffling,
+    sgd,
+    shuffle_once,
+    shuffle_once_sgd,
+    shuffled,
+)
+from offbeat.algorithms.server.contract import ALGORITHMS, Algorithm, Server, Update
+from offbeat.algorithms.server.delay_adaptive import delay_adaptive
+from offbeat.algorithms.server.fedasync import fedasync
+from offbeat.algorithms.server.fedbuff import fedbuff
+from offbeat.algorithms.server.method import Method
+from offbeat.algorithms.server.rennala import rennala
+from offbeat.algorithms.server.rescaled import rescaled
+from offbeat.algorithms.server.ringleader import ringleader
+from offbeat.algorithms.server.ringmaster import ringmaster
+
+__all__ = [
+    "ALGORITHMS",
+    "Algorithm",
+    "Method",
+    "Server",
+    "Update",
+    "delay_adaptive",
+    "fedasync",
+    "fedbuff",
+    "minibatch",
+    "pure",
+    "random",
+    "random_reshuffling",
+    "rennala",
+    "rescaled",
+    "ringleader",
+    "ringmaster",
+    "sgd",
+    "shuffle_once",
+    "shuffle_once_sgd",
+    "shuffled",
+]

@@ -1,0 +1,87 @@
+"""What a server method is told, and what it may do."""
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offbeat.runtime.registry import Registry, Spec
+
+ALGORITHMS = Registry("algorithm")
+
+
+class Update(Protocol):
+    """The result of one job."""
+
+    worker: int
+    number: int
+    """The worker's own count of its jobs, from 0; it addresses the job's sample."""
+    step: int
+    """The server step whose model the job was given."""
+    x: NDArray
+    """That model, ``[d]``; read-only."""
+    payload: Any
+    """The gradient ``[d]``; the method's to keep."""
+    loss: float
+    """The loss on the job's sample."""
+    time_s: float
+    """When it reached the server."""
+
+
+class Server(Protocol):
+    """All that a method can see and do."""
+
+    x: NDArray
+    """The model ``[d]``; replaced at every step, never changed in place."""
+    step: int
+    """Steps taken so far."""
+    n: int
+    """Number of workers; they are 0..n-1."""
+    outstanding: int
+    """Jobs handed out and not yet back."""
+
+    def apply(self, delta: NDArray) -> None:
+        """x <- x - delta; one step."""
+        ...
+
+    def assign(self, worker: int, like: Update | None = None) -> None:
+        """Queue a job for ``worker``: the model of this moment, or the one ``like`` had."""
+        ...
+
+    def cancel(self, worker: int) -> None:
+        """Drop every outstanding job of ``worker``."""
+        ...
+
+    def speed(self, worker: int) -> float:
+        """Observed jobs per busy second of ``worker``; 0 before its first result."""
+        ...
+
+    def rng(self, purpose: str, index: int = 0) -> np.random.Generator:
+        """The generator at address (run seed, purpose, index)."""
+        ...
+
+
+class Algorithm:
+    """Base of server methods: two events to answer, and two more with a plain default.
+
+    All state is in fields that can be written to a checkpoint: numbers, text, arrays, lists and
+    dictionaries of these, and objects that are made of these.
+    """
+
+    spec: Spec | None = None
+
+    def start(self, server: Server) -> None:
+        """The run begins: hand out the first jobs."""
+        for worker in range(server.n):
+            server.assign(worker)
+
+    def arrive(self, server: Server, update: Update) -> None:
+        """A result is in."""
+        raise NotImplementedError(f"{type(self).__name__} must define arrive(server, update)")
+
+    def lost(self, server: Server, worker: int) -> None:
+        """A job of ``worker`` is gone and will not come back; nothing by default."""
+
+    def joined(self, server: Server, worker: int) -> None:
+        """``worker``, whose jobs were lost, is back: it gets a job by default."""
+        server.assign(worker)

@@ -1,0 +1,224 @@
+"""A method as a composition: a schedule (who works next) and a chain of update rules.
+
+Rules are transformations of one update, in the manner of gradient transformations: each takes
+what the one before it answered and returns it changed, or None where nothing is to be applied.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offbeat.algorithms.server.contract import Algorithm, Server, Update
+
+
+class Rule(Protocol):
+    """One transformation of an update."""
+
+    def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray | None:
+        """``g [d]`` changed, or None: the update goes no further."""
+        ...
+
+
+class Order(Protocol):
+    """Who is next."""
+
+    def next(self, server: Server, finisher: int) -> int:
+        """The worker that gets the job which replaces one of ``finisher``'s."""
+        ...
+
+
+@dataclass
+class Finisher(Order):
+    """k_{t+1} = i_t: whoever is done gets the next job."""
+
+    def next(self, server: Server, finisher: int) -> int:
+        """See ``Order``."""
+        return finisher
+
+
+@dataclass
+class Uniform(Order):
+    """k ~ Uniform{1..n}, with replacement, whether busy or not."""
+
+    block: int = 0
+    picks: list[int] = field(default_factory=list)  # drawn ahead, next one last
+
+    def next(self, server: Server, finisher: int) -> int:
+        """See ``Order``."""
+        if not self.picks:
+            self.picks = server.rng("uniform", self.block).integers(server.n, size=1024).tolist()
+            self.block += 1
+        return self.picks.pop()
+
+
+@dataclass
+class Permuted(Order):
+    """k = chi[p], p += 1, chi renewed after every ``period`` assignments (None: after n)."""
+
+    period: int | None = None
+    once: bool = False  # keep the first chi for ever
+    index: int = 0
+    chi: list[int] = field(default_factory=list)  # what is left of the permutation, next one last
+
+    def next(self, server: Server, finisher: int) -> int:
+        """See ``Order``."""
+        if not self.chi:
+            address = 0 if self.once else self.index
+            chi = server.rng("permutation", address).permutation(server.n)
+            self.chi = chi[: self.period][::-1].tolist()
+            self.index += 1
+        return self.chi.pop()
+
+
+@dataclass
+class Schedule:
+    """Hands out new jobs once ``wait`` results are in, all with the same model.
+
+    Asynchronous: every worker has a job from the start, and each result is replaced by a job.
+    Synchronous: ``wait`` jobs at the start, and ``wait`` new ones once all of them are back.
+    Where jobs were lost, what is left to come is waited for, and no more.
+    """
+
+    order: Order
+    wait: int | None = 1  # None: as many as there are workers
+    synchronous: bool = False
+    done: list[int] = field(default_factory=list)  # finishers since the last hand-out
+    owed: int = 0  # lost jobs not yet replaced (asynchronous)
+
+    def start(self, server: Server) -> None:
+        """Hand out the first jobs."""
+        self.wait = self.wait or server.n
+        if self.synchronous:
+            self._hand_out(server)
+        else:
+            for worker in range(server.n):
+                server.assign(worker)
+
+    def arrived(self, server: Server, worker: int) -> None:
+        """One more result is in and has been applied."""
+        self.done.append(worker)
+        if len(self.done) == self.wait or not server.outstanding:
+            self._hand_out(server)
+
+    def lost(self, server: Server) -> None:
+        """One result will never come."""
+        if not self.synchronous:
+            self.owed += 1
+        if not server.outstanding and (self.done or self.synchronous):
+            self._hand_out(server)
+
+    def joined(self, server: Server, worker: int) -> None:
+        """A worker is back: it makes up for one lost job."""
+        if self.owed:
+            self.owed -= 1
+            server.assign(worker)
+
+    def _hand_out(self, server: Server) -> None:
+        finishers = [0] * (self.wait or 0) if self.synchronous else self.done
+        self.done = []
+        for worker in finishers:
+            server.assign(self.order.next(server, worker))
+
+
+class Method(Algorithm):
+    """A server method made of a schedule and update rules, applied in turn."""
+
+    def __init__(self, schedule: Schedule, rules: Sequence[Rule]) -> None:
+        self.schedule, self.rules = schedule, list(rules)
+
+    def start(self, server: Server) -> None:
+        """See ``Algorithm``."""
+        self.schedule.start(server)
+
+    def arrive(self, server: Server, update: Update) -> None:
+        """Transform the update, step if anything is left of it, hand out the next jobs."""
+        g = update.payload
+        for rule in self.rules:
+            g = rule(server, update, g)
+            if g is None:
+                break
+        else:
+            server.apply(g)
+        self.schedule.arrived(server, update.worker)
+
+    def lost(self, server: Server, worker: int) -> None:
+        """See ``Algorithm``."""
+        self.schedule.lost(server)
+
+    def joined(self, server: Server, worker: int) -> None:
+        """See ``Algorithm``."""
+        self.schedule.joined(server, worker)
+
+
+@dataclass
+class StepSize(Rule):
+    """lr g."""
+
+    lr: float
+
+    def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray:
+        """See ``Rule``."""
+        return self.lr * g
+
+
+@dataclass
+class Clip(Rule):
+    """g min(1, norm / ||g||)."""
+
+    norm: float
+
+    def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray:
+        """See ``Rule``."""
+        length = float(np.linalg.norm(g))
+        return g * (self.norm / length) if length > self.norm else g
+
+
+@dataclass
+class StalenessWeight(Rule):
+    """s(tau) g with s = (1 + tau)^-power.
+
+    With ``slope`` set, the hinge: s = 1 for tau <= grace, 1 / (slope (tau - grace) + 1) beyond.
+    """
+
+    power: float = 0.5
+    slope: float | None = None
+    grace: int = 0
+
+    def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray:
+        """See ``Rule``."""
+        tau = server.step - update.step
+        if self.slope is None:
+            return (1 + tau) ** -self.power * g
+        return g if tau <= self.grace else g / (self.slope * (tau - self.grace) + 1)
+
+
+@dataclass
+class Buffer(Rule):
+    """Nothing until ``size`` updates are in, then their mean."""
+
+    size: int
+    count: int = 0
+    total: NDArray | None = None  # [d], sum of the updates so far
+
+    def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray | None:
+        """See ``Rule``."""
+        self.total = g if self.total is None else self.total + g
+        self.count += 1
+        if self.count < self.size:
+            return None
+        mean, self.total, self.count = self.total / self.size, None, 0
+        return mean
+
+
+@dataclass
+class DiscardStale(Rule):
+    """Nothing where tau >= threshold."""
+
+    threshold: int
+
+    def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray | None:
+        """See ``Rule``."""
+        return g if server.step - update.step < self.threshold else None

@@ -1,0 +1,1 @@
+"""What an operator needs to bring a run to other machines."""

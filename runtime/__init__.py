@@ -1,0 +1,1 @@
+"""What makes it run: engines, records, checkpoints, replay, the command line."""

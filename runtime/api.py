@@ -1,0 +1,351 @@
+"""Run, resume, replay: from a description to a result."""
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offbeat.algorithms.server import ALGORITHMS, Algorithm
+from offbeat.runtime import checkpoint
+from offbeat.runtime.engine import Engine
+from offbeat.runtime.errors import ConfigError, StorageError
+from offbeat.runtime.experiment import (
+    Experiment,
+    Record,
+    from_table,
+    make_fleet,
+    make_part,
+    make_settings,
+    read,
+    with_more,
+)
+from offbeat.runtime.records import TRACE_COLUMNS, Records, column, read_trace
+from offbeat.runtime.settings import DEFAULT_STEPS, Evaluate, Stop
+from offbeat.runtime.virtual import VirtualWorkers
+from offbeat.workers.fleet import Fleet, Timing
+from offbeat.workers.tasks import TASKS, Task
+
+Progress = Callable[[float], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run left.
+
+    Args:
+        experiment: what was run.
+        reason: why it ended: "steps", "seconds", "gradients", "target loss", "wall time",
+            "interrupted", or "idle" (nothing was left to arrive).
+        x: the final model ``[d]``.
+        metrics: one row an evaluation: time_s, step, gradients, loss, grad_norm, ...,
+            staleness_mean, staleness_max, busy, outstanding.
+        final: the same, at the end.
+        histogram: staleness tau -> number of arrivals.
+        facts: concurrency (most jobs outstanding at a time, tau_C), lost, reassigned, cancelled.
+        outstanding: the step that each job still outstanding was given.
+        events: outages.
+        notes: sentences about the run, such as a damaged checkpoint that was skipped.
+    """
+
+    experiment: Experiment
+    reason: str
+    x: NDArray
+    metrics: list[dict[str, float]]
+    final: dict[str, float]
+    histogram: NDArray
+    facts: dict[str, int]
+    outstanding: list[int]
+    events: list[dict[str, Any]]
+    notes: list[str]
+    folder: Path | None
+    _trace: NDArray | None
+
+    @property
+    def name(self) -> str:
+        """The method's name."""
+        spec = self.experiment.algorithm.spec
+        return spec.name if spec is not None else type(self.experiment.algorithm).__name__
+
+    @property
+    def trace(self) -> NDArray:
+        """``[arrivals, 7]``: time_s, worker, job, read_step, step, start_s, end_s."""
+        if self._trace is not None:
+            return self._trace
+        if self.folder is None or not self.experiment.record.trace:
+            return np.empty((0, len(TRACE_COLUMNS)))
+        return read_trace(self.folder / "trace.jsonl")
+
+    def column(self, name: str) -> NDArray:
+        """One column of the metrics, the final evaluation included."""
+        rows = self.metrics
+        if not rows or rows[-1]["gradients"] != self.final["gradients"]:
+            rows = [*rows, self.final]
+        return np.array([row[name] for row in rows])
+
+    def plot(self, path: str | Path) -> Path:
+        """Write the picture: loss against virtual time and steps, and the workers' timeline."""
+        from offbeat.runtime.plots import picture
+
+        return picture([self], Path(path))
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in self.final.items())
+        return f"{self.name}: {shown} ({self.reason})"
+
+
+class RecordedTiming(Timing):
+    """Times of jobs as a trace has them; a job it does not have never ends."""
+
+    def __init__(self, trace: NDArray) -> None:
+        keys = zip(
+            column(trace, "worker").astype(int).tolist(),
+            column(trace, "job").astype(int).tolist(),
+            strict=True,
+        )
+        times = zip(
+            column(trace, "start_s").tolist(),
+            column(trace, "end_s").tolist(),
+            column(trace, "time_s").tolist(),
+            strict=True,
+        )
+        self._times = dict(zip(keys, times, strict=True))
+
+    def plan(
+        self, worker: int, number: int, assigned_s: float, free_s: float
+    ) -> tuple[float, float, float]:
+        """See ``Timing``."""
+        never = max(assigned_s, free_s), np.inf, np.inf
+        return self._times.get((worker, number), never)
+
+
+def run(
+    task: Task | str | Mapping[str, Any],
+    algorithm: Algorithm | str | Mapping[str, Any],
+    fleet: Fleet | str | Mapping[str, Any] | None = None,
+    *,
+    stop: Stop | Mapping[str, Any] | None = None,
+    evaluate: Evaluate | Mapping[str, Any] | None = None,
+    record: Record | Mapping[str, Any] | None = None,
+    seed: int = 0,
+    engine: str = "virtual",
+    folder: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Run one method on one task with one fleet.
+
+    Args:
+        task: a task, its text ("logistic:digits") or its table.
+        algorithm: a method, its text ("shuffled(lr=0.5)") or its table; it is not changed.
+        fleet: a fleet, its text ("16 lognormal(1.0)") or its table; one worker a share of the
+            task, all equally fast, if absent.
+        stop: when to end; 5000 steps if absent.
+        evaluate: how often to evaluate; about a hundred times if absent.
+        record: what to keep.
+        seed: of everything that is drawn.
+        engine: "virtual".
+        folder: a new folder for records and checkpoints; without one, all stays in memory.
+        progress: called with the fraction done.
+
+    Raises:
+        ConfigError: before anything runs; Diverged; StorageError.
+
+    >>> import offbeat
+    >>> result = offbeat.run("quadratic(5)", "shuffled", "10 1..10", stop={"steps": 200})
+    >>> result.reason, int(result.final["staleness_max"]) > 10
+    ('steps', True)
+    >>> offbeat.run("quadratic(5)", "shufled")
+    Traceback (most recent call last):
+    ...
+    offbeat.runtime.errors.ConfigError: no algorithm is called "shufled"; did you mean "shuffled"?
+    """
+    if fleet is None:
+        workers = 10 if isinstance(task, str | Mapping) else task.workers
+        made_fleet = Fleet(workers=workers)
+    else:
+        made_fleet = make_fleet(fleet)
+    made_stop = make_settings(Stop, stop or {"steps": DEFAULT_STEPS})
+    experiment = Experiment(
+        task=make_part(TASKS, task, workers=made_fleet.workers, seed=seed),
+        algorithm=make_part(ALGORITHMS, algorithm),
+        fleet=made_fleet,
+        stop=made_stop,
+        evaluate=make_settings(Evaluate, evaluate) if evaluate else Evaluate.sensible(made_stop),
+        record=make_settings(Record, record or {}),
+        seed=seed,
+        engine=engine,
+    )
+    return execute(experiment, None if folder is None else Path(folder), progress=progress)
+
+
+def execute(
+    experiment: Experiment, folder: Path | None = None, *, progress: Progress | None = None
+) -> Result:
+    """Run ``experiment`` from its beginning, recorded in ``folder`` if one is given."""
+    if folder is not None:
+        prepare(experiment, folder)
+    engine = _engine(experiment, folder, progress)
+    engine.records.begin()
+    return _finish(engine, experiment, folder)
+
+
+def prepare(experiment: Experiment, folder: Path) -> None:
+    """Make a run folder that ``resume`` will begin."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise ConfigError(f"{folder}: is not empty; give a new folder, or resume the run")
+        (folder / "experiment.toml").write_text(experiment.toml())
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written ({error.strerror})") from None
+
+
+def resume(
+    folder: str | Path,
+    *,
+    task: Task | None = None,
+    algorithm: Algorithm | None = None,
+    overrides: list[str] | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Go on with a run from its folder's newest good checkpoint; a finished run is only loaded.
+
+    It ends with the bits of a run that was never interrupted.
+
+    Args:
+        folder: of the run.
+        task, algorithm: needed where the run was made with objects that no file can hold.
+        overrides: new ends, such as ``["stop.steps=20000"]``.
+        progress: called with the fraction done.
+    """
+    folder = Path(folder)
+    experiment = with_more(load_experiment(folder, task, algorithm), overrides or [])
+    if overrides:
+        (folder / "experiment.toml").write_text(experiment.toml())
+    if not (folder / "checkpoint").exists():  # stopped before the first one: begin again
+        for name in ("metrics.jsonl", "trace.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+        engine = _engine(experiment, folder, progress)
+        engine.records.begin()
+        return _finish(engine, experiment, folder)
+    state, notes = checkpoint.read(folder / "checkpoint")
+    engine = _engine(experiment, folder, progress)
+    engine.restore(state)
+    return _finish(engine, experiment, folder, notes)
+
+
+def replay(
+    folder: str | Path, *, task: Task | None = None, algorithm: Algorithm | None = None
+) -> Result:
+    """Run a recorded run again, in memory, with its arrivals as its trace has them.
+
+    The result's model equals the recorded one bit for bit; ``offbeat replay`` compares them.
+    """
+    folder = Path(folder)
+    experiment = load_experiment(folder, task, algorithm)
+    if not (folder / "trace.jsonl").exists():
+        raise ConfigError(f"{folder}: has no trace.jsonl; run with record.trace = true")
+    state, _ = checkpoint.read(folder / "checkpoint")
+    arrivals = state["records"]["flushed"]
+    trace = read_trace(folder / "trace.jsonl")[:arrivals]
+    engine = _engine(experiment, None, None, RecordedTiming(trace))
+    engine.stop = Stop(gradients=max(1, arrivals))
+    return _finish(engine, experiment, None)
+
+
+def checkpointed_model(folder: Path) -> NDArray:
+    """The model ``[d]`` of a run folder's newest good checkpoint."""
+    x: NDArray = checkpoint.read(folder / "checkpoint")[0]["x"]
+    return x
+
+
+def load_experiment(
+    folder: Path, task: Task | None = None, algorithm: Algorithm | None = None
+) -> Experiment:
+    """The experiment of a run folder."""
+    path = folder / "experiment.toml"
+    if not path.exists():
+        raise ConfigError(f"{folder}: is no run folder (it has no experiment.toml)")
+    if task is None and algorithm is None:
+        return read(path)[0]
+    import tomllib
+
+    table: dict[str, Any] = tomllib.loads(path.read_text())
+    table |= {} if task is None else {"task": task}
+    table |= {} if algorithm is None else {"algorithm": algorithm}
+    return from_table(table)[0]
+
+
+def _engine(
+    experiment: Experiment,
+    folder: Path | None,
+    progress: Progress | None,
+    timing: Timing | None = None,
+) -> Engine:
+    e = experiment
+    model_bytes = int(e.task.initial(e.seed).nbytes)
+    workers = VirtualWorkers(e.task, e.fleet, timing or e.fleet.timing(e.seed, model_bytes))
+
+    def save(state: dict[str, Any]) -> None:
+        assert folder is not None
+        try:
+            checkpoint.write(folder / "checkpoint", state["records"]["flushed"], state)
+        except OSError as error:
+            raise StorageError(
+                f"{folder / 'checkpoint'}: cannot be written ({error.strerror}); the last "
+                "checkpoint is intact: make room or mend the rights, then resume the run"
+            ) from None
+
+    return Engine(
+        e.task,
+        copy.deepcopy(e.algorithm),
+        workers,
+        Records(folder, e.record.trace),
+        stop=e.stop,
+        evaluate=e.evaluate,
+        seed=e.seed,
+        save=None if folder is None else save,
+        save_every_s=e.record.save_every_s,
+        progress=progress,
+    )
+
+
+def _finish(
+    engine: Engine, experiment: Experiment, folder: Path | None, notes: list[str] | None = None
+) -> Result:
+    """Run the engine to its end and gather the result."""
+    records, workers, server = engine.records, engine.workers, engine.server
+    try:
+        reason = engine.run()
+    finally:
+        records.close()
+    final = records.row(workers, server.step, experiment.task.evaluate(server.x))
+    facts = {"concurrency": workers.peak}
+    facts |= {key: getattr(workers, key) for key in ("lost", "reassigned", "cancelled")}
+    result = Result(
+        experiment=experiment,
+        reason=reason,
+        x=server.x,
+        metrics=records.metrics,
+        final=final,
+        histogram=records.histogram,
+        facts=facts,
+        outstanding=[job.step for job in workers.jobs()],
+        events=records.events,
+        notes=notes or [],
+        folder=folder,
+        _trace=records.trace() if folder is None else None,
+    )
+    if folder is not None:
+        summary = {"reason": reason, **final, **facts, "histogram": records.histogram.tolist()}
+        try:
+            (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        except OSError as error:
+            raise StorageError(f"{folder}: cannot be written ({error.strerror})") from None
+    return result
+
+

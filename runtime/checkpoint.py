@@ -1,0 +1,111 @@
+"""Checkpoints: one safetensors file each, with the state's tree as JSON in its header.
+
+Written under a temporary name, fsynced, renamed, the folder fsynced; the newest few are kept.
+Loading takes the newest whose digest is right and says which it skipped.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from offbeat.runtime.errors import StorageError
+
+FORMAT = "offbeat checkpoint 1"
+KEPT = 2
+
+
+def write(folder: Path, number: int, state: dict[str, Any]) -> None:
+    """Write ``state`` as checkpoint ``number``; raises OSError, and then nothing has changed."""
+    arrays: dict[str, NDArray] = {}
+    tree = json.dumps(_strip(state, arrays))
+    header = {"format": FORMAT, "state": tree, "digest": _digest(tree, arrays)}
+    data = save(arrays, header)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{_name(number)}.partial"
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(folder / _name(number))
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+    for old in _newest_first(folder)[KEPT:]:
+        old.unlink()
+
+
+def read(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """The newest good state, and a sentence for each newer checkpoint that had to be skipped."""
+    skipped = []
+    for path in _newest_first(folder):
+        try:
+            return _read_one(path), skipped
+        except (ValueError, KeyError, OSError, SafetensorError) as error:
+            skipped.append(f"skipped {path}: {error}")
+    found = "; ".join(skipped) or "there is none"
+    raise StorageError(f"{folder}: no readable checkpoint ({found})")
+
+
+def _read_one(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="numpy") as file:
+        header = file.metadata() or {}
+        arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    if header.get("format") != FORMAT:
+        raise ValueError(f"its format is {header.get('format')!r}, not {FORMAT!r}")
+    if header["digest"] != _digest(header["state"], arrays):
+        raise ValueError("its digest is wrong")
+    state = _fill(json.loads(header["state"]), arrays)
+    assert isinstance(state, dict)
+    return state
+
+
+def _name(number: int) -> str:
+    return f"{number:012d}.safetensors"
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"), reverse=True)
+
+
+def _digest(tree: str, arrays: dict[str, NDArray]) -> str:
+    digest = hashlib.blake2b(tree.encode(), digest_size=16)
+    for key in sorted(arrays):
+        digest.update(f"{key} {arrays[key].dtype} {arrays[key].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[key]))
+    return digest.hexdigest()
+
+
+def _strip(tree: Any, arrays: dict[str, NDArray]) -> Any:
+    """``tree`` with its arrays moved to ``arrays``."""
+    if isinstance(tree, np.ndarray):
+        key = f"{len(arrays):06d}"
+        arrays[key] = np.ascontiguousarray(tree)
+        return {"array": key}
+    if isinstance(tree, dict):
+        return {key: _strip(item, arrays) for key, item in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_strip(item, arrays) for item in tree]
+    return tree
+
+
+def _fill(tree: Any, arrays: dict[str, NDArray]) -> Any:
+    if isinstance(tree, dict):
+        if tree.keys() == {"array"}:
+            return arrays[tree["array"]]
+        return {key: _fill(item, arrays) for key, item in tree.items()}
+    if isinstance(tree, list):
+        return [_fill(item, arrays) for item in tree]
+    return tree

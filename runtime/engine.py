@@ -1,0 +1,285 @@
+"""The loop that runs a server method, whatever makes its updates arrive.
+
+    algorithm.start(server)
+    for update in workers: algorithm.arrive(server, update)
+
+The rest is what a run needs around it: evaluations and stop rules between arrivals, records,
+checkpoints, outages.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offbeat.algorithms.server import Algorithm, Update
+from offbeat.runtime import trees
+from offbeat.runtime.errors import Diverged
+from offbeat.runtime.randomness import rng
+from offbeat.runtime.records import ROWS_HELD, Records
+from offbeat.runtime.settings import Evaluate, Stop
+from offbeat.runtime.virtual import Job, Joined, Left, VirtualWorkers
+from offbeat.workers.tasks.contract import Task
+
+PROGRESS_EVERY_S = 0.1
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class ServerState:
+    """The facade through which a method acts; see ``offbeat.algorithms.server.Server``."""
+
+    __slots__ = ("_workers", "n", "seed", "step", "x")
+
+    def __init__(self, x: NDArray, workers: VirtualWorkers, seed: int) -> None:
+        x.flags.writeable = False
+        self.x, self.step, self.seed = x, 0, seed
+        self.n, self._workers = workers.n, workers
+
+    @property
+    def outstanding(self) -> int:
+        """Jobs handed out and not yet back."""
+        return self._workers.outstanding
+
+    def apply(self, delta: NDArray) -> None:
+        """x <- x - delta; one step."""
+        x = self.x - delta
+        x.flags.writeable = False  # jobs in flight hold it
+        self.x = x
+        self.step += 1
+
+    def assign(self, worker: int, like: Update | None = None) -> None:
+        """Queue a job for ``worker``."""
+        if like is None:
+            self._workers.take(worker, self.x, self.step)
+        else:
+            self._workers.take(worker, like.x, like.step)
+
+    def cancel(self, worker: int) -> None:
+        """Drop every outstanding job of ``worker``."""
+        self._workers.cancel(worker)
+
+    def speed(self, worker: int) -> float:
+        """Observed jobs per busy second; 0 before the first result."""
+        done, busy_s = self._workers.done[worker], self._workers.busy_s[worker]
+        return done / max(busy_s, 1e-12) if done else 0.0
+
+    def rng(self, purpose: str, index: int = 0) -> np.random.Generator:
+        """The generator at address (run seed, purpose, index)."""
+        return rng(self.seed, purpose, 0, index)
+
+
+class Engine:
+    """One run.
+
+    Args:
+        task, algorithm, workers, records: the parts; the algorithm's state is changed.
+        stop: when to end.
+        evaluate: when to evaluate.
+        seed: of the run.
+        save: called with the state of the run to write a checkpoint, or None.
+        save_every_s: wall seconds between checkpoints.
+        progress: called now and then with the fraction of the run that is done.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        algorithm: Algorithm,
+        workers: VirtualWorkers,
+        records: Records,
+        *,
+        stop: Stop,
+        evaluate: Evaluate,
+        seed: int,
+        save: Callable[[dict[str, Any]], None] | None = None,
+        save_every_s: float = math.inf,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
+        self.task, self.algorithm, self.workers, self.records = task, algorithm, workers, records
+        self.stop, self.evaluate = stop, evaluate
+        self.server = ServerState(task.initial(seed), workers, seed)
+        self._save, self._save_every_s = save, save_every_s
+        self._progress = progress
+        self._started = False
+        self._next_step = self._next_s = math.inf  # of evaluation
+        self._alarm_s = math.inf  # wall clock: look up from the work
+        self._interrupted = False
+
+    # -- The loop -----------------------------------------------------------------------------
+
+    def run(self) -> str:
+        """Run to the end; answers why it ended."""
+        with self._interruptible():
+            if not self._started:
+                self._started = True
+                self.algorithm.start(self.server)
+                self._look()
+                self._checkpoint()
+            reason = self._loop()
+        self.records.flush(self.workers)
+        self._checkpoint()
+        return reason
+
+    def _loop(self) -> str:
+        server, workers, records = self.server, self.workers, self.records
+        arrive, rows, clock = self.algorithm.arrive, records.rows, time.monotonic
+        began_s = clock()
+        wall_end_s = began_s + (self.stop.wall_s or math.inf)
+        next_save_s = began_s + self._save_every_s
+        self._alarm_s = began_s
+        while True:
+            if reason := self._reached():
+                return reason
+            # Until one of these is met, nothing but arrivals needs attention.
+            mark_step = min(self.stop.steps or math.inf, self._next_step)
+            mark_s = min(self.stop.seconds or math.inf, self._next_s)
+            most_rows = min(ROWS_HELD, (self.stop.gradients or math.inf) - records.flushed)
+            while True:
+                time_s = workers.next_s()
+                if time_s >= mark_s:
+                    break
+                event = workers.pop()
+                if type(event) is not Job:
+                    self._outage(event)
+                    continue
+                if event.loss != event.loss:
+                    self._diverged(event)
+                rows.append(
+                    (time_s, event.worker, event.number, event.step, server.step,
+                     event.start_s, event.end_s)
+                )  # fmt: skip
+                arrive(server, event)
+                if server.step >= mark_step or len(rows) >= most_rows:
+                    break
+                if clock() >= self._alarm_s:
+                    break
+            if time_s == math.inf:
+                return "idle"
+            if time_s >= mark_s:
+                workers.now_s = mark_s
+            if len(rows) >= most_rows:
+                records.flush(workers)
+            if server.step >= self._next_step or workers.now_s >= self._next_s:
+                self._look()
+            now_s = clock()
+            if now_s >= self._alarm_s:
+                if self._interrupted:
+                    return "interrupted"
+                if now_s >= wall_end_s:
+                    return "wall time"
+                if now_s >= next_save_s:
+                    self._checkpoint()
+                    next_save_s = clock() + self._save_every_s
+                if self._progress is not None:
+                    self._progress(self._fraction())
+                self._alarm_s = min(next_save_s, wall_end_s, now_s + PROGRESS_EVERY_S)
+
+    def _reached(self) -> str | None:
+        """The stop rule that is met, if any."""
+        stop = self.stop
+        if stop.loss is not None and self.records.metrics[-1]["loss"] <= stop.loss:
+            return "target loss"
+        if stop.steps is not None and self.server.step >= stop.steps:
+            return "steps"
+        if stop.seconds is not None and self.workers.now_s >= stop.seconds:
+            return "seconds"
+        if stop.gradients is not None and self.records.arrivals >= stop.gradients:
+            return "gradients"
+        return None
+
+    def _fraction(self) -> float:
+        parts = [
+            self.server.step / (self.stop.steps or math.inf),
+            self.workers.now_s / (self.stop.seconds or math.inf),
+            self.records.arrivals / (self.stop.gradients or math.inf),
+        ]
+        return min(1.0, max(parts))
+
+    def _look(self) -> None:
+        """Evaluate, record, and set the next time to do so."""
+        every, every_s = self.evaluate.steps, self.evaluate.seconds
+        self.records.measure(self.workers, self.server.step, self.task.evaluate(self.server.x))
+        if every is not None:
+            self._next_step = (self.server.step // every + 1) * every
+        if every_s is not None:
+            self._next_s = (self.workers.now_s // every_s + 1) * every_s
+
+    def _outage(self, event: Left | Joined) -> None:
+        workers, server = self.workers, self.server
+        self.records.outage(workers, event)
+        if isinstance(event, Joined):
+            if not workers.reassigns:
+                self.algorithm.joined(server, event.worker)
+            elif workers.relieve():
+                server.assign(event.worker)
+            return
+        for _ in event.jobs:
+            if workers.reassigns:
+                workers.reassigned += 1
+                server.assign(event.worker)
+            else:
+                workers.lost += 1
+                self.algorithm.lost(server, event.worker)
+
+    def _diverged(self, job: Job) -> None:
+        raise Diverged(
+            f"the gradient or loss of worker {job.worker}'s job {job.number} is not finite, at "
+            f"step {self.server.step} ({job.time_s:.6g} s), computed at the model of step "
+            f"{job.step}; take a smaller step size or clip"
+        )
+
+    # -- Interruption and checkpoints ----------------------------------------------------------
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Ctrl-C or SIGTERM ends the loop after the current arrival; a second one at once."""
+        if self._save is None or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def interrupt(number: int, frame: Any) -> None:
+            self._interrupted, self._alarm_s = True, 0.0
+            restore()
+
+        before = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        try:
+            yield
+        finally:
+            restore()
+
+    def _checkpoint(self) -> None:
+        if self._save is not None:
+            self._save(self.state())
+
+    def state(self) -> dict[str, Any]:
+        """The whole run as a tree of plain values and arrays."""
+        return {
+            "x": self.server.x,
+            "step": self.server.step,
+            "next_step": self._next_step,
+            "next_s": self._next_s,
+            "workers": self.workers.state(),
+            "records": self.records.state(self.workers),
+            "algorithm": trees.dump(self.algorithm),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from what ``state`` answered."""
+        self._started = True
+        self.server.x, self.server.step = state["x"], state["step"]
+        self.server.x.flags.writeable = False
+        self.workers.restore(state["workers"])
+        self.records.restore(state["records"])
+        trees.load(self.algorithm, state["algorithm"])
+        self._next_step, self._next_s = state["next_step"], state["next_s"]

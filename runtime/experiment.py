@@ -1,0 +1,246 @@
+"""An experiment: a value that a TOML file, a command line or Python describes alike."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tomli_w
+
+from offbeat.algorithms.server import ALGORITHMS, Algorithm
+from offbeat.runtime.errors import ConfigError, nearest
+from offbeat.runtime.registry import Positive, Registry, settings
+from offbeat.runtime.settings import DEFAULT_STEPS, Evaluate, Stop
+from offbeat.workers.fleet import Fleet, Outage
+from offbeat.workers.tasks import TASKS, Task
+
+T = TypeVar("T")
+
+
+@settings
+class Record:
+    """What is kept besides the metrics.
+
+    Args:
+        trace: every arrival (needed for replay and the timeline).
+        save_every_s: wall seconds between checkpoints of a run with a folder.
+    """
+
+    trace: bool = True
+    save_every_s: Positive = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything a run depends on.
+
+    Args:
+        task: what is minimised.
+        algorithm: by which method.
+        fleet: by which workers.
+        stop, evaluate, record: see there.
+        seed: of sampling, durations, permutations and the initial model.
+        engine: where gradients are computed and what orders arrivals; "virtual".
+    """
+
+    task: Task
+    algorithm: Algorithm
+    fleet: Fleet
+    stop: Stop
+    evaluate: Evaluate
+    record: Record = Record()
+    seed: int = 0
+    engine: str = "virtual"
+
+    def __post_init__(self) -> None:
+        """What no part can see alone."""
+        if self.task.workers != self.fleet.workers:
+            raise ConfigError(
+                f"the task is divided among {self.task.workers} workers, but the fleet has "
+                f"{self.fleet.workers}"
+            )
+        if self.engine != "virtual":
+            raise ConfigError(f'no engine is called "{self.engine}"; known: virtual')
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ConfigError(f"seed must be a whole number from 0 on, not {self.seed!r}")
+
+    def table(self) -> dict[str, Any]:
+        """The TOML form, complete; parts made by hand are named, but cannot be read back."""
+        return {
+            "seed": self.seed,
+            "engine": self.engine,
+            "task": _part(self.task),
+            "algorithm": _part(self.algorithm),
+            "fleet": _fleet_table(self.fleet),
+            **{key: _given(getattr(self, key)) for key in ("stop", "evaluate", "record")},
+        }
+
+    def toml(self) -> str:
+        """The text of experiment.toml."""
+        return tomli_w.dumps(self.table())
+
+
+KEYS = [field.name for field in fields(Experiment)]
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> list[Experiment]:
+    """The experiments of a TOML file, one for each algorithm in it.
+
+    Args:
+        path: the file.
+        overrides: ``"fleet.workers=20"`` and the like.
+
+    Raises:
+        ConfigError: naming the file, and every mistake in it.
+    """
+    try:
+        table = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: is not TOML: {error}") from None
+    for override in overrides:
+        apply_override(table, override)
+    try:
+        return from_table(table)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def apply_override(table: dict[str, Any], override: str) -> None:
+    """Set ``key.key=value`` in a table; the value is TOML, else text.
+
+    >>> table = {}
+    >>> apply_override(table, "fleet.speeds=lognormal(1.0)")
+    >>> apply_override(table, "algorithm.lr=0.5")
+    >>> table
+    {'fleet': {'speeds': 'lognormal(1.0)'}, 'algorithm': {'lr': 0.5}}
+    """
+    path, equals, text = override.partition("=")
+    *parents, key = (part.strip() for part in path.split("."))
+    if not equals or not key:
+        raise ConfigError(f'cannot read "--set {override}"; write --set key.key=value')
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    places = [table]
+    for parent in parents:
+        inner = [place.setdefault(parent, {}) for place in places]
+        places = [item for found in inner for item in (found if isinstance(found, list) else [found])]
+        if not all(isinstance(place, dict) for place in places):
+            raise ConfigError(f'--set {override}: "{parent}" is no table')
+    for place in places:
+        place[key] = value
+
+
+def from_table(table: Mapping[str, Any]) -> list[Experiment]:
+    """The experiments a table describes; all its mistakes are told at once."""
+    mistakes = [f'unknown key "{k}"{nearest(k, KEYS)}' for k in table if k not in KEYS]
+    if "task" not in table:
+        mistakes.append(f'[task] is missing; for example task = "logistic:digits"; known: {", ".join(TASKS)}')
+    if "algorithm" not in table:
+        mistakes.append(f'[algorithm] is missing; for example algorithm = "shuffled"; known: {", ".join(ALGORITHMS)}')
+
+    def attempt(make: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return make(*args, **kwargs)
+        except ConfigError as error:
+            mistakes.append(str(error))
+            return None
+
+    seed = table.get("seed", 0)
+    fleet = attempt(make_fleet, table.get("fleet", {}))
+    stop = attempt(make_settings, Stop, table.get("stop", {"steps": DEFAULT_STEPS}))
+    evaluate = attempt(make_settings, Evaluate, table["evaluate"]) if "evaluate" in table else None
+    record = attempt(make_settings, Record, table.get("record", {}))
+    given = table.get("algorithm", [])
+    algorithms = [
+        attempt(make_part, ALGORITHMS, one) for one in (given if isinstance(given, list) else [given])
+    ]
+    task = None
+    if "task" in table and fleet is not None:
+        task = attempt(make_part, TASKS, table["task"], workers=fleet.workers, seed=seed)
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return [
+        Experiment(
+            task=task,
+            algorithm=algorithm,
+            fleet=fleet,
+            stop=stop,
+            evaluate=evaluate or Evaluate.sensible(stop),
+            record=record,
+            seed=seed,
+            engine=table.get("engine", "virtual"),
+        )
+        for algorithm in algorithms
+    ]
+
+
+def make_part(registry: Registry, given: Any, **extra: Any) -> Any:
+    """A task or algorithm from its text or table; anything else is taken as it is."""
+    if isinstance(given, str):
+        return registry.parse(given, **extra)
+    if isinstance(given, Mapping):
+        return registry.table(given, **extra)
+    return given
+
+
+def make_fleet(given: Any) -> Fleet:
+    """A fleet from its text or table, or as it is."""
+    if isinstance(given, str):
+        return Fleet.parse(given)
+    if isinstance(given, Mapping):
+        options = dict(given)
+        if isinstance(options.get("outages"), list):
+            options["outages"] = [
+                Outage(**o) if isinstance(o, dict) else o for o in options["outages"]
+            ]
+        return Fleet(**options)
+    if isinstance(given, Fleet):
+        return given
+    raise ConfigError(f"{given!r} is no fleet; give its text, its table or a Fleet")
+
+
+def make_settings(kind: type[T], given: Any) -> T:
+    """A settings record from its table, or as it is."""
+    if isinstance(given, kind):
+        return given
+    if isinstance(given, Mapping):
+        return kind(**given)
+    raise ConfigError(f"{kind.__name__.lower()} must be a table, not {given!r}")
+
+
+def with_more(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
+    """``experiment`` with other ends: only ``stop`` and ``record`` can change in mid-run."""
+    table = experiment.table()
+    for override in overrides:
+        if override.split(".")[0] not in ("stop", "record"):
+            raise ConfigError(
+                f'"{override}" would make it another run; only stop.* and record.* can be set '
+                "when resuming"
+            )
+        apply_override(table, override)
+    stop, record = make_settings(Stop, table["stop"]), make_settings(Record, table["record"])
+    return replace(experiment, stop=stop, record=record)
+
+
+def _part(made: Any) -> dict[str, Any]:
+    if made.spec is not None and made.spec.portable():
+        return made.spec.table()
+    return {"name": f"python:{type(made).__name__}"}
+
+
+def _given(record: Any) -> dict[str, Any]:
+    return {key: value for key, value in vars(record).items() if value is not None}
+
+
+def _fleet_table(fleet: Fleet) -> dict[str, Any]:
+    table = _given(fleet)
+    law = fleet.law()
+    if law is fleet.speeds:
+        table["speeds"] = str(law.spec)
+    table["outages"] = [_given(outage) for outage in fleet.outages]
+    return {key: value for key, value in table.items() if value not in ("", [])}

@@ -1,0 +1,196 @@
+"""What a run leaves behind: every arrival, the metrics, and the measured quantities of theory."""
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offbeat.runtime.errors import StorageError
+from offbeat.runtime.virtual import Joined, Left, VirtualWorkers
+
+TRACE_COLUMNS = ("time_s", "worker", "job", "read_step", "step", "start_s", "end_s")
+ROWS_HELD = 4096  # arrivals held before they are counted and written
+
+
+class Records:
+    """Collects a run's records; with a folder they go to files and not to memory.
+
+    Args:
+        folder: where metrics.jsonl and trace.jsonl are written, or None.
+        trace: whether arrivals are kept.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        trace: bool = True,
+    ) -> None:
+        self.rows: list[tuple[float, ...]] = []  # arrivals since the last flush
+        self.flushed = 0  # arrivals before them
+        self.metrics: list[dict[str, float]] = []
+        self.histogram = np.zeros(1, np.int64)  # staleness tau -> arrivals
+        self.events: list[dict[str, Any]] = []  # outages
+        self._keep = trace
+        self._chunks: list[NDArray] = []
+        self._files: dict[str, BinaryIO] = {}
+        if folder is not None:
+            names = ["metrics.jsonl"] + (["trace.jsonl"] if trace else [])
+            self._files = {name: _open(folder / name) for name in names}
+
+    def begin(self) -> None:
+        """Start empty files."""
+        for file in self._files.values():
+            file.truncate(0)
+        self._write("trace.jsonl", json.dumps(TRACE_COLUMNS) + "\n")
+
+    @property
+    def arrivals(self) -> int:
+        """Results that arrived."""
+        return self.flushed + len(self.rows)
+
+    def flush(self, workers: VirtualWorkers) -> None:
+        """Count and store the arrivals held."""
+        if not self.rows:
+            return
+        table = np.array(self.rows)
+        taus = np.bincount((table[:, 4] - table[:, 3]).astype(np.int64))
+        if len(taus) > len(self.histogram):
+            self.histogram, taus = taus, self.histogram
+            self.histogram = self.histogram.copy()
+        self.histogram[: len(taus)] += taus
+        if "trace.jsonl" in self._files:
+            self._write("trace.jsonl", json.dumps(self.rows)[1:-1].replace("], [", "]\n[") + "\n")
+        elif self._keep:
+            self._chunks.append(table)
+        self.flushed += len(self.rows)
+        self.rows.clear()
+
+    def measure(self, workers: VirtualWorkers, step: int, facts: dict[str, float]) -> None:
+        """Record one row of metrics; ``facts`` are the task's own."""
+        row = self.row(workers, step, facts)
+        self.metrics.append(row)
+        self._write("metrics.jsonl", json.dumps(row) + "\n")
+
+    def row(
+        self, workers: VirtualWorkers, step: int, facts: dict[str, float]
+    ) -> dict[str, float]:
+        """One row of metrics, not recorded."""
+        self.flush(workers)
+        row = {"time_s": workers.now_s, "step": step, "gradients": self.flushed}
+        busy, outstanding = self.busy(workers), workers.outstanding
+        return row | facts | self.staleness() | {"busy": busy, "outstanding": outstanding}
+
+    def staleness(self) -> dict[str, float]:
+        """Mean and maximum of tau over all arrivals so far."""
+        taus = np.arange(len(self.histogram))
+        total = int(self.histogram.sum())
+        mean = float((taus * self.histogram).sum() / total) if total else 0.0
+        return {"staleness_mean": mean, "staleness_max": int(len(taus) - 1)}
+
+    def busy(self, workers: VirtualWorkers) -> float:
+        """Fraction of the workers' time so far that they spent computing."""
+        spent, whole = workers.busy_until(workers.now_s), workers.n * workers.now_s
+        return spent / whole if whole else 0.0
+
+    def outage(self, workers: VirtualWorkers, event: Left | Joined) -> None:
+        """A worker left or came back."""
+        self.flush(workers)
+        row: dict[str, Any] = {"time_s": workers.now_s, "worker": event.worker}
+        if isinstance(event, Left):
+            row |= {"event": "left", "jobs": [job.number for job in event.jobs]}
+        else:
+            row["event"] = "joined"
+        self.events.append(row)
+        self._write("trace.jsonl", json.dumps(row) + "\n")
+
+    def trace(self) -> NDArray:
+        """``[arrivals, 7]``, columns ``TRACE_COLUMNS``, of a run without a folder."""
+        return np.concatenate([np.empty((0, len(TRACE_COLUMNS))), *self._chunks])
+
+    # -- Files and checkpoints -----------------------------------------------------------------
+
+    def state(self, workers: VirtualWorkers) -> dict[str, Any]:
+        """For a checkpoint; what is written so far is made durable first."""
+        self.flush(workers)
+        lengths = {}
+        for name, file in self._files.items():
+            try:
+                file.flush()
+                os.fsync(file.fileno())
+                lengths[name] = file.tell()
+            except OSError as error:
+                raise _unwritable(file.name, error) from None
+        return {"flushed": self.flushed, "histogram": self.histogram, "lengths": lengths}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Cut the files back to where the checkpoint was written."""
+        self.flushed, self.histogram = state["flushed"], state["histogram"]
+        for name, file in self._files.items():
+            length = state["lengths"].get(name, 0)
+            if (there := file.seek(0, os.SEEK_END)) < length:
+                raise StorageError(
+                    f"{file.name}: has {there} bytes, but the checkpoint was written at {length}; "
+                    "it was cut or replaced, so the run cannot go on from it"
+                )
+            file.truncate(length)
+            file.seek(length)
+        if "metrics.jsonl" in self._files:
+            self.metrics = read_lines(Path(self._files["metrics.jsonl"].name))
+        if "trace.jsonl" in self._files:
+            rows = read_lines(Path(self._files["trace.jsonl"].name))
+            self.events = [row for row in rows if isinstance(row, dict)]
+
+    def close(self) -> None:
+        """Close the files; what the last checkpoint counts on is on the disk already."""
+        for file in self._files.values():
+            with suppress(OSError):  # a full disk has been reported where it was met
+                file.close()
+
+    def _write(self, name: str, text: str) -> None:
+        if name in self._files:
+            try:
+                self._files[name].write(text.encode())
+            except OSError as error:
+                raise _unwritable(self._files[name].name, error) from None
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        return path.open("r+b")
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path | str, error: OSError) -> StorageError:
+    return StorageError(
+        f"{path}: cannot be written ({error.strerror}); the last checkpoint is intact: "
+        "make room or mend the rights, then resume the run"
+    )
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The rows of a JSON-lines file."""
+    try:
+        with path.open() as file:
+            return [json.loads(line) for line in file]
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path}: cannot be read ({error})") from None
+
+
+def read_trace(path: Path) -> NDArray:
+    """``[arrivals, 7]`` from a trace.jsonl."""
+    rows = [row for row in read_lines(path)[1:] if isinstance(row, list)]
+    return np.array(rows, float).reshape(-1, len(TRACE_COLUMNS))
+
+
+def column(trace: NDArray, name: str) -> NDArray:
+    """One column of a trace."""
+    return trace[:, TRACE_COLUMNS.index(name)]
+
+

@@ -1,0 +1,227 @@
+"""Named, validated factories: how ``"lognormal(1.0)"`` or a TOML table becomes an object.
+
+Every method, task, speed law and partition is a plain function with typed keyword
+arguments.  Registering it under a name gives it a text form, a table form, one-sentence
+errors, and a stamp (``spec``) from which a run folder can build it again.
+"""
+
+import ast
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar, dataclass_transform
+
+import pydantic
+import pydantic.dataclasses
+from pydantic import ConfigDict, Field, ValidationError
+
+from offbeat.runtime.errors import ConfigError, nearest
+
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+AtLeastOne = Annotated[float, Field(ge=1, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Seed = Natural
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+_STRICT = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The name and arguments an object was built from."""
+
+    name: str
+    options: Mapping[str, Any]
+
+    def portable(self) -> bool:
+        """Whether a file can hold it: only numbers, text, flags, and lists of these."""
+        return all(_plain(value) for value in self.options.values())
+
+    def table(self) -> dict[str, Any]:
+        """The TOML table; absent values (None) are left out."""
+        given = {key: value for key, value in self.options.items() if value is not None}
+        return {"name": self.name, **given}
+
+    def __str__(self) -> str:
+        inner = ", ".join(f"{k}={v!r}" for k, v in self.options.items() if v is not None)
+        return f"{self.name}({inner})" if inner else self.name
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+class Registry:
+    """A family of named factories, for example all speed laws."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._factories: dict[str, Callable[..., Any]] = {}
+
+    def register(self, name: str) -> Callable[[F], F]:
+        """Decorator: publish a factory under ``name``; calls to it are validated and stamped."""
+
+        def decorate(factory: F) -> F:
+            signature = inspect.signature(factory)
+            checked = pydantic.validate_call(config=_STRICT)(factory)
+            where = f'{self.kind} "{name}"'
+
+            @functools.wraps(factory)
+            def build(*args: Any, **kwargs: Any) -> Any:
+                try:
+                    made = checked(*args, **kwargs)
+                except ValidationError as error:
+                    raise ConfigError(explain(error, where, signature.parameters)) from None
+                bound = signature.bind(*args, **kwargs)
+                bound.apply_defaults()
+                made.spec = Spec(name, dict(bound.arguments))
+                return made
+
+            self._factories[name] = build
+            return build  # type: ignore[return-value]
+
+        return decorate
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._factories))
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        if name not in self._factories:
+            raise ConfigError(f'no {self.kind} is called "{name}"{nearest(name, self)}')
+        return self._factories[name]
+
+    def parse(self, text: str, **extra: Any) -> Any:
+        """Build from the text form, ``name``, ``name(arguments)`` or ``name:argument``.
+
+        ``extra`` fills arguments that the factory has and the text leaves out.
+        """
+        name, args, kwargs = parse_call(text, self.kind)
+        return self._build(name, args, kwargs, extra)
+
+    def table(self, table: Mapping[str, Any], **extra: Any) -> Any:
+        """Build from the table form: ``name`` and the arguments as keys."""
+        options = dict(table)
+        if not isinstance(name := options.pop("name", None), str):
+            raise ConfigError(f'the {self.kind} table needs name = "..."; known: {", ".join(self)}')
+        return self._build(name, [], options, extra)
+
+    def _build(
+        self, name: str, args: list[Any], kwargs: dict[str, Any], extra: dict[str, Any]
+    ) -> Any:
+        factory = self[name]
+        parameters = list(inspect.signature(factory).parameters)
+        taken = set(parameters[: len(args)]) | kwargs.keys()
+        fill = {k: v for k, v in extra.items() if k in parameters and k not in taken}
+        return factory(*args, **kwargs, **fill)
+
+    def describe(self) -> list[tuple[str, str, str]]:
+        """``(name, arguments, first line of the docstring)`` of every factory."""
+        rows = []
+        for name in self:
+            factory = self._factories[name]
+            shown = [
+                key if p.default is p.empty else f"{key}={p.default!r}"
+                for key, p in inspect.signature(factory).parameters.items()
+            ]
+            first = (factory.__doc__ or "").strip().split("\n")[0]
+            rows.append((name, ", ".join(shown), first))
+        return rows
+
+
+_CALL = re.compile(r"\s*([A-Za-z][\w-]*)\s*(?:\((.*)\)|:(.+))?\s*", re.DOTALL)
+_RANGE = re.compile(r"(?<![\"'\w.])(\d+(?:\.\d+)?\.\.\d+(?:\.\d+)?)(?![\"'\w])")
+
+
+def parse_call(text: str, kind: str) -> tuple[str, list[Any], dict[str, Any]]:
+    """Split ``name(1, key=x)`` or ``name:x`` into a name and plain arguments.
+
+    Bare words are text, ``1..10`` is a range and stays text, nested calls stay text.
+
+    >>> parse_call("classes(2)", "partition")
+    ('classes', [2], {})
+    >>> parse_call("logistic:digits", "task")
+    ('logistic', ['digits'], {})
+    >>> parse_call("classes(2", "partition")
+    Traceback (most recent call last):
+    ...
+    offbeat.runtime.errors.ConfigError: cannot read the partition "classes(2"; write name, \
+name(arguments) or name:argument
+    """
+    match = _CALL.fullmatch(text)
+    unreadable = ConfigError(
+        f'cannot read the {kind} "{text}"; write name, name(arguments) or name:argument'
+    )
+    if match is None:
+        raise unreadable
+    name, inner, single = match.groups()
+    if single is not None:
+        return name, [single.strip()], {}
+    quoted = _RANGE.sub(r'"\1"', inner or "")
+    source = f"f({quoted})"
+    try:
+        call = ast.parse(source, mode="eval").body
+    except SyntaxError:
+        raise unreadable from None
+    assert isinstance(call, ast.Call)
+    if any(keyword.arg is None for keyword in call.keywords):
+        raise unreadable
+    args = [_value(node, source) for node in call.args]
+    return name, args, {str(k.arg): _value(k.value, source) for k in call.keywords}
+
+
+def _value(node: ast.expr, source: str) -> Any:
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_value(item, source) for item in node.elts]
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        written = ast.get_source_segment(source, node)
+        return {"true": True, "false": False}.get(str(written), written)
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
+def settings(cls: type[T]) -> type[T]:
+    """Class decorator: a frozen, keyword-only record whose mistakes are ``ConfigError``."""
+    made = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=_STRICT)(cls)
+    init = made.__init__
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            init(self, *args, **kwargs)
+        except ValidationError as error:
+            fields = made.__dataclass_fields__
+            raise ConfigError(explain(error, made.__name__.lower(), fields)) from None
+
+    made.__init__ = checked  # type: ignore[method-assign]
+    return made
+
+
+def explain(error: ValidationError, where: str, known: Mapping[str, Any]) -> str:
+    """All of a validation error's findings as one sentence that names place and remedy."""
+    findings = []
+    for item in error.errors():
+        place = ".".join(str(part) for part in item["loc"])
+        kind, given = item["type"], item["input"]
+        if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+            findings.append(f'unknown key "{place}"{nearest(place, known)}')
+        elif kind in ("missing_argument", "missing", "missing_keyword_only_argument"):
+            findings.append(f'"{place}" is missing')
+        elif kind in ("unexpected_positional_argument", "multiple_argument_values"):
+            findings.append(f"too many arguments; it takes {', '.join(known) or 'none'}")
+        elif isinstance(item.get("ctx", {}).get("error"), ValueError):
+            findings.append(str(item["ctx"]["error"]))
+        else:
+            said = item["msg"].removeprefix("Input ")
+            findings.append(f'"{place}" {said}, not {given!r}')
+    return f"{where}: {'; '.join(dict.fromkeys(findings))}"

@@ -1,0 +1,50 @@
+"""When a run stops, when it evaluates, where it is recorded."""
+
+
+from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.registry import Count, Finite, Positive, settings
+
+DEFAULT_STEPS = 5000
+EVALUATIONS = 100  # of a run, where nothing is said
+
+
+@settings
+class Stop:
+    """A run ends at the first rule that is met.
+
+    Args:
+        steps: server steps.
+        seconds: virtual seconds.
+        gradients: results that arrived.
+        loss: the full objective, looked at when the run evaluates.
+        wall_s: real seconds of this process.
+    """
+
+    steps: Count | None = None
+    seconds: Positive | None = None
+    gradients: Count | None = None
+    loss: Finite | None = None
+    wall_s: Positive | None = None
+
+    def __post_init__(self) -> None:
+        """A target alone may never be met."""
+        bounds = (self.steps, self.seconds, self.gradients, self.wall_s)
+        if all(bound is None for bound in bounds):
+            what = "a target loss may never be reached; add" if self.loss is not None else "give"
+            raise ConfigError(f"stop: {what} steps, seconds, gradients or wall_s")
+
+
+@settings
+class Evaluate:
+    """Evaluate every so many steps or virtual seconds; it does not disturb the run."""
+
+    steps: Count | None = None
+    seconds: Positive | None = None
+
+    @staticmethod
+    def sensible(stop: Stop) -> "Evaluate":
+        """About a hundred evaluations in all."""
+        if stop.steps is None and stop.gradients is None and stop.seconds is not None:
+            return Evaluate(seconds=stop.seconds / EVALUATIONS)
+        ends = [end for end in (stop.steps, stop.gradients) if end is not None]
+        return Evaluate(steps=max(1, min(ends, default=100 * EVALUATIONS) // EVALUATIONS))

@@ -1,0 +1,1 @@
+"""Who talks to whom: graphs, mixing matrices, time-varying sequences."""

@@ -1,0 +1,342 @@
+"""Speed laws: how long a job takes a worker, in virtual seconds.
+
+``mean`` is a worker's seconds a job: one number for all, a list with one number a worker, or a
+range ``"1..10"`` spread evenly over the workers.  Times are drawn, never measured: the time of a
+job is a function of (seed, worker, the worker's job number) and, for laws that follow the clock,
+of the second at which it starts.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.randomness import rng
+from offbeat.runtime.registry import NonNegative, Positive, Registry, Spec
+
+SPEEDS = Registry("speed law")
+Seconds = Positive | list[Positive] | str
+Per = Literal["job", "worker"]
+BLOCK = 64  # durations drawn ahead a worker
+
+
+class Clock(Protocol):
+    """When jobs end."""
+
+    def finish(self, worker: int, number: int, start_s: float) -> float:
+        """The second at which ``worker`` ends its job ``number`` begun at ``start_s``."""
+        ...
+
+
+class Law:
+    """A speed law: ``clock`` makes it definite for a number of workers and a seed."""
+
+    spec: Spec | None = None
+
+    def __init__(
+        self, mean: Seconds, make: Callable[[NDArray, int], Clock]
+    ) -> None:
+        self.mean, self._make = mean, make
+
+    def clock(self, workers: int, seed: int, factors: NDArray | None = None) -> Clock:
+        """The clock of ``workers`` workers; ``factors [n]`` slow single ones down."""
+        means = seconds(self.mean, workers)
+        return self._make(means if factors is None else means * factors, seed)
+
+
+def seconds(mean: Seconds, workers: int) -> NDArray:
+    """``[n]`` seconds from one number, a list, or a range.
+
+    >>> seconds("1..10", 4).tolist()
+    [1.0, 4.0, 7.0, 10.0]
+    >>> seconds([1.0, 2.0], 3)
+    Traceback (most recent call last):
+    ...
+    offbeat.runtime.errors.ConfigError: 2 speeds are given for 3 workers; give one a worker
+    """
+    if isinstance(mean, str):
+        low, dots, high = mean.partition("..")
+        try:
+            ends = float(low), float(high if dots else low)
+        except ValueError:
+            raise ConfigError(f'cannot read the seconds "{mean}"; write 2.5 or 1..10') from None
+        if not (0 < min(ends) and max(ends) < np.inf):
+            raise ConfigError(f'the seconds "{mean}" must be positive and finite')
+        return np.linspace(*ends, workers)
+    if isinstance(mean, list):
+        if len(mean) != workers:
+            raise ConfigError(
+                f"{len(mean)} speeds are given for {workers} workers; give one a worker"
+            )
+        return np.array(mean, float)
+    return np.full(workers, float(mean))
+
+
+class Constant(Clock):
+    """The same time for every job."""
+
+    def __init__(self, means: NDArray) -> None:
+        self._means = means.tolist()
+
+    def finish(self, worker: int, number: int, start_s: float) -> float:
+        """See ``Clock``."""
+        return start_s + self._means[worker]
+
+
+class Drawn(Clock):
+    """Times drawn job by job, in blocks: ``draw(generator, mean, size)``."""
+
+    def __init__(
+        self,
+        means: NDArray,
+        seed: int,
+        draw: Callable[[np.random.Generator, float, int], NDArray],
+    ) -> None:
+        self._means, self._seed, self._draw = means.tolist(), seed, draw
+        self._block = [-1] * len(means)
+        self._times: list[list[float]] = [[] for _ in means]
+
+    def finish(self, worker: int, number: int, start_s: float) -> float:
+        """See ``Clock``."""
+        block, at = divmod(number, BLOCK)
+        if self._block[worker] != block:
+            generator = rng(self._seed, "duration", worker, block)
+            drawn = self._draw(generator, self._means[worker], BLOCK)
+            self._times[worker], self._block[worker] = drawn.tolist(), block
+        return start_s + self._times[worker][at]
+
+
+class Changing(Clock):
+    """Speed that changes with the hour: ``segments(worker)`` yields (length_s, slowdown).
+
+    A job needs ``mean`` seconds of work; a segment of slowdown f gives 1/f seconds of work a
+    second.  A worker's jobs must be asked for in order of time.
+    """
+
+    def __init__(
+        self, means: NDArray, segments: Callable[[int], Iterator[tuple[float, float]]]
+    ) -> None:
+        self._means = means.tolist()
+        self._segments = [segments(worker) for worker in range(len(means))]
+        self._now = [(0.0, 1.0)] * len(means)  # end and slowdown of the current segment
+
+    def finish(self, worker: int, number: int, start_s: float) -> float:
+        """See ``Clock``."""
+        work, now = self._means[worker], start_s
+        end, slowdown = self._now[worker]
+        while now + work * slowdown > end:
+            work -= max(0.0, end - now) / slowdown
+            now = max(now, end)
+            length, slowdown = next(self._segments[worker])
+            end += length
+            self._now[worker] = end, slowdown
+        return now + work * slowdown
+
+
+def _drawn(
+    mean: Seconds,
+    per: Per,
+    draw: Callable[[np.random.Generator, float, int], NDArray],
+) -> Law:
+    """A law of draws, one a job or one a worker for good."""
+
+    def make(means: NDArray, seed: int) -> Clock:
+        if per == "job":
+            return Drawn(means, seed, draw)
+        firsts = [draw(rng(seed, "speed", w), m, 1)[0] for w, m in enumerate(means.tolist())]
+        return Constant(np.array(firsts))
+
+    return Law(mean, make)
+
+
+@SPEEDS.register("constant")
+def constant(mean: Seconds = 1.0) -> Law:
+    """Every job of a worker takes the same time ("fixed" in AsGrad); also written 1..10 or 2.5."""
+    return Law(mean, lambda means, seed: Constant(means))
+
+
+@SPEEDS.register("list")
+def listed(seconds: list[Positive]) -> Law:
+    """One constant time a worker, given in full."""
+    return Law(seconds, lambda means, seed: Constant(means))
+
+
+@SPEEDS.register("lognormal")
+def lognormal(sigma: NonNegative = 1.0, mean: Seconds = 1.0, per: Per = "job") -> Law:
+    """mean exp(sigma N - sigma^2/2): the long right tail of shared machines."""
+    return _drawn(
+        mean, per, lambda g, m, size: m * g.lognormal(-(sigma**2) / 2, sigma, size)
+    )
+
+
+@SPEEDS.register("exponential")
+def exponential(mean: Seconds = 1.0, per: Per = "job") -> Law:
+    """Memoryless: Exp(1/mean)."""
+    return _drawn(mean, per, lambda g, m, size: g.exponential(m, size))
+
+
+@SPEEDS.register("gamma")
+def gamma(shape: Positive = 2.0, mean: Seconds = 1.0, per: Per = "job") -> Law:
+    """Gamma of the given shape; the coefficient of variation is shape^-1/2."""
+    return _drawn(mean, per, lambda g, m, size: g.gamma(shape, m / shape, size))
+
+
+@SPEEDS.register("uniform")
+def uniform(mean: Seconds = 1.0, offset: NonNegative = 1.0, per: Per = "job") -> Law:
+    """U(0, mean) + offset; with offset 1 AsGrad's "uniform" (the expectation is mean/2 + 1)."""
+    return _drawn(mean, per, lambda g, m, size: g.uniform(0, m, size) + offset)
+
+
+@SPEEDS.register("poisson")
+def poisson(mean: Seconds = 1.0, per: Per = "job") -> Law:
+    """Poisson(mean), whole seconds and possibly 0 (AsGrad)."""
+    return _drawn(mean, per, lambda g, m, size: g.poisson(m, size).astype(float))
+
+
+@SPEEDS.register("normal")
+def normal(mean: Seconds = 1.0, offset: NonNegative = 1.0, per: Per = "job") -> Law:
+    """|N(mean, mean^2)| + offset; with offset 1 AsGrad's "normal" (1.1666 mean + 1 expected)."""
+    return _drawn(mean, per, lambda g, m, size: np.abs(g.normal(m, m, size)) + offset)
+
+
+@SPEEDS.register("markov")
+def markov(
+    slowdown: Positive = 10.0,
+    fast_s: Positive = 100.0,
+    slow_s: Positive = 20.0,
+    mean: Seconds = 1.0,
+) -> Law:
+    """Each worker alternates between fast and slow spells of exponential length (seconds)."""
+
+    def make(means: NDArray, seed: int) -> Clock:
+        def segments(worker: int) -> Iterator[tuple[float, float]]:
+            index = 0
+            while True:
+                spells = rng(seed, "spell", worker, index).exponential(1.0, (BLOCK, 2))
+                for fast, slow in spells.tolist():
+                    yield fast * fast_s, 1.0
+                    yield slow * slow_s, slowdown
+                index += 1
+
+        return Changing(means, segments)
+
+    return Law(mean, make)
+
+
+@SPEEDS.register("periodic")
+def periodic(
+    period_s: Positive = 100.0, slowdown: Positive = 3.0, mean: Seconds = 1.0
+) -> Law:
+    """Half of each period normal, half slower; workers' phases are spread over the period."""
+
+    def make(means: NDArray, seed: int) -> Clock:
+        def segments(worker: int) -> Iterator[tuple[float, float]]:
+            phase = period_s * worker / len(means)  # how far into its period it starts
+            half = period_s / 2
+            slow = phase >= half
+            left = half - phase % half
+            while True:
+                yield left, slowdown if slow else 1.0
+                slow, left = not slow, half
+
+        return Changing(means, segments)
+
+    return Law(mean, make)
+
+
+@SPEEDS.register("trace")
+def trace(file: str) -> Law:
+    """Times from a file: CSV lines "worker,seconds", or the trace.jsonl of a run; cycled."""
+    path = Path(file).expanduser()
+
+    def make(means: NDArray, seed: int) -> Clock:
+        times: list[list[float]] = [[] for _ in means]
+        for line, worker, taken in _trace_rows(path):
+            if not 0 <= worker < len(times):
+                raise ConfigError(f"{path} line {line}: there is no worker {worker}")
+            if not 0 <= taken < np.inf:
+                raise ConfigError(f"{path} line {line}: {taken} is not a time")
+            times[worker].append(taken)
+        if short := [w for w, mine in enumerate(times) if not mine]:
+            raise ConfigError(f"{path}: has no times for worker {short[0]}")
+        return Recorded(times, means)
+
+    return Law(1.0, make)
+
+
+class Recorded(Clock):
+    """Times read from a file, cycled."""
+
+    def __init__(self, times: list[list[float]], factors: NDArray) -> None:
+        self._times = [[t * f for t in mine] for mine, f in zip(times, factors, strict=True)]
+
+    def finish(self, worker: int, number: int, start_s: float) -> float:
+        """See ``Clock``."""
+        mine = self._times[worker]
+        return start_s + mine[number % len(mine)]
+
+
+def _trace_rows(path: Path) -> Iterator[tuple[int, int, float]]:
+    """(line number, worker, seconds) of each row."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            if path.suffix == ".jsonl":
+                row = json.loads(line)
+                if isinstance(row, list) and not isinstance(row[0], str):
+                    yield number, row[1], row[6] - row[5]
+            elif line.strip() and not (number == 1 and line.startswith("worker")):
+                worker, taken = line.split(",")
+                yield number, int(worker), float(taken)
+        except (ValueError, IndexError, TypeError):
+            raise ConfigError(f'{path} line {number}: "{line[:40]}" is no worker,seconds') from None
+
+
+def parse(text: str | float | list[float]) -> Law:
+    """A law from its text; numbers, lists and ranges are constant laws.
+
+    >>> str(parse("1..10").spec)
+    "constant(mean='1..10')"
+    """
+    if isinstance(text, list):
+        return listed(seconds=[float(value) for value in text])
+    if isinstance(text, str) and not text.strip()[:1].isdigit():
+        return SPEEDS.parse(text)
+    return constant(mean=text.strip() if isinstance(text, str) else float(text))
+
+
+class Paused(Clock):
+    """A clock whose workers stand still during their outage windows and then go on."""
+
+    def __init__(self, clock: Clock, windows: dict[int, list[tuple[float, float]]]) -> None:
+        self._clock, self._windows = clock, windows
+
+    def finish(self, worker: int, number: int, start_s: float) -> float:
+        """See ``Clock``."""
+        windows = self._windows.get(worker)
+        if windows is None:
+            return self._clock.finish(worker, number, start_s)
+        awake_s = start_s - away(windows, 0.0, start_s)
+        return _wake(windows, self._clock.finish(worker, number, awake_s))
+
+
+def away(windows: list[tuple[float, float]], start_s: float, end_s: float) -> float:
+    """Seconds of ``[start_s, end_s]`` that lie in the windows (sorted, disjoint)."""
+    return sum(max(0.0, min(end_s, over) - max(start_s, begin)) for begin, over in windows)
+
+
+def _wake(windows: list[tuple[float, float]], awake_s: float) -> float:
+    """The second at which ``awake_s`` seconds outside the windows have passed."""
+    passed = 0.0
+    for begin, over in windows:
+        if awake_s + passed <= begin:
+            break
+        passed += over - begin
+    return awake_s + passed

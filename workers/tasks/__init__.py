@@ -1,0 +1,19 @@
+"""Tasks: what is minimised, batched by construction."""
+
+from offbeat.workers.tasks.contract import TASKS, Task
+from offbeat.workers.tasks.empirical import EmpiricalRisk
+from offbeat.workers.tasks.logistic import logistic
+from offbeat.workers.tasks.mlp import mlp
+from offbeat.workers.tasks.module import TorchTask
+from offbeat.workers.tasks.quadratic import Quadratic, quadratic
+
+__all__ = [
+    "TASKS",
+    "EmpiricalRisk",
+    "Quadratic",
+    "Task",
+    "TorchTask",
+    "logistic",
+    "mlp",
+    "quadratic",
+]

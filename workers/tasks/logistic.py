@@ -1,0 +1,105 @@
+"""Logistic regression, binary and multinomial."""
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from offbeat.runtime.registry import Count, Finite, Fraction, NonNegative, Seed
+from offbeat.workers.tasks.contract import TASKS
+from offbeat.workers.tasks.empirical import EmpiricalRisk, cross_entropy
+from offbeat.workers.tasks.shards import BatchSize, DType, Sampling, Shards
+
+
+class Binary:
+    """log(1 + exp(-y <a, x>)), labels 0/1 read as y = -1/+1; d = features."""
+
+    def __init__(self, features: int, start: float = 0.0) -> None:
+        self.dim, self.start = features, start
+
+    def initial(self, seed: int) -> NDArray:
+        """``start`` in every coordinate."""
+        return np.full(self.dim, self.start)
+
+    def gradient(self, x: NDArray, a: NDArray, y: NDArray, c: NDArray | float) -> tuple:
+        """See ``Model``."""
+        sign = (2 * y - 1).astype(x.dtype)  # [k, B]
+        margin = np.matmul(a, x[:, :, None])[:, :, 0]
+        margin *= sign
+        losses = (np.logaddexp(0, -margin) * c).sum(axis=1)
+        sign *= expit(-margin)
+        sign *= -c
+        return losses, np.matmul(sign[:, None, :], a)[:, 0]
+
+    def predict(self, x: NDArray, a: NDArray) -> NDArray:
+        """See ``Model``."""
+        return (a @ x > 0).astype(np.int64)
+
+
+class Multinomial:
+    """Softmax regression; parameters ``[features, classes]``, flat."""
+
+    def __init__(self, features: int, classes: int, start: float = 0.0) -> None:
+        self.shape = features, classes
+        self.dim, self.start = features * classes, start
+
+    def initial(self, seed: int) -> NDArray:
+        """``start`` in every coordinate."""
+        return np.full(self.dim, self.start)
+
+    def gradient(self, x: NDArray, a: NDArray, y: NDArray, c: NDArray | float) -> tuple:
+        """See ``Model``."""
+        logits = np.matmul(a, x.reshape(-1, *self.shape))
+        losses, residual = cross_entropy(logits, y, c)
+        return losses, np.matmul(a.transpose(0, 2, 1), residual).reshape(x.shape)
+
+    def predict(self, x: NDArray, a: NDArray) -> NDArray:
+        """See ``Model``."""
+        return (a @ x.reshape(self.shape)).argmax(axis=1)
+
+
+@TASKS.register("logistic")
+def logistic(
+    data: str = "digits",
+    *,
+    workers: Count = 10,
+    partition: str = "iid",
+    batch: BatchSize = 32,
+    sampling: Sampling = "replacement",
+    l2: NonNegative = 0.0,
+    nonconvex: NonNegative = 0.0,
+    intercept: bool = False,
+    start: Finite = 0.0,
+    holdout: Fraction = 0.0,
+    dtype: DType = "float32",
+    seed: Seed = 0,
+) -> EmpiricalRisk:
+    """Logistic regression: binary for two classes, multinomial for more.
+
+    Args:
+        data: a bundled data set or a file; see ``offbeat list data``.
+        workers: n.
+        partition: iid, contiguous, sorted, classes(c) or dirichlet(alpha).
+        batch: samples a gradient, or "full".
+        sampling: "replacement", or "passes" (each worker's share reshuffled at each pass).
+        l2, nonconvex: r(x) = l2 sum x_j^2 + nonconvex sum x_j^2 / (1 + x_j^2).
+        intercept: append a constant feature 1.
+        start: the value of every coordinate of x_0.
+        holdout: fraction held out, on which accuracy is measured.
+        dtype: precision of model and data.
+        seed: of division and sampling.
+    """
+    shards = Shards.read(
+        data,
+        workers,
+        partition=partition,
+        batch=batch,
+        sampling=sampling,
+        holdout=holdout,
+        intercept=intercept,
+        dtype=dtype,
+        seed=seed,
+    )
+    if shards.classes == 2:
+        return EmpiricalRisk(shards, Binary(shards.width, start), l2=l2, nonconvex=nonconvex)
+    model = Multinomial(shards.width, shards.classes, start)
+    return EmpiricalRisk(shards, model, l2=l2, nonconvex=nonconvex)

@@ -1,0 +1,185 @@
+"""Any torch module as a task."""
+
+import logging
+import warnings
+from collections.abc import Callable, Sized
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.randomness import bits
+from offbeat.runtime.registry import Spec
+from offbeat.workers.partition import PARTITIONS
+from offbeat.workers.tasks.shards import BatchSize, Draws, Sampling
+
+log = logging.getLogger("offbeat")
+VMAP_FROM = 16  # jobs from which one vmapped call beats a loop (it costs a fixed millisecond)
+EVALUATED = 1024  # samples evaluated at a time
+
+
+class TorchTask:
+    """f_i(x) = mean loss of a module with parameters x over worker i's samples.
+
+    The parameters, in the module's order, are one flat vector.  Many jobs at once are one call
+    of ``vmap(grad)``; a module that cannot be vmapped is looped over (said once in the log), and
+    so are few jobs.  The two agree to rounding, not to the bit.
+
+    Args:
+        module: maps a batch of inputs to outputs; its present parameters are the start.  Its
+            buffers stay as they are, so BatchNorm with running statistics is refused.
+        loss: ``loss(outputs, targets)``, a scalar mean over the batch.
+        dataset: map-style, of (input, target) pairs; a ``TensorDataset`` is fastest.
+        workers: n.
+        partition: how the samples are divided; by target where those are whole numbers.
+        batch: samples a job, or "full".
+        sampling: "replacement" or "passes".
+        seed: of division, sampling and dropout.
+        device: where gradients are computed.
+
+    Raises:
+        ConfigError: running statistics, an empty dataset, parameters of several types.
+    """
+
+    spec: Spec | None = None
+
+    def __init__(
+        self,
+        module: Any,
+        loss: Callable[[Any, Any], Any],
+        dataset: Sized,
+        *,
+        workers: int = 10,
+        partition: str = "iid",
+        batch: BatchSize = 32,
+        sampling: Sampling = "replacement",
+        seed: int = 0,
+        device: str = "cpu",
+    ) -> None:
+        import torch
+
+        self._torch, self.workers, self._seed, self.device = torch, workers, seed, device
+        self._module = module.to(device).train()
+        self._loss, self._data = loss, dataset
+        named = dict(module.named_parameters())
+        self._names, self._shapes = list(named), [p.shape for p in named.values()]
+        self._sizes = [p.numel() for p in named.values()]
+        self.dim = sum(self._sizes)
+        self._check(dataset)
+        self._initial = torch.nn.utils.parameters_to_vector(named.values()).detach().cpu().numpy()
+        labels = self._labels() if partition.split("(")[0] != "iid" else np.zeros(len(dataset))
+        parts = PARTITIONS.parse(partition)(labels, workers, seed)
+        self._order = np.concatenate(parts)
+        self._draws = Draws(parts, batch=batch, sampling=sampling, seed=seed)
+        dropout = torch.nn.modules.dropout._DropoutNd
+        self._stochastic = any(isinstance(m, dropout) and m.p > 0 for m in module.modules())
+        self._vmaps = not self._stochastic
+        self._grad = torch.func.grad_and_value(self._value)
+
+    def _check(self, dataset: Sized) -> None:
+        if not len(dataset):
+            raise ConfigError("TorchTask: the dataset is empty")
+        if len({p.dtype for p in self._module.parameters()}) != 1:
+            raise ConfigError("TorchTask: the module needs parameters, all of one dtype")
+        for name, part in self._module.named_modules():
+            if getattr(part, "running_mean", None) is not None:
+                raise ConfigError(
+                    f"TorchTask: {name or 'the module'} keeps running statistics, which are not "
+                    "part of the model vector; use track_running_stats=False or GroupNorm"
+                )
+
+    def _labels(self) -> NDArray:
+        if hasattr(self._data, "tensors"):
+            return np.asarray(self._data.tensors[1].reshape(len(self._data), -1)[:, 0])
+        return np.array([int(self._data[i][1]) for i in range(len(self._data))])  # type: ignore[index]
+
+    def _samples(self, rows: NDArray) -> tuple[Any, Any]:
+        """Inputs and targets of dataset rows ``[...]``, stacked to ``[..., *]``, on the device."""
+        torch = self._torch
+        if hasattr(self._data, "tensors"):
+            at = torch.from_numpy(rows)
+            inputs, targets = (tensor[at] for tensor in self._data.tensors)
+        else:
+            collate = torch.utils.data.default_collate
+            inputs, targets = collate([self._data[i] for i in rows.ravel().tolist()])  # type: ignore[index]
+            inputs = inputs.reshape(*rows.shape, *inputs.shape[1:])
+            targets = targets.reshape(*rows.shape, *targets.shape[1:])
+        return inputs.to(self.device), targets.to(self.device)
+
+    def _outputs(self, flat: Any, inputs: Any) -> Any:
+        """The module's answer with parameters ``flat [d]``."""
+        pieces = self._torch.split(flat, self._sizes)
+        named = zip(self._names, pieces, self._shapes, strict=True)
+        parameters = {name: piece.view(shape) for name, piece, shape in named}
+        return self._torch.func.functional_call(self._module, parameters, (inputs,))
+
+    def _value(self, flat: Any, inputs: Any, targets: Any) -> Any:
+        return self._loss(self._outputs(flat, inputs), targets)
+
+    def _tensor(self, x: NDArray) -> Any:
+        """``x`` on the device; on the CPU it is the same memory, which nothing here writes to."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return self._torch.from_numpy(x).to(self.device)
+
+    def initial(self, seed: int) -> NDArray:
+        """The module's parameters as they were given, for every seed."""
+        return self._initial.copy()
+
+    def gradient(self, x: NDArray, worker: NDArray, draw: NDArray) -> tuple[NDArray, NDArray]:
+        """Losses ``[k]`` and gradients ``[k, d]``; see ``Task``."""
+        torch = self._torch
+        if len(x) >= VMAP_FROM and self._vmaps and self._draws.batch != "full":
+            inputs, targets = self._samples(self._order[self._draws.rows(worker, draw)])
+            try:
+                found = torch.func.vmap(self._grad)(self._tensor(x), inputs, targets)
+            except (RuntimeError, NotImplementedError, ValueError) as error:
+                self._vmaps = False
+                log.warning("this module cannot be vmapped (%s); jobs are computed singly", error)
+            else:
+                gradients, losses = found
+                return losses.detach().cpu().numpy(), gradients.detach().cpu().numpy()
+        losses, gradients = np.empty(len(x), x.dtype), np.empty_like(x)
+        for j, (w, t) in enumerate(zip(worker.tolist(), draw.tolist(), strict=True)):
+            losses[j], gradients[j] = self._one(x[j], w, t)
+        return losses, gradients
+
+    def _one(self, x: NDArray, worker: int, draw: int) -> tuple[float, NDArray]:
+        torch = self._torch
+        address = np.array([worker]), np.array([draw])
+        if self._draws.batch == "full":
+            rows = self._order[self._draws.share(worker)]
+        else:
+            rows = self._order[self._draws.rows(*address)[0]]
+        inputs, targets = self._samples(rows)
+        flat = self._tensor(x).detach().requires_grad_()
+        with torch.random.fork_rng(enabled=self._stochastic):
+            if self._stochastic:
+                torch.manual_seed(int(bits(self._seed, "dropout", *address, 1)[0, 0] >> 1))
+            value = self._value(flat, inputs, targets)
+        (gradient,) = torch.autograd.grad(value, flat)
+        return float(value.detach()), gradient.cpu().numpy()
+
+    def evaluate(self, x: NDArray) -> dict[str, float]:
+        """loss and grad_norm of f, in evaluation mode; accuracy where targets are classes."""
+        torch, draws = self._torch, self._draws
+        flat = self._tensor(x).detach().requires_grad_()
+        total, right, classes = 0.0, 0, False
+        gradient = torch.zeros_like(flat)
+        self._module.eval()
+        for worker in range(self.workers):
+            mine = self._order[draws.share(worker)]
+            for first in range(0, len(mine), EVALUATED):
+                inputs, targets = self._samples(mine[first : first + EVALUATED])
+                outputs = self._outputs(flat, inputs)
+                share = len(targets) / (len(mine) * self.workers)
+                value = self._loss(outputs, targets) * share
+                gradient += torch.autograd.grad(value, flat)[0]
+                total += float(value.detach())
+                classes = not targets.is_floating_point() and outputs.ndim == 2
+                if classes:
+                    right += int((outputs.argmax(1) == targets).sum())
+        self._module.train()
+        facts = {"loss": total, "grad_norm": float(gradient.norm())}
+        return facts | ({"accuracy": right / len(self._order)} if classes else {})

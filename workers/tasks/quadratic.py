@@ -1,0 +1,84 @@
+"""Quadratics with a known optimum: the instrument on which theory is checked."""
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtri
+
+from offbeat.runtime.randomness import uniform
+from offbeat.runtime.registry import AtLeastOne, Count, NonNegative, Seed, Spec
+from offbeat.workers.tasks.contract import TASKS
+
+
+class Quadratic:
+    """f_i(x) = 1/2 (x - c_i)' diag(h) (x - c_i), gradients with N(0, noise^2) on top.
+
+    The optimum of the mean is mean(c_i), whatever h is.
+
+    Args:
+        centers: ``[n, d]``, one minimiser a worker.
+        curvature: ``[d]``, the diagonal h.
+        noise: standard deviation of each coordinate of a gradient's noise.
+        seed: of the noise.
+    """
+
+    spec: Spec | None = None
+
+    def __init__(
+        self, centers: NDArray, curvature: NDArray | None = None, noise: float = 0.0, seed: int = 0
+    ) -> None:
+        self.centers = np.asarray(centers, np.float64)
+        self.workers, self.dim = self.centers.shape
+        self.curvature = np.ones(self.dim) if curvature is None else curvature
+        self.noise, self.seed = noise, seed
+        self.optimum = self.centers.mean(axis=0)
+        self._floor = self._mean_loss(self.optimum)
+
+    def _mean_loss(self, x: NDArray) -> float:
+        return float(0.5 * (self.curvature * (x - self.centers) ** 2).sum(axis=1).mean())
+
+    def initial(self, seed: int) -> NDArray:
+        """Zero, for every seed."""
+        return np.zeros(self.dim)
+
+    def gradient(self, x: NDArray, worker: NDArray, draw: NDArray) -> tuple[NDArray, NDArray]:
+        """Losses ``[k]`` (without noise) and gradients ``[k, d]``."""
+        apart = x - self.centers[worker]
+        gradient = self.curvature * apart
+        losses = 0.5 * (gradient * apart).sum(axis=1)
+        if self.noise:
+            address = uniform(self.seed, "noise", worker, draw, self.dim)
+            gradient += self.noise * ndtri(address)
+        return losses, gradient
+
+    def evaluate(self, x: NDArray) -> dict[str, float]:
+        """``loss`` is f(x) - f*; ``distance2`` is ||x - x*||^2."""
+        apart = x - self.optimum
+        return {
+            "loss": self._mean_loss(x) - self._floor,
+            "grad_norm": float(np.linalg.norm(self.curvature * apart)),
+            "distance2": float(apart @ apart),
+        }
+
+
+@TASKS.register("quadratic")
+def quadratic(
+    dim: Count = 10,
+    *,
+    workers: Count = 10,
+    spread: NonNegative = 1.0,
+    condition: AtLeastOne = 1.0,
+    noise: NonNegative = 0.0,
+    seed: Seed = 0,
+) -> Quadratic:
+    """Quadratics around centres drawn from N(0, spread^2): known optimum, heterogeneous workers.
+
+    Args:
+        dim: d.
+        workers: n.
+        spread: standard deviation of the workers' centres; 0 makes the workers alike.
+        condition: ratio of the largest to the smallest curvature (spaced evenly in log).
+        noise: standard deviation of each gradient coordinate's noise.
+        seed: of centres and noise.
+    """
+    centers = np.random.default_rng(seed).standard_normal((workers, dim)) * spread
+    return Quadratic(centers, np.geomspace(1.0 / condition, 1.0, dim), noise, seed)
