@@ -11,7 +11,7 @@ batch.  The trajectory is that of one-at-a-time evaluation, the cost that of a b
 
 import math
 from collections import deque
-from heapq import heappop, heappush
+from heapq import heappop, heappush, heapreplace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,6 +95,7 @@ class VirtualWorkers:
         self._numbers = [0] * n
         self._free_s = [0.0] * n
         self._heap: list[tuple[float, int, Job]] = []
+        self._popped = False  # the first entry is used up: the next one takes its place
         self._running: list[Job | None] = [None] * n
         self._queues: list[deque[Job]] = [deque() for _ in range(n)]
         self._missing: list[Job] = []  # outstanding jobs not computed yet, oldest first
@@ -111,6 +112,7 @@ class VirtualWorkers:
             spans = [(w, span) for w, mine in windows.items() for span in mine]
             changes = [(span[back], back, w) for w, span in spans for back in (0, 1)]
             self._changes = sorted(c for c in changes if c[0] < math.inf)
+        self._await_change()
 
     def take(self, worker: int, x: NDArray, step: int) -> None:
         """Queue a job for ``worker``, or for who stands in for it while it is away."""
@@ -144,33 +146,38 @@ class VirtualWorkers:
         self._running[worker] = job
         job.order = order = self._order
         self._order = order + 1
-        heappush(self._heap, (time_s, order, job))
+        if self._popped:
+            self._popped = False
+            heapreplace(self._heap, (time_s, order, job))
+        else:
+            heappush(self._heap, (time_s, order, job))
 
     def next_s(self) -> float:
         """When the next event happens; infinite where nothing is left to happen."""
         heap = self._heap
+        if self._popped:
+            self._popped = False
+            heappop(heap)
         while heap and heap[0][2].dropped:
             heappop(heap)
         time_s = heap[0][0] if heap else math.inf
-        if self._next_change < len(self._changes):
-            return min(time_s, self._changes[self._next_change][0])
-        return time_s
+        return time_s if time_s < self._change_s else self._change_s
 
     def pop(self) -> Job | Left | Joined:
         """The next event; a result comes with its payload.  Call after ``next_s``."""
         heap = self._heap
-        if self._next_change < len(self._changes):
-            change = self._changes[self._next_change]
-            if not heap or change[0] < heap[0][0]:
-                return self._change(*change)
-        job = heappop(heap)[2]
+        if self._change_s < math.inf and (not heap or self._change_s < heap[0][0]):
+            return self._change(*self._changes[self._next_change])
+        job = heap[0][2]
+        self._popped = True
         if job.payload is None:
             self._compute(job)
         self.now_s = job.time_s
         worker = job.worker
         self.outstanding -= 1
         self.done[worker] += 1
-        self.busy_s[worker] += self._spent(job, job.end_s) if self._pauses else job.end_s - job.start_s
+        end_s = job.end_s
+        self.busy_s[worker] += self._spent(job, end_s) if self._pauses else end_s - job.start_s
         self._running[worker] = None
         queue = self._queues[worker]
         if queue:
@@ -243,13 +250,13 @@ class VirtualWorkers:
             x = np.array([job.x for job in jobs])
         worker = np.array([job.worker for job in jobs])
         draw = np.array([job.number for job in jobs])
-        losses, payloads = self.task.gradient(x, worker, draw)
-        flat = payloads.ravel()
-        if not math.isfinite(float(flat @ flat) + float(losses.sum())):
+        rows, payloads = self.task.gradient(x, worker, draw)
+        losses, flat = rows.tolist(), payloads.reshape(-1)
+        if not math.isfinite(float(flat.dot(flat)) + sum(losses)):
             # Not a number marks the rows that are not finite; their arrival stops the run.
-            losses = np.where(np.isfinite(payloads).all(axis=1), losses, np.nan)
-            losses[np.isinf(losses)] = np.nan
-        for job, loss, payload in zip(jobs, losses.tolist(), payloads, strict=True):
+            good = np.isfinite(payloads).all(axis=1) & np.isfinite(rows)
+            losses = np.where(good, rows, np.nan).tolist()
+        for job, loss, payload in zip(jobs, losses, payloads, strict=True):
             job.loss, job.payload = loss, payload
 
     # -- Outages ------------------------------------------------------------------------------
@@ -258,6 +265,7 @@ class VirtualWorkers:
         """A worker leaves or returns."""
         self.now_s = time_s
         self._next_change += 1
+        self._await_change()
         if back:
             self._away.discard(worker)
             stranded, self._stranded = self._stranded, []
@@ -271,6 +279,10 @@ class VirtualWorkers:
         for job in reversed(jobs):
             self._drop(job)
         return Left(worker, jobs)
+
+    def _await_change(self) -> None:
+        ahead = self._changes[self._next_change :]
+        self._change_s = ahead[0][0] if ahead else math.inf
 
     def _least_loaded(self) -> int | None:
         here = [w for w in range(self.n) if w not in self._away]
@@ -314,6 +326,7 @@ class VirtualWorkers:
         for key, value in state["counters"].items():
             setattr(self, key, value)
         self._away = set(state["away"])
+        self._await_change()
         models = state["models"]
         for x in models:
             x.flags.writeable = False

@@ -9,7 +9,7 @@ of the second at which it starts.
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,8 @@ from offbeat.runtime.registry import NonNegative, Positive, Registry, Spec
 SPEEDS = Registry("speed law")
 Seconds = Positive | list[Positive] | str
 Per = Literal["job", "worker"]
-BLOCK = 64  # durations drawn ahead a worker
+FIRST_BLOCK, BLOCK = 16, 64  # durations drawn ahead a worker: at the start, later
+Draw = Callable[[np.random.Generator, Any, Any], NDArray]  # (generator, means, size) -> seconds
 
 
 class Clock(Protocol):
@@ -88,26 +89,32 @@ class Constant(Clock):
 
 
 class Drawn(Clock):
-    """Times drawn job by job, in blocks: ``draw(generator, mean, size)``."""
+    """Times drawn job by job: ``draw(generator, means, size)``, the means broadcast.
 
-    def __init__(
-        self,
-        means: NDArray,
-        seed: int,
-        draw: Callable[[np.random.Generator, float, int], NDArray],
-    ) -> None:
+    The first jobs of all workers are drawn together, later ones a block and worker at a time.
+    """
+
+    def __init__(self, means: NDArray, seed: int, draw: Draw) -> None:
         self._means, self._seed, self._draw = means.tolist(), seed, draw
-        self._block = [-1] * len(means)
-        self._times: list[list[float]] = [[] for _ in means]
+        first = draw(rng(seed, "duration"), means[:, None], (len(means), FIRST_BLOCK))
+        self._times: list[list[float]] = first.tolist()
+        self._from = [0] * len(means)  # number of the first job in _times
 
     def finish(self, worker: int, number: int, start_s: float) -> float:
         """See ``Clock``."""
-        block, at = divmod(number, BLOCK)
-        if self._block[worker] != block:
-            generator = rng(self._seed, "duration", worker, block)
-            drawn = self._draw(generator, self._means[worker], BLOCK)
-            self._times[worker], self._block[worker] = drawn.tolist(), block
+        at = number - self._from[worker]
+        if not 0 <= at < len(self._times[worker]):
+            at = self._refill(worker, number)
         return start_s + self._times[worker][at]
+
+    def _refill(self, worker: int, number: int) -> int:
+        """Draw the block that has job ``number``; answers its place in it."""
+        block, at = divmod(number - FIRST_BLOCK, BLOCK)
+        assert block >= 0, "a worker's jobs are asked for in order"
+        generator = rng(self._seed, "duration", worker, block + 1)
+        self._times[worker] = self._draw(generator, self._means[worker], BLOCK).tolist()
+        self._from[worker] = number - at
+        return at
 
 
 class Changing(Clock):
@@ -140,15 +147,14 @@ class Changing(Clock):
 def _drawn(
     mean: Seconds,
     per: Per,
-    draw: Callable[[np.random.Generator, float, int], NDArray],
+    draw: Draw,
 ) -> Law:
     """A law of draws, one a job or one a worker for good."""
 
     def make(means: NDArray, seed: int) -> Clock:
         if per == "job":
             return Drawn(means, seed, draw)
-        firsts = [draw(rng(seed, "speed", w), m, 1)[0] for w, m in enumerate(means.tolist())]
-        return Constant(np.array(firsts))
+        return Constant(draw(rng(seed, "speed"), means, len(means)))
 
     return Law(mean, make)
 

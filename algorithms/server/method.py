@@ -99,6 +99,9 @@ class Schedule:
 
     def arrived(self, server: Server, worker: int) -> None:
         """One more result is in and has been applied."""
+        if self.wait == 1 and not self.synchronous:  # the common case, without the detour
+            server.assign(self.order.next(server, worker))
+            return
         self.done.append(worker)
         if len(self.done) == self.wait or not server.outstanding:
             self._hand_out(server)

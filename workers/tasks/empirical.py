@@ -18,8 +18,17 @@ class Model(Protocol):
         """The starting parameters ``[d]``."""
         ...
 
-    def gradient(self, x: NDArray, a: NDArray, y: NDArray, c: NDArray | float) -> tuple:
-        """Losses ``[k]`` and gradients ``[k, d]`` of sum_b c_b loss(x_j; a_jb, y_jb)."""
+    def targets(self, labels: NDArray, dtype: np.dtype) -> NDArray:
+        """What ``gradient`` wants to know of the classes ``labels [N]``: ``[N]``."""
+        ...
+
+    def gradient(
+        self, x: NDArray, a: NDArray, y: NDArray, c: NDArray
+    ) -> tuple[NDArray, NDArray]:
+        """Losses ``[k]`` and gradients ``[k, d]`` of sum_b c_b loss(x_j; a_jb, y_jb).
+
+        ``a [k, B, f]`` are features, ``y [k, B]`` targets (to overwrite), ``c [B]`` weights.
+        """
         ...
 
     def predict(self, x: NDArray, a: NDArray) -> NDArray:
@@ -46,7 +55,9 @@ class EmpiricalRisk:
     ) -> None:
         self.shards, self.model, self.l2, self.nonconvex = shards, model, l2, nonconvex
         self.workers, self.dim = shards.workers, model.dim
+        shards.targets = model.targets(shards.labels, shards.features.dtype)
         self._weights = shards.weights
+        self._even: dict[int, NDArray] = {}  # batch size -> [B], all 1/B
 
     def initial(self, seed: int) -> NDArray:
         """The model's starting point ``[d]``, in the data's precision."""
@@ -54,17 +65,30 @@ class EmpiricalRisk:
 
     def gradient(self, x: NDArray, worker: NDArray, draw: NDArray) -> tuple[NDArray, NDArray]:
         """Losses ``[k]`` and gradients ``[k, d]``; see ``Task``."""
-        losses = np.empty(len(x), x.dtype)
-        gradients = np.empty_like(x)
-        for jobs, a, y in self.shards.batches(worker, draw):
-            losses[jobs], gradients[jobs] = self.model.gradient(x[jobs], a, y, 1.0 / y.shape[1])
-        return self._regularised(x, losses, gradients)
+        found = [
+            self.model.gradient(x[jobs], a, y, self._mean(y.shape[1]))
+            for jobs, a, y in self.shards.batches(worker, draw)
+        ]
+        if len(found) == 1:
+            losses, gradients = found[0]
+        else:
+            losses, gradients = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        if self.l2 or self.nonconvex:
+            losses = self._regularise(x, losses, gradients)
+        return losses, gradients
+
+    def _mean(self, count: int) -> NDArray:
+        """``[B]`` equal weights."""
+        if count not in self._even:
+            self._even[count] = np.full(count, 1.0 / count, self._weights.dtype)
+        return self._even[count]
 
     def evaluate(self, x: NDArray) -> dict[str, float]:
         """loss and grad_norm of f; accuracy, on held-out samples where there are any."""
         one, s = x[None], self.shards
-        found = self.model.gradient(one, s.features[None], s.labels[None], self._weights)
-        losses, gradients = self._regularised(one, *found)
+        targets = s.targets[None].copy()
+        losses, gradients = self.model.gradient(one, s.features[None], targets, self._weights)
+        losses = self._regularise(one, losses, gradients)
         a, y = s.test or (s.features, s.labels)
         return {
             "loss": float(losses[0]),
@@ -72,9 +96,8 @@ class EmpiricalRisk:
             "accuracy": float((self.model.predict(x, a) == y).mean()),
         }
 
-    def _regularised(
-        self, x: NDArray, losses: NDArray, gradients: NDArray
-    ) -> tuple[NDArray, NDArray]:
+    def _regularise(self, x: NDArray, losses: NDArray, gradients: NDArray) -> NDArray:
+        """Add r to ``losses`` (answered) and its gradient to ``gradients`` (in place)."""
         if self.l2:
             losses = losses + self.l2 * (x * x).sum(axis=1)
             gradients += 2 * self.l2 * x
@@ -82,14 +105,21 @@ class EmpiricalRisk:
             q = 1 + x * x
             losses = losses + self.nonconvex * (1 - 1 / q).sum(axis=1)
             gradients += 2 * self.nonconvex * x / (q * q)
-        return losses, gradients
+        return losses
 
 
-def cross_entropy(z: NDArray, y: NDArray, c: NDArray | float) -> tuple[NDArray, NDArray]:
+def weighted_sum(losses: NDArray, c: NDArray) -> NDArray:
+    """``[k]`` sums over b of c_b losses ``[k, b]``, each row by a product of its own.
+
+    One product for all rows would round differently for different k.
+    """
+    return np.matmul(losses[:, None, :], c[:, None])[:, 0, 0]
+
+
+def cross_entropy(z: NDArray, y: NDArray, c: NDArray) -> tuple[NDArray, NDArray]:
     """Losses ``[k]`` and residuals ``[k, B, C]`` (the gradient in z) of logits ``z [k, B, C]``.
 
-    ``y [k, B]`` are the classes, ``c`` the weight of each sample (a number or ``[B]``).
-    ``z`` is overwritten.
+    ``y [k, B]`` are the classes, ``c [B]`` the weights of the samples.  ``z`` is overwritten.
     """
     k, b, classes = z.shape
     z -= z.max(axis=2, keepdims=True)
@@ -97,8 +127,8 @@ def cross_entropy(z: NDArray, y: NDArray, c: NDArray | float) -> tuple[NDArray, 
     picked = flat[mine].reshape(k, b)
     np.exp(z, out=z)
     total = z.sum(axis=2)
-    losses = ((np.log(total) - picked) * c).sum(axis=1)
+    losses = weighted_sum(np.log(total) - picked, c)
     z /= total[:, :, None]
     flat[mine] -= 1
-    z *= c if isinstance(c, float) else c[:, None]
+    z *= c[:, None]
     return losses, z

@@ -6,7 +6,7 @@ from scipy.special import expit
 
 from offbeat.runtime.registry import Count, Finite, Fraction, NonNegative, Seed
 from offbeat.workers.tasks.contract import TASKS
-from offbeat.workers.tasks.empirical import EmpiricalRisk, cross_entropy
+from offbeat.workers.tasks.empirical import EmpiricalRisk, cross_entropy, weighted_sum
 from offbeat.workers.tasks.shards import BatchSize, DType, Sampling, Shards
 
 
@@ -20,15 +20,18 @@ class Binary:
         """``start`` in every coordinate."""
         return np.full(self.dim, self.start)
 
-    def gradient(self, x: NDArray, a: NDArray, y: NDArray, c: NDArray | float) -> tuple:
+    def targets(self, labels: NDArray, dtype: np.dtype) -> NDArray:
+        """-y: +1 for class 0, -1 for class 1."""
+        return (1 - 2 * labels).astype(dtype)
+
+    def gradient(self, x: NDArray, a: NDArray, y: NDArray, c: NDArray) -> tuple[NDArray, NDArray]:
         """See ``Model``."""
-        sign = (2 * y - 1).astype(x.dtype)  # [k, B]
-        margin = np.matmul(a, x[:, :, None])[:, :, 0]
-        margin *= sign
-        losses = (np.logaddexp(0, -margin) * c).sum(axis=1)
-        sign *= expit(-margin)
-        sign *= -c
-        return losses, np.matmul(sign[:, None, :], a)[:, 0]
+        u = np.matmul(a, x[:, :, None])[:, :, 0]
+        u *= y  # minus the margin
+        losses = weighted_sum(np.logaddexp(0, u), c)
+        y *= expit(u)
+        y *= c
+        return losses, np.matmul(y[:, None, :], a)[:, 0]
 
     def predict(self, x: NDArray, a: NDArray) -> NDArray:
         """See ``Model``."""
@@ -46,7 +49,11 @@ class Multinomial:
         """``start`` in every coordinate."""
         return np.full(self.dim, self.start)
 
-    def gradient(self, x: NDArray, a: NDArray, y: NDArray, c: NDArray | float) -> tuple:
+    def targets(self, labels: NDArray, dtype: np.dtype) -> NDArray:
+        """The classes."""
+        return labels
+
+    def gradient(self, x: NDArray, a: NDArray, y: NDArray, c: NDArray) -> tuple[NDArray, NDArray]:
         """See ``Model``."""
         logits = np.matmul(a, x.reshape(-1, *self.shape))
         losses, residual = cross_entropy(logits, y, c)

@@ -56,7 +56,11 @@ class MLP:
             values.append(z)
         return values
 
-    def gradient(self, x: NDArray, a: NDArray, y: NDArray, c: NDArray | float) -> tuple:
+    def targets(self, labels: NDArray, dtype: np.dtype) -> NDArray:
+        """The classes."""
+        return labels
+
+    def gradient(self, x: NDArray, a: NDArray, y: NDArray, c: NDArray) -> tuple[NDArray, NDArray]:
         """See ``Model``."""
         layers = self._layers(x)
         *values, logits = self._forward(layers, a)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.randomness import bits
+from offbeat.runtime.randomness import Streams
 from offbeat.runtime.registry import Spec
 from offbeat.workers.partition import PARTITIONS
 from offbeat.workers.tasks.shards import BatchSize, Draws, Sampling
@@ -59,7 +59,7 @@ class TorchTask:
     ) -> None:
         import torch
 
-        self._torch, self.workers, self._seed, self.device = torch, workers, seed, device
+        self._torch, self.workers, self.device = torch, workers, device
         self._module = module.to(device).train()
         self._loss, self._data = loss, dataset
         named = dict(module.named_parameters())
@@ -74,6 +74,7 @@ class TorchTask:
         self._draws = Draws(parts, batch=batch, sampling=sampling, seed=seed)
         dropout = torch.nn.modules.dropout._DropoutNd
         self._stochastic = any(isinstance(m, dropout) and m.p > 0 for m in module.modules())
+        self._dropout = Streams(seed, "dropout", workers)
         self._vmaps = not self._stochastic
         self._grad = torch.func.grad_and_value(self._value)
 
@@ -156,7 +157,7 @@ class TorchTask:
         flat = self._tensor(x).detach().requires_grad_()
         with torch.random.fork_rng(enabled=self._stochastic):
             if self._stochastic:
-                torch.manual_seed(int(bits(self._seed, "dropout", *address, 1)[0, 0] >> 1))
+                torch.manual_seed(int(self._dropout.bits(*address, 1)[0, 0] >> 1))
             value = self._value(flat, inputs, targets)
         (gradient,) = torch.autograd.grad(value, flat)
         return float(value.detach()), gradient.cpu().numpy()

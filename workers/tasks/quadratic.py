@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-from offbeat.runtime.randomness import uniform
+from offbeat.runtime.randomness import Streams
 from offbeat.runtime.registry import AtLeastOne, Count, NonNegative, Seed, Spec
 from offbeat.workers.tasks.contract import TASKS
 
@@ -29,7 +29,8 @@ class Quadratic:
         self.centers = np.asarray(centers, np.float64)
         self.workers, self.dim = self.centers.shape
         self.curvature = np.ones(self.dim) if curvature is None else curvature
-        self.noise, self.seed = noise, seed
+        self.noise = noise
+        self._streams = Streams(seed, "noise", self.workers)
         self.optimum = self.centers.mean(axis=0)
         self._floor = self._mean_loss(self.optimum)
 
@@ -46,8 +47,7 @@ class Quadratic:
         gradient = self.curvature * apart
         losses = 0.5 * (gradient * apart).sum(axis=1)
         if self.noise:
-            address = uniform(self.seed, "noise", worker, draw, self.dim)
-            gradient += self.noise * ndtri(address)
+            gradient += self.noise * ndtri(self._streams.uniform(worker, draw, self.dim))
         return losses, gradient
 
     def evaluate(self, x: NDArray) -> dict[str, float]:

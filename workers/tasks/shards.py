@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.randomness import integers, rng
+from offbeat.runtime.randomness import Streams, rng
 from offbeat.runtime.registry import Count
 from offbeat.workers.data import load
 from offbeat.workers.partition import PARTITIONS, Parts
@@ -17,8 +17,9 @@ BatchSize = Count | Literal["full"]
 DType = Literal["float32", "float64"]
 
 GATHER_BYTES = 2**21  # rows gathered at a time; larger gains nothing and leaves the cache
-FEW = 8  # up to so many jobs, a worker's next draws are taken from a block made ahead
-BLOCK = 16  # draws a block
+FEW = 16  # up to so many jobs, a worker's next draws are taken from a block made ahead
+BLOCK = 128  # draws a block
+AHEAD = 2048  # workers for which blocks are kept at most
 
 
 class Draws:
@@ -36,6 +37,9 @@ class Draws:
         self.sizes = np.array([len(part) for part in parts])
         self.starts = np.cumsum(self.sizes) - self.sizes
         self.batch, self.sampling, self.seed = batch, sampling, seed
+        self._streams = Streams(seed, "sample", len(parts))
+        self._below = self.sizes.astype(np.uint64)[:, None]
+        self._first = self.starts[:, None]
         self._orders: dict[tuple[int, int], NDArray] = {}  # (worker, pass) -> permutation
         self._ahead: dict[int, tuple[int, NDArray]] = {}  # worker -> block number, [BLOCK, B] rows
 
@@ -47,24 +51,27 @@ class Draws:
         """``[k, B]``: the samples of each job."""
         if self.sampling == "passes":
             return np.stack([self._in_pass(*job) for job in zip(worker, draw, strict=True)])
-        if len(worker) > FEW:
+        if len(worker) > FEW or len(self.sizes) > AHEAD:
             return self._drawn(worker, draw)
-        found = []
-        for w, t in zip(worker.tolist(), draw.tolist(), strict=True):
-            number, block = self._ahead.get(w, (-1, worker))
-            if number != t // BLOCK:
-                number = t // BLOCK
-                block = self._drawn(
-                    np.full(BLOCK, w), np.arange(number * BLOCK, (number + 1) * BLOCK)
-                )
-                self._ahead[w] = number, block
-            found.append(block[t % BLOCK])
-        return np.array(found)
+        found = [
+            self._next(w, t) for w, t in zip(worker.tolist(), draw.tolist(), strict=True)
+        ]
+        return np.array(found) if len(found) > 1 else found[0][None]
+
+    def _next(self, worker: int, draw: int) -> NDArray[np.int64]:
+        """``[B]`` samples of one job, from the block of the worker's draws around it."""
+        number, at = divmod(draw, BLOCK)
+        known = self._ahead.get(worker)
+        if known is None or known[0] != number:
+            draws = np.arange(number * BLOCK, (number + 1) * BLOCK)
+            known = number, self._drawn(np.full(BLOCK, worker), draws)
+            self._ahead[worker] = known
+        return known[1][at]
 
     def _drawn(self, worker: NDArray, draw: NDArray) -> NDArray[np.int64]:
-        below = self.sizes[worker]
-        picked = integers(self.seed, "sample", worker, draw, int(self.batch), below)
-        return picked + self.starts[worker][:, None]
+        picked = self._streams.integers(worker, draw, int(self.batch), self._below[worker])
+        picked += self._first[worker]
+        return picked
 
     def _in_pass(self, worker: int, draw: int) -> NDArray[np.int64]:
         size, batch = int(self.sizes[worker]), int(self.batch)
@@ -107,6 +114,7 @@ class Shards:
         order = np.concatenate(parts)
         self.features = np.ascontiguousarray(features[order])
         self.labels = labels[order]
+        self.targets = self.labels  # what a model makes of the labels
         self.workers, self.width = len(parts), features.shape[1]
         self.classes = int(labels.max()) + 1
         self.draws = Draws(parts, batch=batch, sampling=sampling, seed=seed)
@@ -157,14 +165,14 @@ class Shards:
     def batches(
         self, worker: NDArray, draw: NDArray
     ) -> Iterator[tuple[slice, NDArray, NDArray]]:
-        """``(which jobs, features [k, B, f], labels [k, B])``, a cacheful of jobs at a time.
+        """``(which jobs, features [k, B, f], targets [k, B])``, a cacheful of jobs at a time.
 
         The arrays are good until the next one is asked for.
         """
         if self.draws.batch == "full":
             for j, w in enumerate(worker.tolist()):
                 mine = self.draws.share(w)
-                yield slice(j, j + 1), self.features[None, mine], self.labels[None, mine]
+                yield slice(j, j + 1), self.features[None, mine], self.targets[None, mine].copy()
             return
         rows = self.draws.rows(worker, draw)
         for first in range(0, len(rows), self._chunk):
@@ -174,4 +182,4 @@ class Shards:
             out = self._gathered[: some.size]
             self.features.take(some.ravel(), axis=0, out=out, mode="clip")
             jobs = slice(first, first + len(some))
-            yield jobs, out.reshape(*some.shape, self.width), self.labels[some]
+            yield jobs, out.reshape(*some.shape, self.width), self.targets.take(some)
