@@ -208,7 +208,11 @@ class Engine:
         if every is not None:
             self._next_step = (self.server.step // every + 1) * every
         if every_s is not None:
-            self._next_s = (self.workers.now_s // every_s + 1) * every_s
+            now_s = self.workers.now_s
+            count = int(now_s / every_s)
+            while (next_s := count * every_s) <= now_s:  # rounding may need one more
+                count += 1
+            self._next_s = next_s
 
     def _outage(self, event: Left | Joined) -> None:
         workers, server = self.workers, self.server

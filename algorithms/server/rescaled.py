@@ -3,8 +3,8 @@
 Mahran, Maranjyan, Richtarik, "Rescaled Asynchronous SGD: Optimal Distributed Optimization under
 Data and System Heterogeneity", 2026 (arXiv:2605.13434).  Pure asynchronous SGD whose steps are
 proportional to the worker's computation time, so that all workers weigh alike over a cycle.
-Only the abstract was at hand: compute times are *observed* here, and the factors are normalised
-to mean one over arrivals, w_i = s_i (1/n) sum_j 1/s_j (both our reading, UNVERIFIED).
+Only the abstract was at hand: compute times are *observed* here, and the step of worker i is
+lr s_i / mean_j s_j over the workers heard of so far (both our reading, UNVERIFIED).
 """
 
 from dataclasses import dataclass, field
@@ -18,17 +18,17 @@ from offbeat.runtime.registry import Positive
 
 @dataclass
 class Rescale(Rule):
-    """w_i g; a worker not heard of yet counts as infinitely slow."""
+    """g s_i / mean_j s_j, s_i the mean seconds of worker i's jobs so far."""
 
-    speeds: dict[int, float] = field(default_factory=dict)  # worker -> observed jobs a second
+    seconds: dict[int, float] = field(default_factory=dict)  # worker -> s_i
     total: float = 0.0  # sum of them
 
-    def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray | None:
+    def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray:
         """See ``Rule``."""
-        speed = server.speed(update.worker)
-        self.total += speed - self.speeds.get(update.worker, 0.0)
-        self.speeds[update.worker] = speed
-        return (self.total / (server.n * speed)) * g
+        s = 1.0 / server.speed(update.worker)
+        self.total += s - self.seconds.get(update.worker, 0.0)
+        self.seconds[update.worker] = s
+        return (s * len(self.seconds) / self.total) * g
 
 
 @ALGORITHMS.register("rescaled")
