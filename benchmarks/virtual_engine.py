@@ -14,16 +14,15 @@ import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import offbeat
 from common import arguments, finish, where
 from numpy.typing import NDArray
-from scipy.special import expit
-
-import offbeat
 from offbeat.algorithms.server import pure
 from offbeat.runtime.registry import Spec
 from offbeat.workers.tasks import EmpiricalRisk
 from offbeat.workers.tasks.logistic import Binary
 from offbeat.workers.tasks.shards import Shards
+from scipy.special import expit
 
 SAMPLES, D, BATCH, LR = 32_000, 123, 32, 0.01
 LAWS = {"mild": 0.25, "strong": 1.5}  # sigma of lognormal durations
@@ -159,9 +158,7 @@ def main() -> None:
                     spent[name].append(timed(call))
             rate = {name: arrivals / statistics.median(s) for name, s in spent.items()}
             to_ideal, to_single = (
-                statistics.median(
-                    b / e for b, e in zip(spent[other], spent["engine"], strict=True)
-                )
+                statistics.median(b / e for b, e in zip(spent[other], spent["engine"], strict=True))
                 for other in ("ideal", "single")
             )
             overhead = 1e6 / rate["free"]

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
 from offbeat.algorithms.server import ALGORITHMS, Algorithm
 from offbeat.runtime import checkpoint
 from offbeat.runtime.engine import Engine
@@ -234,8 +233,7 @@ def resume(
         return _finish(engine, experiment, folder)
     state, notes = checkpoint.read(folder / "checkpoint")
     engine = _engine(experiment, folder, progress)
-    engine.restore(state)
-    return _finish(engine, experiment, folder, notes)
+    return _finish(engine, experiment, folder, state, notes)
 
 
 def replay(
@@ -315,11 +313,17 @@ def _engine(
 
 
 def _finish(
-    engine: Engine, experiment: Experiment, folder: Path | None, notes: list[str] | None = None
+    engine: Engine,
+    experiment: Experiment,
+    folder: Path | None,
+    state: dict[str, Any] | None = None,
+    notes: list[str] | None = None,
 ) -> Result:
-    """Run the engine to its end and gather the result."""
+    """Run the engine to its end, from ``state`` if there is one, and gather the result."""
     records, workers, server = engine.records, engine.workers, engine.server
     try:
+        if state is not None:
+            engine.restore(state)
         reason = engine.run()
     finally:
         records.close()
@@ -347,5 +351,3 @@ def _finish(
         except OSError as error:
             raise StorageError(f"{folder}: cannot be written ({error.strerror})") from None
     return result
-
-

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from offbeat.runtime.errors import StorageError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-
-from offbeat.runtime.errors import StorageError
 
 FORMAT = "offbeat checkpoint 1"
 KEPT = 2
@@ -49,7 +48,7 @@ def write(folder: Path, number: int, state: dict[str, Any]) -> None:
 
 def read(folder: Path) -> tuple[dict[str, Any], list[str]]:
     """The newest good state, and a sentence for each newer checkpoint that had to be skipped."""
-    skipped = []
+    skipped: list[str] = []
     for path in _newest_first(folder):
         try:
             return _read_one(path), skipped
@@ -84,7 +83,7 @@ def _digest(tree: str, arrays: dict[str, NDArray]) -> str:
     digest = hashlib.blake2b(tree.encode(), digest_size=16)
     for key in sorted(arrays):
         digest.update(f"{key} {arrays[key].dtype} {arrays[key].shape}".encode())
-        digest.update(np.ascontiguousarray(arrays[key]))
+        digest.update(np.ascontiguousarray(arrays[key]).data)
     return digest.hexdigest()
 
 

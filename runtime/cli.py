@@ -8,11 +8,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-
 from offbeat.algorithms.server import ALGORITHMS
 from offbeat.runtime import api
 from offbeat.runtime.errors import ConfigError, OffbeatError, StorageError, nearest
@@ -21,6 +16,10 @@ from offbeat.workers.data import BUNDLED
 from offbeat.workers.partition import PARTITIONS
 from offbeat.workers.speeds import SPEEDS
 from offbeat.workers.tasks import TASKS
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 INTERRUPTED = 130
 RUNS = Path("runs")
@@ -119,12 +118,13 @@ def resume(
 def replay(folder: Annotated[Path, typer.Argument(help="The folder of a run.")]) -> None:
     """Run a recorded run again from its trace and compare the models bit for bit."""
     for part in _parts(folder) or [folder]:
-        recorded = api.checkpointed_model(part)
         replayed = api.replay(part).x
+        recorded = api.checkpointed_model(part)
         if not np.array_equal(recorded, replayed):
             apart = float(np.abs(recorded - replayed).max())
             raise StorageError(f"{part}: the replay differs from the run (by up to {apart:.3g})")
-        console.print(f"{part}: the replay ends at the same bits ({len(replayed)} parameters)")
+        said = f"{part}: the replay ends at the same bits ({len(replayed)} parameters)"
+        console.print(said, soft_wrap=True, highlight=False)
 
 
 @app.command("list")
@@ -225,7 +225,7 @@ def _run_all(experiments: Sequence[Experiment], folder: Path) -> list[api.Result
     return results
 
 
-class _bar:  # noqa: N801 - reads as a verb where it is used
+class _bar:
     """A progress bar; as a context it gives the function to call with the fraction done."""
 
     def __init__(self, label: str) -> None:
@@ -261,11 +261,13 @@ def _report(results: Sequence[api.Result], folder: Path) -> None:
     labels = [r.folder.name if r.folder != folder and r.folder else r.name for r in results]
     columns = [key for key in COLUMNS if any(key in result.final for result in results)]
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     for key in columns:
         table.add_column(COLUMNS[key][0], justify="right")
     for label, result in zip(labels, results, strict=True):
-        cells = [COLUMNS[k][1].format(result.final[k]) if k in result.final else "" for k in columns]
+        cells = [
+            COLUMNS[k][1].format(result.final[k]) if k in result.final else "" for k in columns
+        ]
         table.add_row(label, *cells)
     console.print(table)
     for label, result in zip(labels, results, strict=True):
@@ -275,20 +277,29 @@ def _report(results: Sequence[api.Result], folder: Path) -> None:
         if counts:
             console.print(f"{label}: jobs {', '.join(counts)}")
     if results[-1].reason == "interrupted":
-        console.print(f"interrupted; go on with: offbeat resume {folder}")
+        console.print(f"interrupted; go on with: offbeat resume {folder}", soft_wrap=True)
         raise typer.Exit(INTERRUPTED)
     from offbeat.runtime.plots import picture
 
-    console.print(f"picture: {picture(results, folder / 'picture.png', labels)}")
+    drawn = picture(results, folder / "picture.png", labels)
+    console.print(f"picture: {drawn}", soft_wrap=True)
 
 
 def main() -> None:
     """Entry point: one sentence and an exit code for every mistake."""
     logging.basicConfig(
-        level="WARNING", format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
+        level="WARNING",
+        format="%(message)s",
+        handlers=[RichHandler(console=console, show_path=False)],
     )
     try:
         app()
     except OffbeatError as error:
-        Console(stderr=True, soft_wrap=True).print(f"offbeat: {error}", highlight=False, markup=False)
+        Console(stderr=True, soft_wrap=True).print(
+            f"offbeat: {error}", highlight=False, markup=False
+        )
         sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
 from offbeat.algorithms.server import Algorithm, Update
 from offbeat.runtime import trees
 from offbeat.runtime.errors import Diverged
@@ -115,7 +114,8 @@ class Engine:
 
     def run(self) -> str:
         """Run to the end; answers why it ended."""
-        with self._interruptible():
+        # Overflow is told in one sentence, at the arrival it spoils, instead of in warnings.
+        with self._interruptible(), np.errstate(over="ignore", invalid="ignore"):
             if not self._started:
                 self._started = True
                 self.algorithm.start(self.server)

@@ -2,15 +2,14 @@
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tomli_w
-
 from offbeat.algorithms.server import ALGORITHMS, Algorithm
 from offbeat.runtime.errors import ConfigError, nearest
-from offbeat.runtime.registry import Positive, Registry, settings
+from offbeat.runtime.registry import MADE_BY_HAND, Positive, Registry, settings
 from offbeat.runtime.settings import DEFAULT_STEPS, Evaluate, Stop
 from offbeat.workers.fleet import Fleet, Outage
 from offbeat.workers.tasks import TASKS, Task
@@ -49,7 +48,7 @@ class Experiment:
     fleet: Fleet
     stop: Stop
     evaluate: Evaluate
-    record: Record = Record()
+    record: Record = field(default_factory=Record)
     seed: int = 0
     engine: str = "virtual"
 
@@ -81,7 +80,7 @@ class Experiment:
         return tomli_w.dumps(self.table())
 
 
-KEYS = [field.name for field in fields(Experiment)]
+KEYS = [entry.name for entry in fields(Experiment)]
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> list[Experiment]:
@@ -128,7 +127,9 @@ def apply_override(table: dict[str, Any], override: str) -> None:
     places = [table]
     for parent in parents:
         inner = [place.setdefault(parent, {}) for place in places]
-        places = [item for found in inner for item in (found if isinstance(found, list) else [found])]
+        places = [
+            item for found in inner for item in (found if isinstance(found, list) else [found])
+        ]
         if not all(isinstance(place, dict) for place in places):
             raise ConfigError(f'--set {override}: "{parent}" is no table')
     for place in places:
@@ -138,10 +139,11 @@ def apply_override(table: dict[str, Any], override: str) -> None:
 def from_table(table: Mapping[str, Any]) -> list[Experiment]:
     """The experiments a table describes; all its mistakes are told at once."""
     mistakes = [f'unknown key "{k}"{nearest(k, KEYS)}' for k in table if k not in KEYS]
-    if "task" not in table:
-        mistakes.append(f'[task] is missing; for example task = "logistic:digits"; known: {", ".join(TASKS)}')
-    if "algorithm" not in table:
-        mistakes.append(f'[algorithm] is missing; for example algorithm = "shuffled"; known: {", ".join(ALGORITHMS)}')
+    examples = {"task": (TASKS, "logistic:digits"), "algorithm": (ALGORITHMS, "shuffled")}
+    for key, (registry, example) in examples.items():
+        if key not in table:
+            known = ", ".join(registry)
+            mistakes.append(f'[{key}] is missing; for example {key} = "{example}"; known: {known}')
 
     def attempt(make: Any, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -157,9 +159,10 @@ def from_table(table: Mapping[str, Any]) -> list[Experiment]:
     record = attempt(make_settings, Record, table.get("record", {}))
     given = table.get("algorithm", [])
     algorithms = [
-        attempt(make_part, ALGORITHMS, one) for one in (given if isinstance(given, list) else [given])
+        attempt(make_part, ALGORITHMS, one)
+        for one in (given if isinstance(given, list) else [given])
     ]
-    task = None
+    task: Any = None
     if "task" in table and fleet is not None:
         task = attempt(make_part, TASKS, table["task"], workers=fleet.workers, seed=seed)
     if mistakes:
@@ -230,7 +233,7 @@ def with_more(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
 def _part(made: Any) -> dict[str, Any]:
     if made.spec is not None and made.spec.portable():
         return made.spec.table()
-    return {"name": f"python:{type(made).__name__}"}
+    return {"name": f"{MADE_BY_HAND}{type(made).__name__}"}
 
 
 def _given(record: Any) -> dict[str, Any]:

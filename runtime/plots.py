@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-
 from offbeat.runtime.errors import StorageError
 from offbeat.runtime.records import column
 
@@ -87,6 +86,4 @@ def _timeline(axes: Any, result: "Result", window: float, colour: str) -> None:
     axes.set(xlim=(0, window), ylim=(n - 0.4, -0.6), xlabel="virtual seconds", ylabel="worker")
     axes.set_facecolor("#f0f0f0")
     fraction = result.final["busy"]
-    axes.text(
-        0.995, 1.02, f"busy {fraction:.0%}", transform=axes.transAxes, ha="right", fontsize=8
-    )
+    axes.text(0.995, 1.02, f"busy {fraction:.0%}", transform=axes.transAxes, ha="right", fontsize=8)

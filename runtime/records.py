@@ -8,7 +8,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-
 from offbeat.runtime.errors import StorageError
 from offbeat.runtime.virtual import Joined, Left, VirtualWorkers
 
@@ -75,9 +74,7 @@ class Records:
         self.metrics.append(row)
         self._write("metrics.jsonl", json.dumps(row) + "\n")
 
-    def row(
-        self, workers: VirtualWorkers, step: int, facts: dict[str, float]
-    ) -> dict[str, float]:
+    def row(self, workers: VirtualWorkers, step: int, facts: dict[str, float]) -> dict[str, float]:
         """One row of metrics, not recorded."""
         self.flush(workers)
         row = {"time_s": workers.now_s, "step": step, "gradients": self.flushed}
@@ -192,5 +189,3 @@ def read_trace(path: Path) -> NDArray:
 def column(trace: NDArray, name: str) -> NDArray:
     """One column of a trace."""
     return trace[:, TRACE_COLUMNS.index(name)]
-
-

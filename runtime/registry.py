@@ -15,9 +15,8 @@ from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import pydantic
 import pydantic.dataclasses
-from pydantic import ConfigDict, Field, ValidationError
-
 from offbeat.runtime.errors import ConfigError, nearest
+from pydantic import ConfigDict, Field, ValidationError
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -30,6 +29,8 @@ Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Seed = Natural
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+MADE_BY_HAND = "python:"  # how a file names what it cannot hold
 
 _STRICT = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
 
@@ -113,6 +114,11 @@ class Registry:
         options = dict(table)
         if not isinstance(name := options.pop("name", None), str):
             raise ConfigError(f'the {self.kind} table needs name = "..."; known: {", ".join(self)}')
+        if name.startswith(MADE_BY_HAND):
+            raise ConfigError(
+                f'the {self.kind} "{name}" was made in Python and no file can hold it; '
+                f"resume with offbeat.resume(folder, {self.kind}=...)"
+            )
         return self._build(name, [], options, extra)
 
     def _build(
@@ -204,14 +210,17 @@ def settings(cls: type[T]) -> type[T]:
             raise ConfigError(explain(error, made.__name__.lower(), fields)) from None
 
     made.__init__ = checked  # type: ignore[method-assign]
-    return made
+    return made  # type: ignore[return-value]
 
 
 def explain(error: ValidationError, where: str, known: Mapping[str, Any]) -> str:
     """All of a validation error's findings as one sentence that names place and remedy."""
     findings = []
     for item in error.errors():
-        place = ".".join(str(part) for part in item["loc"])
+        first, *rest = item["loc"] or ("",)
+        if isinstance(first, int) and first < len(known):  # a positional argument
+            first = list(known)[first]
+        place = ".".join(map(str, (first, *rest)))
         kind, given = item["type"], item["input"]
         if kind in ("unexpected_keyword_argument", "extra_forbidden"):
             findings.append(f'unknown key "{place}"{nearest(place, known)}')

@@ -1,6 +1,5 @@
 """When a run stops, when it evaluates, where it is recorded."""
 
-
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.registry import Count, Finite, Positive, settings
 

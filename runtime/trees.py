@@ -4,28 +4,36 @@ An object becomes the dictionary of its fields; loading fills the fields of an o
 make, so that only state is stored and the object itself is built from its settings.
 """
 
-from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 
+from offbeat.runtime.errors import ConfigError
+
 LEAVES = (bool, int, float, str, type(None), np.ndarray)
 
 
-def dump(value: Any) -> Any:
-    """``value`` as a tree; raises TypeError where a field holds something else."""
+def dump(value: Any, where: str = "the algorithm") -> Any:
+    """``value`` as a tree.
+
+    Raises:
+        ConfigError: a field holds something else, such as a set or a generator.
+    """
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, LEAVES):
         return value
     if isinstance(value, list | tuple):
-        return [dump(item) for item in value]
+        return [dump(item, where) for item in value]
     if isinstance(value, dict):
-        return {"dict": [[dump(key), dump(item)] for key, item in value.items()]}
-    if isinstance(value, Callable) or not hasattr(value, "__dict__"):  # type: ignore[arg-type]
-        if not hasattr(value, "__dict__") or isinstance(value, type):
-            raise TypeError(f"{type(value).__name__} cannot be written to a checkpoint")
-    return {"fields": {k: dump(v) for k, v in vars(value).items() if k != "spec"}}
+        return {"dict": [[dump(key, where), dump(item, where)] for key, item in value.items()]}
+    if not hasattr(value, "__dict__"):
+        raise ConfigError(
+            f"{where} holds a {type(value).__name__}, which cannot be written to a checkpoint; "
+            "keep state in numbers, text, arrays, lists and dictionaries"
+        )
+    return {"fields": {k: dump(v, f"{where}.{k}") for k, v in vars(value).items() if k != "spec"}}
 
 
 def load(target: Any, tree: Any) -> Any:
@@ -37,6 +45,6 @@ def load(target: Any, tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: load(None, item) for key, item in tree["dict"]}
     if isinstance(tree, list):
-        known = target if isinstance(target, list) and len(target) == len(tree) else [None] * len(tree)
-        return [load(old, item) for old, item in zip(known, tree, strict=True)]
+        olds = target if isinstance(target, list) else []
+        return [load(old, item) for old, item in zip_longest(olds[: len(tree)], tree)]
     return tree

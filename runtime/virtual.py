@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-
 from offbeat.workers.fleet import Fleet, Timing
 from offbeat.workers.speeds import away
 from offbeat.workers.tasks.contract import Task

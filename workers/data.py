@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
 from offbeat.runtime.errors import ConfigError, nearest
 
 BUNDLED = {
@@ -79,11 +78,12 @@ def _libsvm(path: Path) -> tuple[NDArray, NDArray]:
 
 def _npz(path: Path) -> tuple[NDArray, NDArray]:
     try:
-        archive: Any = np.load(path, allow_pickle=False)
-        features, labels = (
-            next((archive[key] for key in keys if key in archive.files), None)
-            for keys in (_FEATURE_KEYS, _LABEL_KEYS)
-        )
+        with path.open("rb") as file:
+            archive: Any = np.load(file, allow_pickle=False)
+            features, labels = (
+                next((archive[key] for key in keys if key in archive.files), None)
+                for keys in (_FEATURE_KEYS, _LABEL_KEYS)
+            )
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         ragged = "Object arrays" in str(error)
         reason = "its rows have unequal lengths (an object array)" if ragged else str(error)
@@ -100,6 +100,8 @@ def _npz(path: Path) -> tuple[NDArray, NDArray]:
 def _checked(
     source: str, features: NDArray, labels: NDArray, dtype: np.dtype
 ) -> tuple[NDArray, NDArray[np.int64]]:
+    if not features.size:
+        raise ConfigError(f"{source}: has no values")
     if len(features) != len(labels):
         raise ConfigError(f"{source}: {len(features)} rows of features but {len(labels)} labels")
     if labels.ndim != 1:

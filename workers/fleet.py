@@ -6,12 +6,11 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
-
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.registry import Count, Natural, NonNegative, Positive, settings
 from offbeat.workers.speeds import BLOCK, Clock, Law, Paused, parse
+from pydantic import Field
 
 
 @settings

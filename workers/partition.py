@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
-
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.registry import Count, Positive, Registry
@@ -59,9 +58,7 @@ def iid() -> Partition:
 @PARTITIONS.register("contiguous")
 def contiguous() -> Partition:
     """Equal blocks of consecutive rows, in file order; the remainder N mod n is left out."""
-    return Partition(
-        lambda labels, n, rng: _cut(np.arange(len(labels) - len(labels) % n), n)
-    )
+    return Partition(lambda labels, n, rng: _cut(np.arange(len(labels) - len(labels) % n), n))
 
 
 @PARTITIONS.register("sorted")

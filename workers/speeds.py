@@ -13,7 +13,6 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.registry import NonNegative, Positive, Registry, Spec
@@ -22,7 +21,7 @@ SPEEDS = Registry("speed law")
 Seconds = Positive | list[Positive] | str
 Per = Literal["job", "worker"]
 FIRST_BLOCK, BLOCK = 16, 64  # durations drawn ahead a worker: at the start, later
-Draw = Callable[[np.random.Generator, Any, Any], NDArray]  # (generator, means, size) -> seconds
+Draw = Callable[[np.random.Generator, Any, Any], Any]  # (generator, means, size) -> seconds
 
 
 class Clock(Protocol):
@@ -38,9 +37,7 @@ class Law:
 
     spec: Spec | None = None
 
-    def __init__(
-        self, mean: Seconds, make: Callable[[NDArray, int], Clock]
-    ) -> None:
+    def __init__(self, mean: Seconds, make: Callable[[NDArray, int], Clock]) -> None:
         self.mean, self._make = mean, make
 
     def clock(self, workers: int, seed: int, factors: NDArray | None = None) -> Clock:
@@ -65,7 +62,7 @@ def seconds(mean: Seconds, workers: int) -> NDArray:
             ends = float(low), float(high if dots else low)
         except ValueError:
             raise ConfigError(f'cannot read the seconds "{mean}"; write 2.5 or 1..10') from None
-        if not (0 < min(ends) and max(ends) < np.inf):
+        if not (min(ends) > 0 and max(ends) < np.inf):
             raise ConfigError(f'the seconds "{mean}" must be positive and finite')
         return np.linspace(*ends, workers)
     if isinstance(mean, list):
@@ -97,7 +94,8 @@ class Drawn(Clock):
     def __init__(self, means: NDArray, seed: int, draw: Draw) -> None:
         self._means, self._seed, self._draw = means.tolist(), seed, draw
         first = draw(rng(seed, "duration"), means[:, None], (len(means), FIRST_BLOCK))
-        self._times: list[list[float]] = first.tolist()
+        self._first: list[list[float]] = first.tolist()
+        self._times = list(self._first)
         self._from = [0] * len(means)  # number of the first job in _times
 
     def finish(self, worker: int, number: int, start_s: float) -> float:
@@ -109,8 +107,10 @@ class Drawn(Clock):
 
     def _refill(self, worker: int, number: int) -> int:
         """Draw the block that has job ``number``; answers its place in it."""
+        if number < FIRST_BLOCK:
+            self._times[worker], self._from[worker] = self._first[worker], 0
+            return number
         block, at = divmod(number - FIRST_BLOCK, BLOCK)
-        assert block >= 0, "a worker's jobs are asked for in order"
         generator = rng(self._seed, "duration", worker, block + 1)
         self._times[worker] = self._draw(generator, self._means[worker], BLOCK).tolist()
         self._from[worker] = number - at
@@ -174,9 +174,7 @@ def listed(seconds: list[Positive]) -> Law:
 @SPEEDS.register("lognormal")
 def lognormal(sigma: NonNegative = 1.0, mean: Seconds = 1.0, per: Per = "job") -> Law:
     """mean exp(sigma N - sigma^2/2): the long right tail of shared machines."""
-    return _drawn(
-        mean, per, lambda g, m, size: m * g.lognormal(-(sigma**2) / 2, sigma, size)
-    )
+    return _drawn(mean, per, lambda g, m, size: m * g.lognormal(-(sigma**2) / 2, sigma, size))
 
 
 @SPEEDS.register("exponential")
@@ -200,7 +198,7 @@ def uniform(mean: Seconds = 1.0, offset: NonNegative = 1.0, per: Per = "job") ->
 @SPEEDS.register("poisson")
 def poisson(mean: Seconds = 1.0, per: Per = "job") -> Law:
     """Poisson(mean), whole seconds and possibly 0 (AsGrad)."""
-    return _drawn(mean, per, lambda g, m, size: g.poisson(m, size).astype(float))
+    return _drawn(mean, per, lambda g, m, size: 1.0 * g.poisson(m, size))
 
 
 @SPEEDS.register("normal")
@@ -234,9 +232,7 @@ def markov(
 
 
 @SPEEDS.register("periodic")
-def periodic(
-    period_s: Positive = 100.0, slowdown: Positive = 3.0, mean: Seconds = 1.0
-) -> Law:
+def periodic(period_s: Positive = 100.0, slowdown: Positive = 3.0, mean: Seconds = 1.0) -> Law:
     """Half of each period normal, half slower; workers' phases are spread over the period."""
 
     def make(means: NDArray, seed: int) -> Clock:

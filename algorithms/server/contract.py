@@ -4,7 +4,6 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-
 from offbeat.runtime.registry import Registry, Spec
 
 ALGORITHMS = Registry("algorithm")

@@ -16,7 +16,7 @@ from offbeat.algorithms.server.method import (
     StalenessWeight,
     StepSize,
 )
-from offbeat.runtime.registry import NonNegative, Positive, Natural
+from offbeat.runtime.registry import Natural, NonNegative, Positive
 
 
 @ALGORITHMS.register("fedasync")

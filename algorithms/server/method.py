@@ -10,7 +10,6 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-
 from offbeat.algorithms.server.contract import Algorithm, Server, Update
 
 

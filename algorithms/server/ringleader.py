@@ -10,13 +10,12 @@ delivers beyond its step is kept for the next round's table.  Every delay is at 
 Read from summaries, not from the paper's algorithm box.  Our reading, UNVERIFIED: phase 2 begins
 with the arrival that fills the table, and a worker whose gradient is kept goes on at the model
 it has, since a round gives it one new model.
-"""  # noqa: D205
+"""
 
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-
 from offbeat.algorithms.server.contract import ALGORITHMS, Algorithm, Server, Update
 from offbeat.runtime.registry import Positive
 

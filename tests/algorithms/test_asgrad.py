@@ -1,10 +1,9 @@
 """The AsGrad family against the reference machine, and the identities it must satisfy."""
 
 import numpy as np
+import offbeat
 import pytest
 import reference
-
-import offbeat
 from offbeat.algorithms.server import ALGORITHMS, minibatch, pure, random, shuffled
 from offbeat.runtime.records import column
 from offbeat.workers.tasks import Quadratic, quadratic
@@ -112,7 +111,9 @@ def test_waiting_for_all_is_minibatch_bit_for_bit(task, speeds):
     ]
     for other in runs[1:]:
         np.testing.assert_array_equal(runs[0].x, other.x)
-        np.testing.assert_array_equal(column(runs[0].trace, "time_s"), column(other.trace, "time_s"))
+        np.testing.assert_array_equal(
+            column(runs[0].trace, "time_s"), column(other.trace, "time_s")
+        )
 
 
 def test_minibatch_of_all_is_gradient_descent(task):
@@ -162,9 +163,7 @@ def test_jobs_are_handed_out_in_the_order_of_the_sequential_method(task, method,
     later = asynchronous[column(asynchronous, "read_step") >= 1]
     steps = column(later, "read_step").astype(int) - 1
     assert len(later) > 400
-    np.testing.assert_array_equal(
-        column(later, "worker"), column(one_by_one, "worker")[steps]
-    )
+    np.testing.assert_array_equal(column(later, "worker"), column(one_by_one, "worker")[steps])
 
 
 def test_a_busy_worker_queues_the_model_of_assignment(task):
@@ -255,9 +254,9 @@ def test_throughput_is_bounded_by_the_slowest_worker(task):
     """With speeds 1..10: pure 2.93 gradients a second, shuffled 1.00, random 0.90."""
     rates = {
         name: 20000
-        / offbeat.run(
-            task, ALGORITHMS[name](lr=0.001), "10 1..10", stop={"steps": 20000}
-        ).final["time_s"]
+        / offbeat.run(task, ALGORITHMS[name](lr=0.001), "10 1..10", stop={"steps": 20000}).final[
+            "time_s"
+        ]
         for name in ("pure", "shuffled", "random")
     }
     assert rates["pure"] == pytest.approx(2.93, rel=0.01)

@@ -3,7 +3,6 @@
 from typing import Protocol
 
 from numpy.typing import NDArray
-
 from offbeat.runtime.registry import Registry, Spec
 
 TASKS = Registry("task")

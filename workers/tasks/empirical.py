@@ -4,7 +4,6 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-
 from offbeat.runtime.registry import Spec
 from offbeat.workers.tasks.shards import Shards
 
@@ -22,9 +21,7 @@ class Model(Protocol):
         """What ``gradient`` wants to know of the classes ``labels [N]``: ``[N]``."""
         ...
 
-    def gradient(
-        self, x: NDArray, a: NDArray, y: NDArray, c: NDArray
-    ) -> tuple[NDArray, NDArray]:
+    def gradient(self, x: NDArray, a: NDArray, y: NDArray, c: NDArray) -> tuple[NDArray, NDArray]:
         """Losses ``[k]`` and gradients ``[k, d]`` of sum_b c_b loss(x_j; a_jb, y_jb).
 
         ``a [k, B, f]`` are features, ``y [k, B]`` targets (to overwrite), ``c [B]`` weights.

@@ -2,12 +2,11 @@
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit
-
 from offbeat.runtime.registry import Count, Finite, Fraction, NonNegative, Seed
 from offbeat.workers.tasks.contract import TASKS
 from offbeat.workers.tasks.empirical import EmpiricalRisk, cross_entropy, weighted_sum
 from offbeat.workers.tasks.shards import BatchSize, DType, Sampling, Shards
+from scipy.special import expit
 
 
 class Binary:

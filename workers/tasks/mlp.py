@@ -1,10 +1,10 @@
 """A multilayer perceptron in closed form, k copies at once."""
 
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.registry import Count, Fraction, NonNegative, Seed
 from offbeat.workers.tasks.contract import TASKS
@@ -23,7 +23,7 @@ class MLP:
     """
 
     def __init__(self, sizes: list[int], activation: str = "relu") -> None:
-        self.shapes = list(zip(sizes[:-1], sizes[1:], strict=True))
+        self.shapes = list(pairwise(sizes))
         self.relu = activation == "relu"
         self.dim = sum(i * o + o for i, o in self.shapes)
 

@@ -5,7 +5,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import Streams, rng
 from offbeat.runtime.registry import Count
@@ -53,9 +52,7 @@ class Draws:
             return np.stack([self._in_pass(*job) for job in zip(worker, draw, strict=True)])
         if len(worker) > FEW or len(self.sizes) > AHEAD:
             return self._drawn(worker, draw)
-        found = [
-            self._next(w, t) for w, t in zip(worker.tolist(), draw.tolist(), strict=True)
-        ]
+        found = [self._next(w, t) for w, t in zip(worker.tolist(), draw.tolist(), strict=True)]
         return np.array(found) if len(found) > 1 else found[0][None]
 
     def _next(self, worker: int, draw: int) -> NDArray[np.int64]:
@@ -152,9 +149,7 @@ class Shards:
             test = features[away], labels[away]
             features, labels = features[kept], labels[kept]
         parts = PARTITIONS.parse(partition)(labels, workers, seed)
-        return cls(
-            features, labels, parts, batch=batch, sampling=sampling, seed=seed, test=test
-        )
+        return cls(features, labels, parts, batch=batch, sampling=sampling, seed=seed, test=test)
 
     @property
     def weights(self) -> NDArray:
@@ -162,9 +157,7 @@ class Shards:
         each = 1.0 / (self.workers * self.draws.sizes)
         return np.repeat(each, self.draws.sizes).astype(self.features.dtype)
 
-    def batches(
-        self, worker: NDArray, draw: NDArray
-    ) -> Iterator[tuple[slice, NDArray, NDArray]]:
+    def batches(self, worker: NDArray, draw: NDArray) -> Iterator[tuple[slice, NDArray, NDArray]]:
         """``(which jobs, features [k, B, f], targets [k, B])``, a cacheful of jobs at a time.
 
         The arrays are good until the next one is asked for.

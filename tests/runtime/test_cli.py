@@ -1,0 +1,171 @@
+"""The command line as its user meets it: tables, files, mistakes in one sentence."""
+
+import subprocess
+import sys
+import tomllib
+
+import numpy as np
+import offbeat
+import pytest
+from offbeat.runtime import api, cli
+
+FILE = """
+seed = 3
+[task]
+name = "quadratic"
+dim = 4
+[fleet]
+workers = 4
+speeds = "1..4"
+[stop]
+steps = 60
+[[algorithm]]
+name = "pure"
+[[algorithm]]
+name = "shuffled"
+lr = 0.05
+[[algorithm]]
+name = "shuffled"
+lr = 0.2
+"""
+
+
+@pytest.fixture
+def offbeat_(monkeypatch, capsys, tmp_path):
+    """Runs the command line in a folder of its own; answers (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["offbeat", *words])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+def test_run_from_options_as_in_the_readme(offbeat_, tmp_path):
+    code, out, _ = offbeat_(
+        "run", "--algorithm", "shuffled", "--task", "logistic:digits", "--workers", "16",
+        "--speeds", "lognormal(1.0)", "--steps", "300",
+    )  # fmt: skip
+    assert code == 0
+    assert "accuracy" in out
+    folder = tmp_path / "runs" / "run-001"
+    assert (folder / "picture.png").stat().st_size > 10_000
+    table = tomllib.loads((folder / "experiment.toml").read_text())
+    assert table["fleet"]["speeds"] == "lognormal(1.0)"
+    assert table["task"]["partition"] == "iid"  # defaults are written down
+
+
+def test_a_comparison_from_a_file_resumes_and_replays(offbeat_, tmp_path):
+    (tmp_path / "a.toml").write_text(FILE)
+    code, out, _ = offbeat_("run", "a.toml", "--set", "fleet.workers=5", "--out", "out")
+    assert code == 0
+    labels = ["pure", "shuffled lr=0.05", "shuffled lr=0.2"]
+    assert all(label in out for label in labels)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_dir()) == labels
+    first = api.checkpointed_model(tmp_path / "out" / labels[2])
+    direct = offbeat.run("quadratic(4)", "shuffled(lr=0.2)", "5 1..4", stop={"steps": 60}, seed=3)
+    np.testing.assert_array_equal(first, direct.x)
+    assert offbeat_("replay", "out")[0] == 0
+    code, out, _ = offbeat_("resume", "out", "--set", "stop.steps=90")
+    assert code == 0
+    assert out.count(" 90 ") >= 3
+    code, _, err = offbeat_("run", "a.toml", "--out", "out")
+    assert code == 2
+    assert "not empty" in err
+    assert offbeat_("run", "a.toml", "--out", "out", "--overwrite")[0] == 0
+
+
+def test_overwrite_removes_only_runs(offbeat_, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("...")
+    code, _, err = offbeat_("run", "--task", "quadratic", "--algorithm", "pure",
+                            "--out", "precious", "--overwrite")  # fmt: skip
+    assert code == 2
+    assert "left alone" in err
+    assert (tmp_path / "precious" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("algorithms", ["ringleader(lr=0.1)", "Rennala SGD"]),
+        ("tasks", ["logistic(data='digits'", "Quadratics around"]),
+        ("speeds", ["markov", "trace(file)"]),
+        ("partitions", ["dirichlet(alpha=0.5)"]),
+        ("data", ["digits", "breast_cancer"]),
+    ],
+)
+def test_list(offbeat_, what, expected):
+    code, out, _ = offbeat_("list", what)
+    assert code == 0
+    for text in expected:
+        assert text in out
+
+
+MISTAKES = [
+    (["run"], "[task] is missing"),
+    (["run"], "[algorithm] is missing"),  # all mistakes at once
+    (["run", "--task", "logistc:digits", "--algorithm", "pure"], 'did you mean "logistic"'),
+    (["run", "--task", "logistic:digit", "--algorithm", "pure"], 'did you mean "digits"'),
+    (["run", "--task", "quadratic", "--algorithm", "pur"], 'did you mean "pure"'),
+    (["run", "--task", "quadratic", "--algorithm", "pure(lr=-1.0)"], "lr"),
+    (["run", "--task", "quadratic", "--algorithm", "pure(lr=nan)"], "lr"),
+    (["run", "--task", "quadratic", "--algorithm", "pure(lr='a')"], "valid number"),
+    (["run", "--task", "quadratic", "--algorithm", "pure(rl=1.0)"], 'unknown key "rl"'),
+    (["run", "--task", "quadratic", "--algorithm", "pure", "--workers", "0"], "workers"),
+    (["run", "--task", "quadratic", "--algorithm", "pure", "--steps", "0"], "steps"),
+    (["run", "--task", "quadratic", "--algorithm", "pure", "--set", "stop.stpes=3"],
+     'did you mean "steps"'),
+    (["run", "--task", "quadratic", "--algorithm", "pure", "--set", "flet.workers=3"],
+     'unknown key "flet"; did you mean "fleet"'),
+    (["run", "--task", "quadratic", "--algorithm", "pure", "--set", "engine=rai"], "no engine"),
+    (["run", "--task", "quadratic", "--algorithm", "pure", "--seed", "-1"], "seed"),
+    (["run", "--task", "quadratic", "--algorithm", "pure", "--set", "x"], "--set key.key=value"),
+    (["run", "--task", "logistic:iris", "--algorithm", "pure", "--workers", "151"],
+     "only 150 samples"),
+    (["run", "--task", "logistic:iris", "--algorithm", "pure", "--speeds", "normall"],
+     'did you mean "normal"'),
+    (["run", "nowhere.toml"], "nowhere.toml: cannot be read"),
+    (["run", "bad.toml"], "bad.toml: is not TOML"),
+    (["run", "typo.toml"], 'typo.toml: unknown key "stp"; did you mean "stop"'),
+    (["run", "typo.toml", "--task", "quadratic"], "has its own task"),
+    (["resume", "nothing"], "is no run folder"),
+    (["replay", "nothing"], "is no run folder"),
+    (["list", "algorithm"], 'did you mean "algorithms"'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "said"), MISTAKES)
+def test_mistakes_cost_one_sentence_and_exit_2(offbeat_, tmp_path, words, said):
+    (tmp_path / "bad.toml").write_text("task = [")
+    (tmp_path / "typo.toml").write_text('task = "quadratic"\nalgorithm = "pure"\nstp = 3\n')
+    code, _, err = offbeat_(*words)
+    assert said in err
+    assert code == 2
+    assert err.startswith("offbeat: ")
+    assert "Traceback" not in err
+    assert not (tmp_path / "runs").exists()  # nothing was begun
+
+
+def test_divergence_is_one_sentence_and_exit_7(offbeat_):
+    code, _, err = offbeat_("run", "--task", "quadratic", "--algorithm", "pure(lr=100.0)")
+    assert code == 7
+    assert "is not finite, at step" in err
+    assert err.count("\n") == 1
+
+
+def test_help_says_what_there_is():
+    done = subprocess.run(
+        [sys.executable, "-m", "offbeat.runtime.cli", "run", "--help"],
+        capture_output=True, text=True, check=True, env={"COLUMNS": "120", "PATH": ""},
+    )  # fmt: skip
+    for option in ("--algorithm", "--task", "--workers", "--speeds", "--set", "--out"):
+        assert option in done.stdout

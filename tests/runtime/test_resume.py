@@ -1,0 +1,149 @@
+"""Checkpoints, resuming and replaying; damage, and what must not be touched."""
+
+import json
+
+import numpy as np
+import offbeat
+import pytest
+from offbeat import ConfigError, StorageError
+from offbeat.runtime import checkpoint, trees
+from offbeat.runtime.api import load_experiment
+
+RUN = {"task": "quadratic(5, noise=0.2)", "algorithm": "shuffled", "fleet": "6 lognormal(1.0)"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    offbeat.run(**RUN, stop={"steps": 300}, folder=tmp_path / "run", record={"save_every_s": 1e-3})
+    return tmp_path / "run"
+
+
+def test_a_finished_run_is_only_loaded(folder):
+    before = {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}
+    result = offbeat.resume(folder)
+    assert result.reason == "steps"
+    assert result.final["step"] == 300
+    assert {path.name: path.read_bytes() for path in folder.glob("*.jsonl")} == before
+
+
+def test_experiment_file_is_complete(folder, tmp_path):
+    experiment = load_experiment(folder)
+    again = offbeat.run(
+        experiment.task, experiment.algorithm, experiment.fleet, stop=experiment.stop
+    )
+    np.testing.assert_array_equal(again.x, offbeat.resume(folder).x)
+    table = experiment.table()
+    assert table["algorithm"] == {"name": "shuffled", "lr": 0.1, "wait": 1}
+    assert table["task"]["noise"] == 0.2
+
+
+def test_a_longer_run_goes_on(folder):
+    longer = offbeat.resume(folder, overrides=["stop.steps=500"])
+    whole = offbeat.run(**RUN, stop={"steps": 500})
+    np.testing.assert_array_equal(longer.x, whole.x)
+    np.testing.assert_array_equal(longer.trace, whole.trace)
+    assert load_experiment(folder).stop.steps == 500
+
+
+def test_only_ends_can_change(folder):
+    with pytest.raises(ConfigError, match="another run"):
+        offbeat.resume(folder, overrides=["algorithm.lr=0.5"])
+
+
+def test_a_damaged_checkpoint_is_skipped_by_name(folder):
+    newest, older = sorted((folder / "checkpoint").iterdir(), reverse=True)[:2]
+    data = bytearray(newest.read_bytes())
+    for damage in (data[: len(data) // 2], data[:-1] + bytes([data[-1] ^ 1]), b""):
+        newest.write_bytes(damage)
+        skipped = checkpoint.read(folder / "checkpoint")[1]
+        assert len(skipped) == 1
+        assert newest.name in skipped[0]
+    result = offbeat.resume(folder)
+    assert len(result.notes) == 1
+    np.testing.assert_array_equal(result.x, offbeat.run(**RUN, stop={"steps": 300}).x)
+    assert older.exists() or len(list((folder / "checkpoint").iterdir())) >= 1
+
+
+def test_no_good_checkpoint_is_an_error_and_nothing_is_deleted(folder):
+    files = sorted((folder / "checkpoint").iterdir())
+    for path in files:
+        path.write_bytes(b"torn")
+    with pytest.raises(StorageError, match="no readable checkpoint"):
+        offbeat.resume(folder)
+    assert sorted((folder / "checkpoint").iterdir()) == files
+
+
+def test_cut_records_are_noticed(folder):
+    trace = folder / "trace.jsonl"
+    trace.write_bytes(trace.read_bytes()[:1000])
+    with pytest.raises(StorageError, match=r"trace\.jsonl: has 1000 bytes"):
+        offbeat.resume(folder)
+
+
+def test_a_folder_is_not_run_over(folder, tmp_path):
+    with pytest.raises(ConfigError, match="is not empty"):
+        offbeat.run(**RUN, folder=folder)
+    with pytest.raises(ConfigError, match="no run folder"):
+        offbeat.resume(tmp_path / "nothing")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot be written"):
+        offbeat.run(**RUN, folder=tmp_path / "file" / "run")
+
+
+def test_summary_and_metrics_are_json(folder):
+    summary = json.loads((folder / "summary.json").read_text())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert summary["step"] == 300
+    assert sum(summary["histogram"]) == 300
+    assert rows[0]["step"] == 0
+
+
+def test_runs_made_by_hand_resume_with_their_objects(tmp_path):
+    task = offbeat.workers.tasks.Quadratic(np.eye(4))
+    offbeat.run(task, "pure", "4 1..4", stop={"steps": 50}, folder=tmp_path / "run")
+    with pytest.raises(ConfigError, match=r'"python:Quadratic".*resume.*task='):
+        offbeat.resume(tmp_path / "run")
+    longer = offbeat.resume(tmp_path / "run", task=task, overrides=["stop.steps=90"])
+    np.testing.assert_array_equal(
+        longer.x, offbeat.run(task, "pure", "4 1..4", stop={"steps": 90}).x
+    )
+
+
+def test_replay_needs_a_trace(tmp_path):
+    offbeat.run(**RUN, stop={"steps": 10}, folder=tmp_path / "r", record={"trace": False})
+    assert not (tmp_path / "r" / "trace.jsonl").exists()
+    with pytest.raises(ConfigError, match="has no trace"):
+        offbeat.replay(tmp_path / "r")
+
+
+def test_trees_round_trip():
+    class Thing:
+        def __init__(self):
+            self.a, self.b, self.c = 1, [np.arange(3), None], {3: np.float64(0.5), "k": [True]}
+
+    class Holder:
+        def __init__(self):
+            self.things, self.name = [Thing(), Thing()], "x"
+
+    one, other = Holder(), Holder()
+    one.things[1].a, one.things[0].b[0], one.name = 7, np.zeros((2, 2), np.float32), "y"
+    trees.load(other, trees.dump(one))
+    assert other.name == "y"
+    assert other.things[1].a == 7
+    assert other.things[0].b[0].dtype == np.float32
+    assert other.things[0].c == {3: 0.5, "k": [True]}
+    one.things[0].c = {1, 2}
+    with pytest.raises(ConfigError, match=r"algorithm\.things\.c holds a set, which cannot"):
+        trees.dump(one)
+
+
+def test_checkpoints_round_trip_and_only_the_last_are_kept(tmp_path):
+    for number in range(5):
+        state = {"n": number, "deep": [{"a": np.arange(number)}, float("inf"), None]}
+        checkpoint.write(tmp_path, number, state)
+    assert len(list(tmp_path.iterdir())) == checkpoint.KEPT
+    state, skipped = checkpoint.read(tmp_path)
+    assert not skipped
+    assert state["n"] == 4
+    np.testing.assert_array_equal(state["deep"][0]["a"], np.arange(4))
+    assert state["deep"][1:] == [float("inf"), None]

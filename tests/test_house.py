@@ -1,0 +1,98 @@
+"""The plan of the house: who may import whom, what a wheel holds, what the docs promise."""
+
+import ast
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("topologies", "algorithms", "workers", "runtime", "deploy")
+LEAVES = {"errors", "registry", "randomness"}  # of runtime: every room may import them
+FORBIDDEN = {"ray", "zmq", "time", "random", "asyncio", "threading"}
+MAY_IMPORT = {
+    "topologies": {"topologies"},
+    "algorithms": {"algorithms", "topologies"},
+    "workers": {"workers"},
+    "runtime": {"topologies", "algorithms", "workers", "runtime"},
+    "deploy": set(ROOMS),
+}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield str(node.module)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_dependencies_run_one_way(room):
+    files = list((ROOT / room).rglob("*.py"))
+    assert files
+    for path in files:
+        for name in imports(path):
+            first, *rest = name.split(".")
+            if room in ("algorithms", "topologies"):
+                assert first not in FORBIDDEN, f"{path} imports {name}"
+            if first == "offbeat" and rest:
+                leaf = rest[0] == "runtime" and len(rest) > 1 and rest[1] in LEAVES
+                assert leaf or rest[0] in MAY_IMPORT[room], f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("leaf", sorted(LEAVES))
+def test_leaves_import_no_room(leaf):
+    names = [n for n in imports(ROOT / "runtime" / f"{leaf}.py") if n.startswith("offbeat")]
+    assert all(name.split(".")[2] in LEAVES for name in names)
+
+
+def test_importing_offbeat_is_light():
+    """torch takes a second and 160 MB; it is loaded by what needs it."""
+    code = "import sys, offbeat; print('torch' in sys.modules, 'matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_a_wheel_holds_exactly_the_rooms(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT, check=True, capture_output=True,
+    )  # fmt: skip
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
+    expected = {
+        f"offbeat/{path.relative_to(ROOT)}"
+        for room in ROOMS
+        for path in (ROOT / room).rglob("*.py")
+    } - {"offbeat/runtime/root.py", "offbeat/deploy/packaging.py"}
+    assert packed == expected | {"offbeat/__init__.py", "offbeat/py.typed"}
+
+
+def test_doctests():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--doctest-modules", "-p", "no:cacheprovider",
+         "--import-mode=importlib", "--pyargs", "offbeat"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed
+    assert int(passed[1]) >= 8
+
+
+def test_readme_tables_name_every_method():
+    from offbeat.algorithms.server import ALGORITHMS
+
+    readme = (ROOT / "README.md").read_text()
+    assert [name for name in ALGORITHMS if f"`{name}`" not in readme] == []
+
+
+def test_no_test_may_fail_quietly():
+    text = "\n".join(p.read_text() for p in (ROOT / "tests").rglob("*.py") if p.name != "test_house.py")
+    assert "xfail" not in text
+    assert "assert True" not in text
