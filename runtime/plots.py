@@ -17,6 +17,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 TIMELINES = 6  # drawn at most
 WORKERS_DRAWN = 24
 BARS = 4000  # drawn at most in one timeline
+UNLIKE = 5.0  # ratio of run lengths from which their axis is logarithmic
 
 
 def picture(results: Sequence["Result"], path: Path, labels: Sequence[str] | None = None) -> Path:
@@ -37,6 +38,10 @@ def picture(results: Sequence["Result"], path: Path, labels: Sequence[str] | Non
             axes.plot(result.column(key), result.column("loss"), label=name, color=colour, lw=1.6)
         losses = np.concatenate([result.column("loss") for result in results])
         axes.set_yscale("log" if losses.min() > 0 else "linear")
+        ends = [result.column(key)[-1] for result in results]
+        if max(ends) > UNLIKE * min(ends) > 0:  # else the shortest run is a stub at the edge
+            axes.set_xscale("symlog", linthresh=max(1.0, min(ends) / UNLIKE))
+            axes.set_xlim(left=0)
         axes.set(xlabel=label, ylabel="loss" if at == 0 else "")
         axes.grid(alpha=0.25)
     axes.legend(frameon=False)
@@ -84,6 +89,7 @@ def _timeline(axes: Any, result: "Result", window: float, colour: str) -> None:
                 spans[odd::2], (worker - 0.4, 0.8), facecolors=colour, alpha=alpha, linewidth=0
             )
     axes.set(xlim=(0, window), ylim=(n - 0.4, -0.6), xlabel="virtual seconds", ylabel="worker")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set_facecolor("#f0f0f0")
     fraction = result.final["busy"]
     axes.text(0.995, 1.02, f"busy {fraction:.0%}", transform=axes.transAxes, ha="right", fontsize=8)
