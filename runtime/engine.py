@@ -147,7 +147,7 @@ class Engine:
                 event = workers.pop()
                 if type(event) is not Job:
                     self._outage(event)
-                    continue
+                    break  # it flushed the rows that most_rows counts
                 if event.loss != event.loss:
                     self._diverged(event)
                 rows.append(
