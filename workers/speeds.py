@@ -102,19 +102,19 @@ class Drawn(Clock):
 
     def finish(self, worker: int, number: int, start_s: float) -> float:
         """See ``Clock``."""
-        at = number - self._from[worker]
-        if not 0 <= at < len(self._times[worker]):
-            at = self._refill(worker, number)
-        return start_s + self._times[worker][at]
+        at, times = number - self._from[worker], self._times[worker]
+        if not 0 <= at < len(times):
+            at, times = self._refill(worker, number)
+        return start_s + times[at]
 
-    def _refill(self, worker: int, number: int) -> int:
-        """Draw the block that has job ``number``; answers its place in it."""
+    def _refill(self, worker: int, number: int) -> tuple[int, list[float]]:
+        """Draw the block that has job ``number``; answers its place in it, and the block."""
         block, at = divmod(number - FIRST_BLOCK, BLOCK)
         assert block >= 0, "a worker's jobs are asked for in order"
         generator = rng(self._seed, "duration", worker, block + 1)
         self._times[worker] = self._draw(generator, self._means[worker], BLOCK).tolist()
         self._from[worker] = number - at
-        return at
+        return at, self._times[worker]
 
 
 class Changing(Clock):
