@@ -74,7 +74,7 @@ def main() -> None:
                 p: np.mean([tail(task, name, p, text, seed) for seed in seeds], axis=0)
                 for p in powers
             }
-            best = min(found, key=lambda p: found[p][0])  # noqa: B023
+            best = min(found, key=lambda p: found[p][0])
             figures[law][name] = round(float(found[best][0]), 5)
             line += f"{found[best][0]:>12.4f} (2^-{best}) [{found[best][1]:>5.0f}]"
         print(line, flush=True)
@@ -82,7 +82,9 @@ def main() -> None:
     for law, by in figures.items():
         by["pure/shuffled"] = round(by["pure"] / by["shuffled"], 2)
         by["random/shuffled"] = round(by["random"] / by["shuffled"], 2)
-        print(f"{law}: pure/shuffled {by['pure/shuffled']}, random/shuffled {by['random/shuffled']}")
+        print(
+            f"{law}: pure/shuffled {by['pure/shuffled']}, random/shuffled {by['random/shuffled']}"
+        )
         targets[f"{law}: shuffled < random < pure"] = by["shuffled"] < by["random"] < by["pure"]
     finish(figures, targets)
 

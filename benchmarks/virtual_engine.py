@@ -14,15 +14,16 @@ import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import offbeat
 from common import arguments, finish, where
 from numpy.typing import NDArray
+from scipy.special import expit
+
+import offbeat
 from offbeat.algorithms.server import pure
 from offbeat.runtime.registry import Spec
 from offbeat.workers.tasks import EmpiricalRisk
 from offbeat.workers.tasks.logistic import Binary
 from offbeat.workers.tasks.shards import Shards
-from scipy.special import expit
 
 SAMPLES, D, BATCH, LR = 32_000, 123, 32, 0.01
 LAWS = {"mild": 0.25, "strong": 1.5}  # sigma of lognormal durations

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from offbeat.algorithms.server import ALGORITHMS, Algorithm
 from offbeat.runtime import checkpoint
 from offbeat.runtime.engine import Engine

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from offbeat.runtime.errors import StorageError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+
+from offbeat.runtime.errors import StorageError
 
 FORMAT = "offbeat checkpoint 1"
 KEPT = 2

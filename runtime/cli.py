@@ -8,6 +8,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
 from offbeat.algorithms.server import ALGORITHMS
 from offbeat.runtime import api
 from offbeat.runtime.errors import ConfigError, OffbeatError, StorageError, nearest
@@ -16,10 +21,6 @@ from offbeat.workers.data import BUNDLED
 from offbeat.workers.partition import PARTITIONS
 from offbeat.workers.speeds import SPEEDS
 from offbeat.workers.tasks import TASKS
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 INTERRUPTED = 130
 RUNS = Path("runs")

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from offbeat.algorithms.server import Algorithm, Update
 from offbeat.runtime import trees
 from offbeat.runtime.errors import Diverged
@@ -48,7 +49,7 @@ class ServerState:
     def apply(self, delta: NDArray) -> None:
         """x <- x - delta; one step."""
         x = self.x - delta
-        x.flags.writeable = False  # jobs in flight hold it
+        x.setflags(write=False)  # jobs in flight hold it
         self.x = x
         self.step += 1
 
@@ -129,6 +130,7 @@ class Engine:
     def _loop(self) -> str:
         server, workers, records = self.server, self.workers, self.records
         arrive, rows, clock = self.algorithm.arrive, records.rows, time.monotonic
+        pop = workers.pop
         began_s = clock()
         wall_end_s = began_s + (self.stop.wall_s or math.inf)
         next_save_s = began_s + self._save_every_s
@@ -141,17 +143,15 @@ class Engine:
             mark_s = min(self.stop.seconds or math.inf, self._next_s)
             most_rows = min(ROWS_HELD, (self.stop.gradients or math.inf) - records.flushed)
             while True:
-                time_s = workers.next_s()
-                if time_s >= mark_s:
-                    break
-                event = workers.pop()
+                event = pop(mark_s)
                 if type(event) is not Job:
-                    self._outage(event)
-                    continue
+                    if event is not None:
+                        self._outage(event)  # flushes the rows that most_rows counts
+                    break
                 if event.loss != event.loss:
                     self._diverged(event)
                 rows.append(
-                    (time_s, event.worker, event.number, event.step, server.step,
+                    (event.time_s, event.worker, event.number, event.step, server.step,
                      event.start_s, event.end_s)
                 )  # fmt: skip
                 arrive(server, event)
@@ -159,9 +159,9 @@ class Engine:
                     break
                 if clock() >= self._alarm_s:
                     break
-            if time_s == math.inf:
-                return "idle"
-            if time_s >= mark_s:
+            if event is None:
+                if workers.idle():
+                    return "idle"
                 workers.now_s = mark_s
             if len(rows) >= most_rows:
                 records.flush(workers)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tomli_w
+
 from offbeat.algorithms.server import ALGORITHMS, Algorithm
 from offbeat.runtime.errors import ConfigError, nearest
 from offbeat.runtime.registry import MADE_BY_HAND, Positive, Registry, settings

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from offbeat.runtime.errors import StorageError
 from offbeat.runtime.records import column
 

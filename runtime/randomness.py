@@ -10,11 +10,12 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 
-_G1 = np.uint64(0x9E3779B97F4A7C15)
-_G2 = np.uint64(0xD1B54A32D192ED03)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
-_S27, _S30, _S31, _S32 = (np.uint64(s) for s in (27, 30, 31, 32))
+# Arrays without axes: numpy is twice as fast with them as with its own scalars.
+_G1 = np.array(0x9E3779B97F4A7C15, np.uint64)
+_G2 = np.array(0xD1B54A32D192ED03, np.uint64)
+_MIX_1 = np.array(0xBF58476D1CE4E5B9, np.uint64)
+_MIX_2 = np.array(0x94D049BB133111EB, np.uint64)
+_S27, _S30, _S31, _S32 = (np.array(s, np.uint64) for s in (27, 30, 31, 32))
 
 
 def rng(seed: int, purpose: str, node: int = 0, index: int = 0) -> np.random.Generator:

@@ -3,16 +3,18 @@
 import json
 import os
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+
 from offbeat.runtime.errors import StorageError
 from offbeat.runtime.virtual import Joined, Left, VirtualWorkers
 
 TRACE_COLUMNS = ("time_s", "worker", "job", "read_step", "step", "start_s", "end_s")
-ROWS_HELD = 4096  # arrivals held before they are counted and written
+ROWS_HELD = 1024  # arrivals held before they are counted and written; more leave the cache
 
 
 class Records:
@@ -55,7 +57,8 @@ class Records:
         """Count and store the arrivals held."""
         if not self.rows:
             return
-        table = np.array(self.rows)
+        columns = len(TRACE_COLUMNS)
+        table = np.fromiter(chain.from_iterable(self.rows), float).reshape(-1, columns)
         taus = np.bincount((table[:, 4] - table[:, 3]).astype(np.int64))
         if len(taus) > len(self.histogram):
             self.histogram, taus = taus, self.histogram

@@ -15,8 +15,9 @@ from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import pydantic
 import pydantic.dataclasses
-from offbeat.runtime.errors import ConfigError, nearest
 from pydantic import ConfigDict, Field, ValidationError
+
+from offbeat.runtime.errors import ConfigError, nearest
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")

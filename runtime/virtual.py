@@ -10,20 +10,24 @@ batch.  The trajectory is that of one-at-a-time evaluation, the cost that of a b
 """
 
 import math
-from collections import deque
+from collections import defaultdict, deque
 from heapq import heappop, heappush, heapreplace
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple, final
 
 import numpy as np
 from numpy.typing import NDArray
+
 from offbeat.workers.fleet import Fleet, Timing
 from offbeat.workers.speeds import away
 from offbeat.workers.tasks.contract import Task
 
 STACK_BYTES = 2**22  # models stacked for one batched call
 ALONE_BYTES = 2**20  # models this large are computed one by one, when due
+NEVER: Any = math.inf, 0, None  # what an empty heap would have on top
 
 
+@final
 class Job:
     """One assigned computation, and after it its result; what a method sees as ``Update``."""
 
@@ -82,7 +86,7 @@ class VirtualWorkers:
     """
 
     def __init__(self, task: Task, fleet: Fleet, timing: Timing) -> None:
-        self.task, self.timing = task, timing
+        self.task, self._plan = task, timing.plan
         n = self.n = fleet.workers
         self.now_s = 0.0
         self.outstanding = 0
@@ -96,7 +100,7 @@ class VirtualWorkers:
         self._heap: list[tuple[float, int, Job]] = []
         self._popped = False  # the first entry is used up: the next one takes its place
         self._running: list[Job | None] = [None] * n
-        self._queues: list[deque[Job]] = [deque() for _ in range(n)]
+        self._queues: defaultdict[int, deque[Job]] = defaultdict(deque)  # of who has had one
         self._missing: list[Job] = []  # outstanding jobs not computed yet, oldest first
         self._held = 0  # rows computed since memory was last made compact
         # Outages that cost jobs: (time, 0 down / 1 up, worker), and who is away.
@@ -115,9 +119,9 @@ class VirtualWorkers:
 
     def take(self, worker: int, x: NDArray, step: int) -> None:
         """Queue a job for ``worker``, or for who stands in for it while it is away."""
-        self.outstanding += 1
-        if self.outstanding > self.peak:
-            self.peak = self.outstanding
+        self.outstanding = outstanding = self.outstanding + 1
+        if outstanding > self.peak:
+            self.peak = outstanding
         if worker in self._away:
             here = self._least_loaded()
             if here is None:
@@ -136,7 +140,7 @@ class VirtualWorkers:
 
     def _start(self, job: Job) -> None:
         worker, now_s = job.worker, self.now_s
-        job.start_s, job.end_s, time_s = self.timing.plan(
+        job.start_s, job.end_s, time_s = self._plan(
             worker, job.number, job.assigned_s, self._free_s[worker]
         )
         # A link delivers in order: nothing arrives before what was sent earlier.
@@ -151,37 +155,37 @@ class VirtualWorkers:
         else:
             heappush(self._heap, (time_s, order, job))
 
-    def next_s(self) -> float:
-        """When the next event happens; infinite where nothing is left to happen."""
+    def pop(self, before_s: float) -> Job | Left | Joined | None:
+        """The next event, a result with its payload; None where none happens before then."""
         heap = self._heap
         if self._popped:
             self._popped = False
             heappop(heap)
         while heap and heap[0][2].dropped:
             heappop(heap)
-        time_s = heap[0][0] if heap else math.inf
-        return time_s if time_s < self._change_s else self._change_s
-
-    def pop(self) -> Job | Left | Joined:
-        """The next event; a result comes with its payload.  Call after ``next_s``."""
-        heap = self._heap
-        if self._change_s < math.inf and (not heap or self._change_s < heap[0][0]):
-            return self._change(*self._changes[self._next_change])
-        job = heap[0][2]
+        time_s, _, job = heap[0] if heap else NEVER
+        if self._change_s < time_s:
+            ahead = self._changes[self._next_change]
+            return self._change(*ahead) if ahead[0] < before_s else None
+        if time_s >= before_s:
+            return None
         self._popped = True
         if job.payload is None:
             self._compute(job)
-        self.now_s = job.time_s
+        self.now_s = time_s
         worker = job.worker
         self.outstanding -= 1
         self.done[worker] += 1
         end_s = job.end_s
         self.busy_s[worker] += self._spent(job, end_s) if self._pauses else end_s - job.start_s
         self._running[worker] = None
-        queue = self._queues[worker]
-        if queue:
+        if queue := self._queues.get(worker):
             self._start(queue.popleft())
         return job
+
+    def idle(self) -> bool:
+        """Whether nothing is left to happen; ask after ``pop`` answered None."""
+        return min(self._change_s, self._heap[0][0] if self._heap else math.inf) == math.inf
 
     def cancel(self, worker: int) -> None:
         """Drop every outstanding job of ``worker``."""
@@ -196,7 +200,8 @@ class VirtualWorkers:
 
     def _spent(self, job: Job, until_s: float) -> float:
         """Seconds of work in ``job`` up to then: a paused worker does none."""
-        still = away(self._pauses.get(job.worker, []), job.start_s, until_s)
+        windows = self._pauses.get(job.worker)
+        still = away(windows, job.start_s, until_s) if windows else 0.0
         return until_s - job.start_s - still
 
     def jobs(self) -> list[Job]:
@@ -206,7 +211,7 @@ class VirtualWorkers:
 
     def _jobs_of(self, worker: int) -> list[Job]:
         running = self._running[worker]
-        return ([] if running is None else [running]) + list(self._queues[worker])
+        return ([] if running is None else [running]) + list(self._queues.get(worker, ()))
 
     def _drop(self, job: Job) -> None:
         """Take an outstanding job back; if it was running, the next in the queue starts."""
@@ -238,20 +243,17 @@ class VirtualWorkers:
         self._held += len(jobs)
         if self._held > 4 * self.outstanding + 64:
             self._held = 0
-            for job in self.jobs():
-                if job.payload is not None:
+            for job in chain(self._running, *self._queues.values()):
+                if job is not None and job.payload is not None:
                     job.payload = job.payload.copy()
 
     def _batch(self, jobs: list[Job]) -> None:
-        if len(jobs) == 1:
-            x = jobs[0].x[None]
-        else:
-            x = np.array([job.x for job in jobs])
+        x = np.array([job.x for job in jobs]) if len(jobs) > 1 else jobs[0].x[None]
         worker = np.array([job.worker for job in jobs])
         draw = np.array([job.number for job in jobs])
         rows, payloads = self.task.gradient(x, worker, draw)
-        losses, flat = rows.tolist(), payloads.reshape(-1)
-        if not math.isfinite(float(flat.dot(flat)) + sum(losses)):
+        losses = rows.tolist()
+        if not math.isfinite(float(np.vdot(payloads, payloads)) + sum(losses)):
             # Not a number marks the rows that are not finite; their arrival stops the run.
             good = np.isfinite(payloads).all(axis=1) & np.isfinite(rows)
             losses = np.where(good, rows, np.nan).tolist()
@@ -297,8 +299,10 @@ class VirtualWorkers:
 
     # -- Checkpoints ---------------------------------------------------------------------------
 
-    _COUNTERS = ("now_s", "outstanding", "peak", "lost", "reassigned", "cancelled", "_serial",
-                 "_order", "_held", "_next_change", "done", "busy_s", "_numbers", "_free_s")  # fmt: skip
+    _COUNTERS = (
+        *("now_s", "outstanding", "peak", "lost", "reassigned", "cancelled", "done", "busy_s"),
+        *("_serial", "_order", "_held", "_next_change", "_numbers", "_free_s"),
+    )
 
     def state(self) -> dict[str, Any]:
         """All that a restart needs, as plain values and arrays; equal models are kept once."""

@@ -93,6 +93,8 @@ def test_readme_tables_name_every_method():
 
 
 def test_no_test_may_fail_quietly():
-    text = "\n".join(p.read_text() for p in (ROOT / "tests").rglob("*.py") if p.name != "test_house.py")
+    text = "\n".join(
+        p.read_text() for p in (ROOT / "tests").rglob("*.py") if p.name != "test_house.py"
+    )
     assert "xfail" not in text
     assert "assert True" not in text

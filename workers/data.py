@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from offbeat.runtime.errors import ConfigError, nearest
 
 BUNDLED = {

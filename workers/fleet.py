@@ -6,11 +6,12 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
+
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.registry import Count, Natural, NonNegative, Positive, settings
 from offbeat.workers.speeds import BLOCK, Clock, Law, Paused, parse
-from pydantic import Field
 
 
 @settings
@@ -150,6 +151,7 @@ class Timing:
     def __post_init__(self) -> None:
         """No link: the plain path."""
         self._blocks: dict[int, tuple[int, list[list[float]]]] = {}
+        self._finish = self.clock.finish
         self.linked = self.message_s > 0 or self.jitter_s > 0
 
     def plan(
@@ -158,14 +160,14 @@ class Timing:
         """(start, end, arrival at the server) of a job assigned then, the worker free since."""
         if not self.linked:
             start = assigned_s if assigned_s > free_s else free_s
-            end = self.clock.finish(worker, number, start)
+            end = self._finish(worker, number, start)
             return start, end, end
         down = up = self.message_s
         if self.jitter_s:
             extra = self._jitter(worker, number)
             down, up = down + extra[0], up + extra[1]
         start = max(assigned_s + down, free_s)
-        end = self.clock.finish(worker, number, start)
+        end = self._finish(worker, number, start)
         return start, end, end + up
 
     def _jitter(self, worker: int, number: int) -> list[float]:

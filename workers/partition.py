@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
+
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.registry import Count, Positive, Registry

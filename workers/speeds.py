@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.registry import NonNegative, Positive, Registry, Spec
@@ -100,21 +101,21 @@ class Drawn(Clock):
 
     def finish(self, worker: int, number: int, start_s: float) -> float:
         """See ``Clock``."""
-        at = number - self._from[worker]
-        if not 0 <= at < len(self._times[worker]):
-            at = self._refill(worker, number)
-        return start_s + self._times[worker][at]
+        at, times = number - self._from[worker], self._times[worker]
+        if not 0 <= at < len(times):
+            at, times = self._refill(worker, number)
+        return start_s + times[at]
 
-    def _refill(self, worker: int, number: int) -> int:
-        """Draw the block that has job ``number``; answers its place in it."""
+    def _refill(self, worker: int, number: int) -> tuple[int, list[float]]:
+        """Draw the block that has job ``number``; answers its place in it, and the block."""
         if number < FIRST_BLOCK:
             self._times[worker], self._from[worker] = self._first[worker], 0
-            return number
+            return number, self._first[worker]
         block, at = divmod(number - FIRST_BLOCK, BLOCK)
         generator = rng(self._seed, "duration", worker, block + 1)
         self._times[worker] = self._draw(generator, self._means[worker], BLOCK).tolist()
         self._from[worker] = number - at
-        return at
+        return at, self._times[worker]
 
 
 class Changing(Clock):

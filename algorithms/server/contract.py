@@ -4,6 +4,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
 from offbeat.runtime.registry import Registry, Spec
 
 ALGORITHMS = Registry("algorithm")
@@ -36,8 +37,11 @@ class Server(Protocol):
     """Steps taken so far."""
     n: int
     """Number of workers; they are 0..n-1."""
-    outstanding: int
-    """Jobs handed out and not yet back."""
+
+    @property
+    def outstanding(self) -> int:
+        """Jobs handed out and not yet back."""
+        ...
 
     def apply(self, delta: NDArray) -> None:
         """x <- x - delta; one step."""

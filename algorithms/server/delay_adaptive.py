@@ -12,6 +12,7 @@ at hand and the constants are UNVERIFIED.  We make the step continuous at tau_C:
 from dataclasses import dataclass
 
 from numpy.typing import NDArray
+
 from offbeat.algorithms.server.contract import ALGORITHMS, Server, Update
 from offbeat.algorithms.server.method import Finisher, Method, Rule, Schedule, StepSize
 from offbeat.runtime.registry import Count, Positive

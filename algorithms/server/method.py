@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
 from offbeat.algorithms.server.contract import Algorithm, Server, Update
 
 
@@ -160,10 +161,13 @@ class StepSize(Rule):
     """lr g."""
 
     lr: float
+    scale: NDArray | None = field(default=None, init=False)  # lr, []: faster than as a number
 
     def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray:
         """See ``Rule``."""
-        return self.lr * g
+        if self.scale is None or self.scale.dtype != g.dtype:
+            self.scale = np.array(self.lr, g.dtype)
+        return self.scale * g
 
 
 @dataclass

@@ -10,6 +10,7 @@ lr s_i / mean_j s_j over the workers heard of so far (both our reading, UNVERIFI
 from dataclasses import dataclass, field
 
 from numpy.typing import NDArray
+
 from offbeat.algorithms.server.contract import ALGORITHMS, Server, Update
 from offbeat.algorithms.server.method import Finisher, Method, Rule, Schedule, StepSize
 from offbeat.runtime.registry import Positive

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+
 from offbeat.algorithms.server.contract import ALGORITHMS, Algorithm, Server, Update
 from offbeat.runtime.registry import Positive
 

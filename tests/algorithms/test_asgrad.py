@@ -1,9 +1,10 @@
 """The AsGrad family against the reference machine, and the identities it must satisfy."""
 
 import numpy as np
-import offbeat
 import pytest
 import reference
+
+import offbeat
 from offbeat.algorithms.server import ALGORITHMS, minibatch, pure, random, shuffled
 from offbeat.runtime.records import column
 from offbeat.workers.tasks import Quadratic, quadratic

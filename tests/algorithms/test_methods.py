@@ -3,9 +3,10 @@
 import copy
 
 import numpy as np
-import offbeat
 import pytest
 import reference
+
+import offbeat
 from offbeat.algorithms.server import (
     ALGORITHMS,
     delay_adaptive,

@@ -5,8 +5,9 @@ import sys
 import tomllib
 
 import numpy as np
-import offbeat
 import pytest
+
+import offbeat
 from offbeat.runtime import api, cli
 
 FILE = """

@@ -3,8 +3,9 @@
 import json
 
 import numpy as np
-import offbeat
 import pytest
+
+import offbeat
 from offbeat import ConfigError, StorageError
 from offbeat.runtime import checkpoint, trees
 from offbeat.runtime.api import load_experiment

@@ -3,8 +3,9 @@
 import tracemalloc
 
 import numpy as np
-import offbeat
 import pytest
+
+import offbeat
 from offbeat import ConfigError, Diverged, Stop
 from offbeat.algorithms.server import Algorithm
 from offbeat.runtime.records import column

@@ -11,8 +11,9 @@ import sys
 import time
 
 import numpy as np
-import offbeat
 import pytest
+
+import offbeat
 from offbeat.runtime import api
 
 RUN = {

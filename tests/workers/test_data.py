@@ -5,6 +5,7 @@ import gzip
 
 import numpy as np
 import pytest
+
 from offbeat import ConfigError
 from offbeat.workers.data import BUNDLED, load
 from offbeat.workers.partition import PARTITIONS

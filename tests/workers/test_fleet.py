@@ -1,8 +1,9 @@
 """Speed laws and fleets: means, addresses, windows, links, text forms."""
 
 import numpy as np
-import offbeat
 import pytest
+
+import offbeat
 from offbeat import ConfigError, Fleet, Outage
 from offbeat.algorithms.server import pure
 from offbeat.runtime.records import column

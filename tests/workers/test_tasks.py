@@ -1,9 +1,10 @@
 """Gradients against finite differences, batches against single calls, samples against theory."""
 
 import numpy as np
-import offbeat
 import pytest
 import torch
+
+import offbeat
 from offbeat.workers.tasks import TorchTask, logistic, mlp, quadratic
 from offbeat.workers.tasks.shards import FEW, Draws
 

@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from numpy.typing import NDArray
+
 from offbeat.runtime.registry import Registry, Spec
 
 TASKS = Registry("task")

@@ -4,6 +4,7 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
 from offbeat.runtime.registry import Spec
 from offbeat.workers.tasks.shards import Shards
 
@@ -62,14 +63,13 @@ class EmpiricalRisk:
 
     def gradient(self, x: NDArray, worker: NDArray, draw: NDArray) -> tuple[NDArray, NDArray]:
         """Losses ``[k]`` and gradients ``[k, d]``; see ``Task``."""
-        found = [
-            self.model.gradient(x[jobs], a, y, self._mean(y.shape[1]))
-            for jobs, a, y in self.shards.batches(worker, draw)
-        ]
-        if len(found) == 1:
-            losses, gradients = found[0]
-        else:
+        if len(x) > self.shards.most:
+            pieces = [slice(j, j + self.shards.most) for j in range(0, len(x), self.shards.most)]
+            found = [self.gradient(x[p], worker[p], draw[p]) for p in pieces]
             losses, gradients = (np.concatenate(parts) for parts in zip(*found, strict=True))
+            return losses, gradients
+        a, y = self.shards.samples(worker, draw)
+        losses, gradients = self.model.gradient(x, a, y, self._mean(y.shape[1]))
         if self.l2 or self.nonconvex:
             losses = self._regularise(x, losses, gradients)
         return losses, gradients
@@ -105,14 +105,6 @@ class EmpiricalRisk:
         return losses
 
 
-def weighted_sum(losses: NDArray, c: NDArray) -> NDArray:
-    """``[k]`` sums over b of c_b losses ``[k, b]``, each row by a product of its own.
-
-    One product for all rows would round differently for different k.
-    """
-    return np.matmul(losses[:, None, :], c[:, None])[:, 0, 0]
-
-
 def cross_entropy(z: NDArray, y: NDArray, c: NDArray) -> tuple[NDArray, NDArray]:
     """Losses ``[k]`` and residuals ``[k, B, C]`` (the gradient in z) of logits ``z [k, B, C]``.
 
@@ -124,7 +116,8 @@ def cross_entropy(z: NDArray, y: NDArray, c: NDArray) -> tuple[NDArray, NDArray]
     picked = flat[mine].reshape(k, b)
     np.exp(z, out=z)
     total = z.sum(axis=2)
-    losses = weighted_sum(np.log(total) - picked, c)
+    # Row by row: one matrix product for all rows would round differently for different k.
+    losses = np.vecdot(np.log(total) - picked, c)
     z /= total[:, :, None]
     flat[mine] -= 1
     z *= c[:, None]

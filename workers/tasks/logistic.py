@@ -2,11 +2,12 @@
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
+
 from offbeat.runtime.registry import Count, Finite, Fraction, NonNegative, Seed
 from offbeat.workers.tasks.contract import TASKS
-from offbeat.workers.tasks.empirical import EmpiricalRisk, cross_entropy, weighted_sum
+from offbeat.workers.tasks.empirical import EmpiricalRisk, cross_entropy
 from offbeat.workers.tasks.shards import BatchSize, DType, Sampling, Shards
-from scipy.special import expit
 
 
 class Binary:
@@ -25,12 +26,12 @@ class Binary:
 
     def gradient(self, x: NDArray, a: NDArray, y: NDArray, c: NDArray) -> tuple[NDArray, NDArray]:
         """See ``Model``."""
-        u = np.matmul(a, x[:, :, None])[:, :, 0]
+        u = np.matvec(a, x)
         u *= y  # minus the margin
-        losses = weighted_sum(np.logaddexp(0, u), c)
+        losses = np.vecdot(np.logaddexp(0, u), c)
         y *= expit(u)
         y *= c
-        return losses, np.matmul(y[:, None, :], a)[:, 0]
+        return losses, np.vecmat(y, a)
 
     def predict(self, x: NDArray, a: NDArray) -> NDArray:
         """See ``Model``."""

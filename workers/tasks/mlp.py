@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.registry import Count, Fraction, NonNegative, Seed
 from offbeat.workers.tasks.contract import TASKS

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import Streams
 from offbeat.runtime.registry import Spec

@@ -2,10 +2,11 @@
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtri
+
 from offbeat.runtime.randomness import Streams
 from offbeat.runtime.registry import AtLeastOne, Count, NonNegative, Seed, Spec
 from offbeat.workers.tasks.contract import TASKS
-from scipy.special import ndtri
 
 
 class Quadratic:

@@ -1,10 +1,10 @@
 """A data set divided among workers, and the samples behind each of their jobs."""
 
-from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import Streams, rng
 from offbeat.runtime.registry import Count
@@ -18,6 +18,7 @@ DType = Literal["float32", "float64"]
 GATHER_BYTES = 2**21  # rows gathered at a time; larger gains nothing and leaves the cache
 FEW = 16  # up to so many jobs, a worker's next draws are taken from a block made ahead
 BLOCK = 128  # draws a block
+NOTHING = 0, np.empty((0, 0), np.int64)  # a block of no draws
 AHEAD = 2048  # workers for which blocks are kept at most
 
 
@@ -40,7 +41,7 @@ class Draws:
         self._below = self.sizes.astype(np.uint64)[:, None]
         self._first = self.starts[:, None]
         self._orders: dict[tuple[int, int], NDArray] = {}  # (worker, pass) -> permutation
-        self._ahead: dict[int, tuple[int, NDArray]] = {}  # worker -> block number, [BLOCK, B] rows
+        self._ahead: dict[int, tuple[int, NDArray]] = {}  # worker -> first draw, [BLOCK, B] rows
 
     def share(self, worker: int) -> slice:
         """All samples of a worker."""
@@ -52,18 +53,15 @@ class Draws:
             return np.stack([self._in_pass(*job) for job in zip(worker, draw, strict=True)])
         if len(worker) > FEW or len(self.sizes) > AHEAD:
             return self._drawn(worker, draw)
-        found = [self._next(w, t) for w, t in zip(worker.tolist(), draw.tolist(), strict=True)]
+        found = []
+        for w, t in zip(worker.tolist(), draw.tolist(), strict=True):
+            first, block = self._ahead.get(w, NOTHING)
+            if not first <= t < first + len(block):
+                first = t - t % BLOCK
+                block = self._drawn(np.full(BLOCK, w), np.arange(first, first + BLOCK))
+                self._ahead[w] = first, block
+            found.append(block[t - first])
         return np.array(found) if len(found) > 1 else found[0][None]
-
-    def _next(self, worker: int, draw: int) -> NDArray[np.int64]:
-        """``[B]`` samples of one job, from the block of the worker's draws around it."""
-        number, at = divmod(draw, BLOCK)
-        known = self._ahead.get(worker)
-        if known is None or known[0] != number:
-            draws = np.arange(number * BLOCK, (number + 1) * BLOCK)
-            known = number, self._drawn(np.full(BLOCK, worker), draws)
-            self._ahead[worker] = known
-        return known[1][at]
 
     def _drawn(self, worker: NDArray, draw: NDArray) -> NDArray[np.int64]:
         picked = self._streams.integers(worker, draw, int(self.batch), self._below[worker])
@@ -116,10 +114,9 @@ class Shards:
         self.classes = int(labels.max()) + 1
         self.draws = Draws(parts, batch=batch, sampling=sampling, seed=seed)
         self.test = test
+        self.most = 1  # jobs whose samples are gathered at a time
         if batch != "full":
-            row_bytes = batch * self.width * self.features.itemsize
-            self._chunk = max(1, GATHER_BYTES // row_bytes)
-            self._gathered = np.empty((0, self.width), self.features.dtype)
+            self.most = max(1, GATHER_BYTES // (batch * self.width * self.features.itemsize))
 
     @classmethod
     def read(
@@ -157,22 +154,10 @@ class Shards:
         each = 1.0 / (self.workers * self.draws.sizes)
         return np.repeat(each, self.draws.sizes).astype(self.features.dtype)
 
-    def batches(self, worker: NDArray, draw: NDArray) -> Iterator[tuple[slice, NDArray, NDArray]]:
-        """``(which jobs, features [k, B, f], targets [k, B])``, a cacheful of jobs at a time.
-
-        The arrays are good until the next one is asked for.
-        """
+    def samples(self, worker: NDArray, draw: NDArray) -> tuple[NDArray, NDArray]:
+        """Features ``[k, B, f]`` and targets ``[k, B]`` of at most ``most`` jobs, as new memory."""
         if self.draws.batch == "full":
-            for j, w in enumerate(worker.tolist()):
-                mine = self.draws.share(w)
-                yield slice(j, j + 1), self.features[None, mine], self.targets[None, mine].copy()
-            return
+            mine = self.draws.share(int(worker[0]))
+            return self.features[None, mine], self.targets[None, mine].copy()
         rows = self.draws.rows(worker, draw)
-        for first in range(0, len(rows), self._chunk):
-            some = rows[first : first + self._chunk]
-            if len(self._gathered) < some.size:
-                self._gathered = np.empty((some.size, self.width), self.features.dtype)
-            out = self._gathered[: some.size]
-            self.features.take(some.ravel(), axis=0, out=out, mode="clip")
-            jobs = slice(first, first + len(some))
-            yield jobs, out.reshape(*some.shape, self.width), self.targets.take(some)
+        return self.features.take(rows, axis=0), self.targets[rows]
