@@ -114,6 +114,7 @@ class RecordedTiming(Timing):
             strict=True,
         )
         self._times = dict(zip(keys, times, strict=True))
+        self.finish = None
 
     def plan(
         self, worker: int, number: int, assigned_s: float, free_s: float
@@ -303,7 +304,7 @@ def _engine(
         e.task,
         copy.deepcopy(e.algorithm),
         workers,
-        Records(folder, e.record.trace),
+        Records(e.fleet, folder, e.record.trace),
         stop=e.stop,
         evaluate=e.evaluate,
         seed=e.seed,

@@ -34,12 +34,12 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class ServerState:
     """The facade through which a method acts; see ``offbeat.algorithms.server.Server``."""
 
-    __slots__ = ("_workers", "n", "seed", "step", "x")
+    __slots__ = ("_records", "_workers", "n", "seed", "step", "x")
 
-    def __init__(self, x: NDArray, workers: VirtualWorkers, seed: int) -> None:
+    def __init__(self, x: NDArray, workers: VirtualWorkers, records: Records, seed: int) -> None:
         x.flags.writeable = False
         self.x, self.step, self.seed = x, 0, seed
-        self.n, self._workers = workers.n, workers
+        self.n, self._workers, self._records = workers.n, workers, records
 
     @property
     def outstanding(self) -> int:
@@ -66,8 +66,7 @@ class ServerState:
 
     def speed(self, worker: int) -> float:
         """Observed jobs per busy second; 0 before the first result."""
-        done, busy_s = self._workers.done[worker], self._workers.busy_s[worker]
-        return done / max(busy_s, 1e-12) if done else 0.0
+        return self._records.speed(worker)
 
     def rng(self, purpose: str, index: int = 0) -> np.random.Generator:
         """The generator at address (run seed, purpose, index)."""
@@ -103,7 +102,7 @@ class Engine:
     ) -> None:
         self.task, self.algorithm, self.workers, self.records = task, algorithm, workers, records
         self.stop, self.evaluate = stop, evaluate
-        self.server = ServerState(task.initial(seed), workers, seed)
+        self.server = ServerState(task.initial(seed), workers, records, seed)
         self._save, self._save_every_s = save, save_every_s
         self._progress = progress
         self._started = False

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from offbeat.runtime.errors import StorageError
 from offbeat.runtime.virtual import Joined, Left, VirtualWorkers
+from offbeat.workers.fleet import Fleet
+from offbeat.workers.speeds import away
 
 TRACE_COLUMNS = ("time_s", "worker", "job", "read_step", "step", "start_s", "end_s")
 ROWS_HELD = 1024  # arrivals held before they are counted and written; more leave the cache
@@ -21,15 +23,21 @@ class Records:
     """Collects a run's records; with a folder they go to files and not to memory.
 
     Args:
+        fleet: whose workers they are.
         folder: where metrics.jsonl and trace.jsonl are written, or None.
         trace: whether arrivals are kept.
     """
 
     def __init__(
         self,
+        fleet: Fleet,
         folder: Path | None,
         trace: bool = True,
     ) -> None:
+        self.done = np.zeros(fleet.workers, np.int64)  # results of each worker
+        self.busy_s = np.zeros(fleet.workers)  # seconds it spent on them
+        self._counted = 0  # rows that are in these two
+        self._pauses = fleet.windows() if fleet.on_outage == "pause" else {}
         self.rows: list[tuple[float, ...]] = []  # arrivals since the last flush
         self.flushed = 0  # arrivals before them
         self.metrics: list[dict[str, float]] = []
@@ -57,12 +65,11 @@ class Records:
         """Count and store the arrivals held."""
         if not self.rows:
             return
-        columns = len(TRACE_COLUMNS)
-        table = np.fromiter(chain.from_iterable(self.rows), float).reshape(-1, columns)
-        taus = np.bincount((table[:, 4] - table[:, 3]).astype(np.int64))
+        self._count()
+        table = _table(self.rows)
+        taus = np.bincount((column(table, "step") - column(table, "read_step")).astype(np.int64))
         if len(taus) > len(self.histogram):
             self.histogram, taus = taus, self.histogram
-            self.histogram = self.histogram.copy()
         self.histogram[: len(taus)] += taus
         if "trace.jsonl" in self._files:
             self._write("trace.jsonl", json.dumps(self.rows)[1:-1].replace("], [", "]\n[") + "\n")
@@ -70,6 +77,29 @@ class Records:
             self._chunks.append(table)
         self.flushed += len(self.rows)
         self.rows.clear()
+        self._counted = 0
+
+    def _count(self) -> None:
+        """Add the rows that are new to the workers' counts."""
+        table = _table(self.rows[self._counted :])
+        self._counted = len(self.rows)
+        worker = column(table, "worker").astype(np.int64)
+        start, end = column(table, "start_s"), column(table, "end_s")
+        spent = end - start
+        for paused, windows in self._pauses.items():
+            mine = worker == paused
+            spent[mine] -= [
+                away(windows, *span) for span in zip(start[mine], end[mine], strict=True)
+            ]
+        np.add.at(self.done, worker, 1)
+        np.add.at(self.busy_s, worker, spent)
+
+    def speed(self, worker: int) -> float:
+        """Results a busy second; 0 before the first."""
+        if len(self.rows) > self._counted:
+            self._count()
+        done = self.done.item(worker)
+        return done / max(self.busy_s.item(worker), 1e-12) if done else 0.0
 
     def measure(self, workers: VirtualWorkers, step: int, facts: dict[str, float]) -> None:
         """Record one row of metrics; ``facts`` are the task's own."""
@@ -93,8 +123,13 @@ class Records:
 
     def busy(self, workers: VirtualWorkers) -> float:
         """Fraction of the workers' time so far that they spent computing."""
-        spent, whole = workers.busy_until(workers.now_s), workers.n * workers.now_s
-        return spent / whole if whole else 0.0
+        spent, now_s = float(self.busy_s.sum()), workers.now_s
+        for job in workers.running():
+            until_s = min(now_s, job.end_s)
+            if job.start_s < until_s:
+                still = away(self._pauses.get(job.worker, []), job.start_s, until_s)
+                spent += until_s - job.start_s - still
+        return spent / (workers.n * now_s) if now_s else 0.0
 
     def outage(self, workers: VirtualWorkers, event: Left | Joined) -> None:
         """A worker left or came back."""
@@ -124,11 +159,18 @@ class Records:
                 lengths[name] = file.tell()
             except OSError as error:
                 raise _unwritable(file.name, error) from None
-        return {"flushed": self.flushed, "histogram": self.histogram, "lengths": lengths}
+        return {
+            "flushed": self.flushed,
+            "histogram": self.histogram,
+            "done": self.done,
+            "busy_s": self.busy_s,
+            "lengths": lengths,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Cut the files back to where the checkpoint was written."""
         self.flushed, self.histogram = state["flushed"], state["histogram"]
+        self.done, self.busy_s = state["done"], state["busy_s"]
         for name, file in self._files.items():
             length = state["lengths"].get(name, 0)
             if (there := file.seek(0, os.SEEK_END)) < length:
@@ -187,6 +229,10 @@ def read_trace(path: Path) -> NDArray:
     """``[arrivals, 7]`` from a trace.jsonl."""
     rows = [row for row in read_lines(path)[1:] if isinstance(row, list)]
     return np.array(rows, float).reshape(-1, len(TRACE_COLUMNS))
+
+
+def _table(rows: list[tuple[float, ...]]) -> NDArray:
+    return np.fromiter(chain.from_iterable(rows), float).reshape(-1, len(TRACE_COLUMNS))
 
 
 def column(trace: NDArray, name: str) -> NDArray:

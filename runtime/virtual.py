@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.workers.fleet import Fleet, Timing
-from offbeat.workers.speeds import away
 from offbeat.workers.tasks.contract import Task
 
 STACK_BYTES = 2**22  # models stacked for one batched call
@@ -86,13 +85,11 @@ class VirtualWorkers:
     """
 
     def __init__(self, task: Task, fleet: Fleet, timing: Timing) -> None:
-        self.task, self._plan = task, timing.plan
+        self.task, self._plan, self._finish = task, timing.plan, timing.finish
         n = self.n = fleet.workers
         self.now_s = 0.0
         self.outstanding = 0
         self.peak = 0  # most jobs outstanding at a time
-        self.done = [0] * n  # results delivered
-        self.busy_s = [0.0] * n  # seconds spent on them
         self.lost = self.reassigned = self.cancelled = 0
         self._serial = self._order = 0
         self._numbers = [0] * n
@@ -110,7 +107,6 @@ class VirtualWorkers:
         self._away: set[int] = set()
         self._stranded: list[tuple[NDArray, int]] = []  # jobs with nobody there to take them
         windows = fleet.windows()
-        self._pauses = windows if fleet.on_outage == "pause" else {}
         if fleet.on_outage != "pause":
             spans = [(w, span) for w, mine in windows.items() for span in mine]
             changes = [(span[back], back, w) for w, span in spans for back in (0, 1)]
@@ -140,12 +136,17 @@ class VirtualWorkers:
 
     def _start(self, job: Job) -> None:
         worker, now_s = job.worker, self.now_s
-        job.start_s, job.end_s, time_s = self._plan(
-            worker, job.number, job.assigned_s, self._free_s[worker]
-        )
-        # A link delivers in order: nothing arrives before what was sent earlier.
-        job.time_s = time_s = time_s if time_s > now_s else now_s
-        self._free_s[worker] = job.end_s
+        if self._finish is not None:  # no link: it starts now, and arrives when it ends
+            job.start_s = now_s
+            job.end_s = time_s = self._finish(worker, job.number, now_s)
+        else:
+            job.start_s, job.end_s, time_s = self._plan(
+                worker, job.number, job.assigned_s, self._free_s[worker]
+            )
+            self._free_s[worker] = job.end_s
+            # A link delivers in order: nothing arrives before what was sent earlier.
+            time_s = max(time_s, now_s)
+        job.time_s = time_s
         self._running[worker] = job
         job.order = order = self._order
         self._order = order + 1
@@ -175,9 +176,6 @@ class VirtualWorkers:
         self.now_s = time_s
         worker = job.worker
         self.outstanding -= 1
-        self.done[worker] += 1
-        end_s = job.end_s
-        self.busy_s[worker] += self._spent(job, end_s) if self._pauses else end_s - job.start_s
         self._running[worker] = None
         if queue := self._queues.get(worker):
             self._start(queue.popleft())
@@ -193,16 +191,9 @@ class VirtualWorkers:
             self._drop(job)
             self.cancelled += 1
 
-    def busy_until(self, now_s: float) -> float:
-        """Worker-seconds spent computing up to ``now_s``, jobs still running included."""
-        running = [j for j in self._running if j is not None and j.start_s < now_s]
-        return sum(self.busy_s) + sum(self._spent(j, min(now_s, j.end_s)) for j in running)
-
-    def _spent(self, job: Job, until_s: float) -> float:
-        """Seconds of work in ``job`` up to then: a paused worker does none."""
-        windows = self._pauses.get(job.worker)
-        still = away(windows, job.start_s, until_s) if windows else 0.0
-        return until_s - job.start_s - still
+    def running(self) -> list[Job]:
+        """The jobs that are being computed."""
+        return [job for job in self._running if job is not None]
 
     def jobs(self) -> list[Job]:
         """Every outstanding job, oldest first."""
@@ -234,8 +225,9 @@ class VirtualWorkers:
             self._missing = [job for job in self._missing if job is not due and not job.dropped]
             self._batch([due])
             return
-        jobs = [job for job in self._missing if not job.dropped]
-        self._missing = []
+        jobs, self._missing = self._missing, []
+        if self.cancelled or self._away or self._next_change:
+            jobs = [job for job in jobs if not job.dropped]
         rows = max(1, STACK_BYTES // due.x.nbytes)
         for first in range(0, len(jobs), rows):
             self._batch(jobs[first : first + rows])
@@ -249,8 +241,7 @@ class VirtualWorkers:
 
     def _batch(self, jobs: list[Job]) -> None:
         x = np.array([job.x for job in jobs]) if len(jobs) > 1 else jobs[0].x[None]
-        worker = np.array([job.worker for job in jobs])
-        draw = np.array([job.number for job in jobs])
+        worker, draw = np.array([[job.worker for job in jobs], [job.number for job in jobs]])
         rows, payloads = self.task.gradient(x, worker, draw)
         losses = rows.tolist()
         if not math.isfinite(float(np.vdot(payloads, payloads)) + sum(losses)):
@@ -300,7 +291,7 @@ class VirtualWorkers:
     # -- Checkpoints ---------------------------------------------------------------------------
 
     _COUNTERS = (
-        *("now_s", "outstanding", "peak", "lost", "reassigned", "cancelled", "done", "busy_s"),
+        *("now_s", "outstanding", "peak", "lost", "reassigned", "cancelled"),
         *("_serial", "_order", "_held", "_next_change", "_numbers", "_free_s"),
     )
 

@@ -149,25 +149,22 @@ class Timing:
     workers: int
 
     def __post_init__(self) -> None:
-        """No link: the plain path."""
+        """See the fields."""
         self._blocks: dict[int, tuple[int, list[list[float]]]] = {}
-        self._finish = self.clock.finish
-        self.linked = self.message_s > 0 or self.jitter_s > 0
+        linked = self.message_s > 0 or self.jitter_s > 0
+        # Without links a job starts when it is its turn and arrives when it ends: no plan needed.
+        self.finish = None if linked else self.clock.finish
 
     def plan(
         self, worker: int, number: int, assigned_s: float, free_s: float
     ) -> tuple[float, float, float]:
         """(start, end, arrival at the server) of a job assigned then, the worker free since."""
-        if not self.linked:
-            start = assigned_s if assigned_s > free_s else free_s
-            end = self._finish(worker, number, start)
-            return start, end, end
         down = up = self.message_s
         if self.jitter_s:
             extra = self._jitter(worker, number)
             down, up = down + extra[0], up + extra[1]
         start = max(assigned_s + down, free_s)
-        end = self._finish(worker, number, start)
+        end = self.clock.finish(worker, number, start)
         return start, end, end + up
 
     def _jitter(self, worker: int, number: int) -> list[float]:

@@ -93,10 +93,9 @@ class Drawn(Clock):
     """
 
     def __init__(self, means: NDArray, seed: int, draw: Draw) -> None:
-        self._means, self._seed, self._draw = means.tolist(), seed, draw
-        first = draw(rng(seed, "duration"), means[:, None], (len(means), FIRST_BLOCK))
-        self._first: list[list[float]] = first.tolist()
-        self._times = list(self._first)
+        self._means, self._seed, self._draw = means, seed, draw
+        self._first: list[list[float]] = []  # the first block of every worker, once asked for
+        self._times: list[list[float]] = [[]] * len(means)
         self._from = [0] * len(means)  # number of the first job in _times
 
     def finish(self, worker: int, number: int, start_s: float) -> float:
@@ -109,11 +108,15 @@ class Drawn(Clock):
     def _refill(self, worker: int, number: int) -> tuple[int, list[float]]:
         """Draw the block that has job ``number``; answers its place in it, and the block."""
         if number < FIRST_BLOCK:
+            if not self._first:
+                size = len(self._means), FIRST_BLOCK
+                drawn = self._draw(rng(self._seed, "duration"), self._means[:, None], size)
+                self._first = drawn.tolist()
             self._times[worker], self._from[worker] = self._first[worker], 0
             return number, self._first[worker]
         block, at = divmod(number - FIRST_BLOCK, BLOCK)
         generator = rng(self._seed, "duration", worker, block + 1)
-        self._times[worker] = self._draw(generator, self._means[worker], BLOCK).tolist()
+        self._times[worker] = self._draw(generator, self._means.item(worker), BLOCK).tolist()
         self._from[worker] = number - at
         return at, self._times[worker]
 

@@ -19,7 +19,7 @@ GATHER_BYTES = 2**21  # rows gathered at a time; larger gains nothing and leaves
 FEW = 16  # up to so many jobs, a worker's next draws are taken from a block made ahead
 BLOCK = 128  # draws a block
 NOTHING = 0, np.empty((0, 0), np.int64)  # a block of no draws
-AHEAD = 2048  # workers for which blocks are kept at most
+AHEAD = 256  # workers up to which it pays: more make larger batches, and fewer draws each
 
 
 class Draws:
