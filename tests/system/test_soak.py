@@ -9,7 +9,13 @@ import offbeat
 from offbeat.algorithms.server import ALGORITHMS
 
 pytestmark = pytest.mark.soak
-LAWS = ["lognormal(1.0)", "1..7", "poisson(2.0)", "markov(5.0, fast_s=9.0, slow_s=4.0)", "gamma(0.4)"]
+LAWS = [
+    "lognormal(1.0)",
+    "1..7",
+    "poisson(2.0)",
+    "markov(5.0, fast_s=9.0, slow_s=4.0)",
+    "gamma(0.4)",
+]
 
 
 def fleet(g, n):
