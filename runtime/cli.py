@@ -59,9 +59,11 @@ def run(
     seed: Annotated[int | None, typer.Option(help="Of everything that is drawn.")] = None,
     overrides: Set = None,
     out: Annotated[
-        Path | None, typer.Option(help="A new folder for records and picture [runs/NAME-NNN].")
+        Path | None, typer.Option(help="A new folder for records and picture (else runs/NAME-NNN).")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace a run that is in --out.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a run that is in --out.")
+    ] = False,
 ) -> None:
     """Run an experiment, from a file or from options, and draw it."""
     named = {
@@ -232,7 +234,7 @@ class _bar:
     def __init__(self, label: str) -> None:
         self._progress = Progress(
             TextColumn(f"{label:<18}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-            TimeRemainingColumn(), console=console, transient=True,
+            TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
         )  # fmt: skip
 
     def __enter__(self) -> api.Progress:
