@@ -2,8 +2,9 @@
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from offbeat.runtime.errors import ConfigError, StorageError
 from offbeat.runtime.experiment import (
     Experiment,
     Record,
-    from_table,
     make_fleet,
     make_part,
     make_settings,
@@ -31,6 +31,11 @@ from offbeat.workers.fleet import Fleet, Timing
 from offbeat.workers.tasks import TASKS, Task
 
 Progress = Callable[[float], None]
+# What a run folder holds.
+WRITTEN = {
+    *("experiment.toml", "metrics.jsonl", "trace.jsonl", "checkpoint", "summary.json"),
+    "picture.png",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +76,7 @@ class Result:
         spec = self.experiment.algorithm.spec
         return spec.name if spec is not None else type(self.experiment.algorithm).__name__
 
-    @property
+    @cached_property
     def trace(self) -> NDArray:
         """``[arrivals, 7]``: time_s, worker, job, read_step, step, start_s, end_s."""
         if self._trace is not None:
@@ -175,7 +180,9 @@ def run(
         algorithm=make_part(ALGORITHMS, algorithm),
         fleet=made_fleet,
         stop=made_stop,
-        evaluate=make_settings(Evaluate, evaluate) if evaluate else Evaluate.sensible(made_stop),
+        evaluate=make_settings(Evaluate, evaluate)
+        if evaluate is not None
+        else Evaluate.sensible(made_stop),
         record=make_settings(Record, record or {}),
         seed=seed,
         engine=engine,
@@ -210,7 +217,7 @@ def resume(
     *,
     task: Task | None = None,
     algorithm: Algorithm | None = None,
-    overrides: list[str] | None = None,
+    overrides: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Go on with a run from its folder's newest good checkpoint; a finished run is only loaded.
@@ -224,10 +231,17 @@ def resume(
         progress: called with the fraction done.
     """
     folder = Path(folder)
-    experiment = with_more(load_experiment(folder, task, algorithm), overrides or [])
+    overrides = [overrides] if isinstance(overrides, str) else list(overrides or [])
+    experiment = with_more(load_experiment(folder, task, algorithm), overrides)
     if overrides:
-        (folder / "experiment.toml").write_text(experiment.toml())
-    if not (folder / "checkpoint").exists():  # stopped before the first one: begin again
+        reached = checkpointed(folder) if checkpoint.exist(folder / "checkpoint") else None
+        if reached and experiment.stop.steps and experiment.stop.steps < reached["step"]:
+            raise ConfigError(
+                f"{folder}: stop.steps={experiment.stop.steps} is behind the run, which has "
+                f"reached step {reached['step']}"
+            )
+        _write(folder / "experiment.toml", experiment.toml())
+    if not checkpoint.exist(folder / "checkpoint"):  # stopped before the first: begin again
         for name in ("metrics.jsonl", "trace.jsonl"):
             (folder / name).unlink(missing_ok=True)
         engine = _engine(experiment, folder, progress)
@@ -247,9 +261,11 @@ def replay(
     """
     folder = Path(folder)
     experiment = load_experiment(folder, task, algorithm)
+    if not checkpoint.exist(folder / "checkpoint"):
+        raise ConfigError(f"{folder}: has not begun; there is nothing to replay")
     if not (folder / "trace.jsonl").exists():
         raise ConfigError(f"{folder}: has no trace.jsonl; run with record.trace = true")
-    state, _ = checkpoint.read(folder / "checkpoint")
+    state = checkpointed(folder)
     arrivals = state["records"]["flushed"]
     trace = read_trace(folder / "trace.jsonl")[:arrivals]
     engine = _engine(experiment, None, None, RecordedTiming(trace))
@@ -257,10 +273,9 @@ def replay(
     return _finish(engine, experiment, None)
 
 
-def checkpointed_model(folder: Path) -> NDArray:
-    """The model ``[d]`` of a run folder's newest good checkpoint."""
-    x: NDArray = checkpoint.read(folder / "checkpoint")[0]["x"]
-    return x
+def checkpointed(folder: Path) -> dict[str, Any]:
+    """The state in a run folder's newest good checkpoint; ``x [d]`` is the model."""
+    return checkpoint.read(folder / "checkpoint")[0]
 
 
 def load_experiment(
@@ -270,14 +285,15 @@ def load_experiment(
     path = folder / "experiment.toml"
     if not path.exists():
         raise ConfigError(f"{folder}: is no run folder (it has no experiment.toml)")
-    if task is None and algorithm is None:
-        return read(path)[0]
-    import tomllib
+    made = {"task": task, "algorithm": algorithm}
+    return read(path, {key: value for key, value in made.items() if value is not None})[0]
 
-    table: dict[str, Any] = tomllib.loads(path.read_text())
-    table |= {} if task is None else {"task": task}
-    table |= {} if algorithm is None else {"algorithm": algorithm}
-    return from_table(table)[0]
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def _engine(
@@ -295,9 +311,11 @@ def _engine(
         try:
             checkpoint.write(folder / "checkpoint", state["records"]["flushed"], state)
         except OSError as error:
+            kept = checkpoint.exist(folder / "checkpoint")
             raise StorageError(
-                f"{folder / 'checkpoint'}: cannot be written ({error.strerror}); the last "
-                "checkpoint is intact: make room or mend the rights, then resume the run"
+                f"{folder / 'checkpoint'}: cannot be written ({error.strerror}); "
+                + ("the last checkpoint is intact" if kept else "nothing is saved yet")
+                + ": make room or mend the rights, then resume the run"
             ) from None
 
     return Engine(
@@ -326,10 +344,9 @@ def _finish(
     try:
         if state is not None:
             engine.restore(state)
-        reason = engine.run()
+        reason, final = engine.run()
     finally:
         records.close()
-    final = records.row(workers, server.step, experiment.task.evaluate(server.x))
     facts = {"concurrency": workers.peak}
     facts |= {key: getattr(workers, key) for key in ("lost", "reassigned", "cancelled")}
     result = Result(
@@ -348,8 +365,5 @@ def _finish(
     )
     if folder is not None:
         summary = {"reason": reason, **final, **facts, "histogram": records.histogram.tolist()}
-        try:
-            (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        except OSError as error:
-            raise StorageError(f"{folder}: cannot be written ({error.strerror})") from None
+        _write(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     return result

@@ -19,6 +19,7 @@ from offbeat.runtime.errors import StorageError
 
 FORMAT = "offbeat checkpoint 1"
 KEPT = 2
+MARK = "\0array"  # stands for an array in the tree; no field has such a name
 
 
 def write(folder: Path, number: int, state: dict[str, Any]) -> None:
@@ -28,6 +29,8 @@ def write(folder: Path, number: int, state: dict[str, Any]) -> None:
     header = {"format": FORMAT, "state": tree, "digest": _digest(tree, arrays)}
     data = save(arrays, header)
     folder.mkdir(parents=True, exist_ok=True)
+    for torn in folder.glob("*.partial"):  # of a process that was killed
+        torn.unlink()
     temporary = folder / f"{_name(number)}.partial"
     try:
         with temporary.open("wb") as file:
@@ -45,6 +48,11 @@ def write(folder: Path, number: int, state: dict[str, Any]) -> None:
         os.close(directory)
     for old in _newest_first(folder)[KEPT:]:
         old.unlink()
+
+
+def exist(folder: Path) -> bool:
+    """Whether ``folder`` has a checkpoint, good or not."""
+    return bool(_newest_first(folder))
 
 
 def read(folder: Path) -> tuple[dict[str, Any], list[str]]:
@@ -84,7 +92,7 @@ def _digest(tree: str, arrays: dict[str, NDArray]) -> str:
     digest = hashlib.blake2b(tree.encode(), digest_size=16)
     for key in sorted(arrays):
         digest.update(f"{key} {arrays[key].dtype} {arrays[key].shape}".encode())
-        digest.update(np.ascontiguousarray(arrays[key]).data)
+        digest.update(np.asarray(arrays[key], order="C").data)
     return digest.hexdigest()
 
 
@@ -92,8 +100,8 @@ def _strip(tree: Any, arrays: dict[str, NDArray]) -> Any:
     """``tree`` with its arrays moved to ``arrays``."""
     if isinstance(tree, np.ndarray):
         key = f"{len(arrays):06d}"
-        arrays[key] = np.ascontiguousarray(tree)
-        return {"array": key}
+        arrays[key] = np.asarray(tree, order="C")
+        return {MARK: key}
     if isinstance(tree, dict):
         return {key: _strip(item, arrays) for key, item in tree.items()}
     if isinstance(tree, list | tuple):
@@ -103,8 +111,8 @@ def _strip(tree: Any, arrays: dict[str, NDArray]) -> Any:
 
 def _fill(tree: Any, arrays: dict[str, NDArray]) -> Any:
     if isinstance(tree, dict):
-        if tree.keys() == {"array"}:
-            return arrays[tree["array"]]
+        if tree.keys() == {MARK}:
+            return arrays[tree[MARK]]
         return {key: _fill(item, arrays) for key, item in tree.items()}
     if isinstance(tree, list):
         return [_fill(item, arrays) for item in tree]

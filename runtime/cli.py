@@ -1,6 +1,7 @@
 """The command line."""
 
 import logging
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,8 @@ from rich.table import Table
 
 from offbeat.algorithms.server import ALGORITHMS
 from offbeat.runtime import api
-from offbeat.runtime.errors import ConfigError, OffbeatError, StorageError, nearest
-from offbeat.runtime.experiment import Experiment, apply_override, from_table, read
+from offbeat.runtime.errors import ConfigError, Diverged, OffbeatError, StorageError, nearest
+from offbeat.runtime.experiment import Experiment, apply_override, from_table, put, read
 from offbeat.workers.data import BUNDLED
 from offbeat.workers.partition import PARTITIONS
 from offbeat.workers.speeds import SPEEDS
@@ -79,7 +80,8 @@ def run(
     given = {key: value for key, value in named.items() if value is not None}
     if file is None:
         table: dict[str, Any] = {}
-        _merge(table, given)
+        for key, value in given.items():
+            put(table, key, value)
         for override in overrides or []:
             apply_override(table, override)
         experiments, stem = from_table(table), "run"
@@ -88,13 +90,16 @@ def run(
             raise ConfigError(
                 f"{file} has its own {clash[0]}; change a key with --set {clash[0]}.KEY=VALUE"
             )
-        words = [f"{key}={_toml(value)}" for key, value in given.items()]
-        experiments, stem = read(file, [*words, *(overrides or [])]), file.stem
+        experiments, stem = read(file, given, overrides or []), file.stem
+    if overwrite and out is None:
+        raise ConfigError("--overwrite needs --out: it says what may be replaced")
     folder = out or _fresh(stem)
-    if overwrite and out is not None:
-        _clear(out)
-    results = _run_all(experiments, folder)
-    _report(results, folder)
+    if overwrite:
+        _clear(folder)
+    if len(experiments) == 1:
+        _go_on({str(experiments[0].algorithm.spec.name): folder}, folder, experiments[0])  # type: ignore[union-attr]
+    else:
+        _go_on(_prepare_all(experiments, folder), folder)
 
 
 @app.command()
@@ -103,18 +108,8 @@ def resume(
     overrides: Set = None,
 ) -> None:
     """Go on with a run that was stopped; it ends as if it had not been."""
-    folders = _parts(folder) or [folder]
-    results = []
-    for part in folders:
-        label = part.name if part != folder else ""
-        with _bar(label or str(folder)) as progress:
-            result = api.resume(part, overrides=overrides, progress=progress)
-        for note in result.notes:
-            console.print(f"[yellow]{note}")
-        results.append(result)
-        if result.reason == "interrupted":
-            break
-    _report(results, folder)
+    parts = _parts(folder)
+    _go_on({part.name: part for part in parts} or {folder.name: folder}, folder, None, overrides)
 
 
 @app.command()
@@ -122,12 +117,11 @@ def replay(folder: Annotated[Path, typer.Argument(help="The folder of a run.")])
     """Run a recorded run again from its trace and compare the models bit for bit."""
     for part in _parts(folder) or [folder]:
         replayed = api.replay(part).x
-        recorded = api.checkpointed_model(part)
+        recorded = api.checkpointed(part)["x"]
         if not np.array_equal(recorded, replayed):
             apart = float(np.abs(recorded - replayed).max())
             raise StorageError(f"{part}: the replay differs from the run (by up to {apart:.3g})")
-        said = f"{part}: the replay ends at the same bits ({len(replayed)} parameters)"
-        console.print(said, soft_wrap=True, highlight=False)
+        _say(f"{part}: the replay ends at the same bits ({len(replayed)} parameters)")
 
 
 @app.command("list")
@@ -147,19 +141,6 @@ def list_(
         console.print(f"    {about}", highlight=False, soft_wrap=True)
 
 
-def _merge(table: dict[str, Any], given: dict[str, Any]) -> None:
-    for key, value in given.items():
-        *parents, last = key.split(".")
-        place = table
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = value
-
-
-def _toml(value: Any) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value)
-
-
 def _fresh(stem: str) -> Path:
     number = 1
     while (folder := RUNS / f"{stem}-{number:03d}").exists():
@@ -169,12 +150,20 @@ def _fresh(stem: str) -> Path:
 
 def _clear(folder: Path) -> None:
     """Remove a former run, and nothing that is not one."""
-    import shutil
-
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.is_dir() or not any(folder.iterdir()):
         return
-    if not (folder / "experiment.toml").exists() and not _parts(folder):
-        raise ConfigError(f"{folder}: holds something other than a run; it is left alone")
+    parts = _parts(folder)
+    runs = [part for part in parts if part.is_dir()] or [folder]
+    written = {"runs.txt", "picture.png", *(part.name for part in parts)} if parts else set()
+    foreign = {path.name for path in folder.iterdir()} - written if parts else set()
+    for run in runs:
+        inside = {path.name for path in run.iterdir()}
+        foreign |= inside - api.WRITTEN
+        if not parts and "metrics.jsonl" not in inside:
+            foreign |= inside
+    if foreign or folder.resolve() in (Path.cwd(), *Path.cwd().parents):
+        what = ", ".join(sorted(foreign)[:3]) or "the folder you are in"
+        raise ConfigError(f"{folder}: holds something other than a run ({what}); left alone")
     shutil.rmtree(folder)
 
 
@@ -182,7 +171,7 @@ def _parts(folder: Path) -> list[Path]:
     """The run folders of a comparison, in its order."""
     try:
         return [folder / line for line in (folder / "runs.txt").read_text().splitlines()]
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return []
 
 
@@ -205,27 +194,51 @@ def _labels(experiments: Sequence[Experiment]) -> list[str]:
     return labels
 
 
-def _run_all(experiments: Sequence[Experiment], folder: Path) -> list[api.Result]:
-    if len(experiments) == 1:
-        with _bar(str(experiments[0].algorithm.spec.name)) as progress:  # type: ignore[union-attr]
-            return [api.execute(experiments[0], folder, progress=progress)]
+def _prepare_all(experiments: Sequence[Experiment], folder: Path) -> dict[str, Path]:
+    """A folder for each run of a comparison, by label."""
     labels = _labels(experiments)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise ConfigError(f"{folder}: is not empty; give a new folder, or --overwrite")
         (folder / "runs.txt").write_text("\n".join(labels) + "\n")
-        for label, experiment in zip(labels, experiments, strict=True):
-            api.prepare(experiment, folder / label)
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written ({error.strerror})") from None
-    results = []
-    for label in labels:
-        with _bar(label) as progress:
-            results.append(api.resume(folder / label, progress=progress))
-        if results[-1].reason == "interrupted":
+    for label, experiment in zip(labels, experiments, strict=True):
+        api.prepare(experiment, folder / label)
+    return {label: folder / label for label in labels}
+
+
+def _go_on(
+    parts: dict[str, Path],
+    folder: Path,
+    experiment: Experiment | None = None,
+    overrides: Sequence[str] | None = None,
+) -> None:
+    """Run or resume the runs in ``parts``, then report on them; one that diverges stops alone."""
+    results: dict[str, api.Result] = {}
+    diverged: list[str] = []
+    for label, part in parts.items():
+        try:
+            with _bar(label) as progress:
+                if experiment is not None:
+                    result = api.execute(experiment, part, progress=progress)
+                else:
+                    result = api.resume(part, overrides=overrides, progress=progress)
+        except Diverged as error:
+            if len(parts) == 1:
+                raise
+            diverged.append(f"{label}: {error}")
+            continue
+        for note in result.notes:
+            console.print(note, style="yellow", markup=False)
+        results[label] = result
+        if result.reason == "interrupted":
             break
-    return results
+    if results:
+        _report(results, folder)
+    if diverged:
+        raise Diverged("\n".join(diverged))
 
 
 class _bar:
@@ -259,33 +272,36 @@ COLUMNS = {
 }
 
 
-def _report(results: Sequence[api.Result], folder: Path) -> None:
+def _report(results: dict[str, api.Result], folder: Path) -> None:
     """The table, the picture, and where things are."""
-    labels = [r.folder.name if r.folder != folder and r.folder else r.name for r in results]
-    columns = [key for key in COLUMNS if any(key in result.final for result in results)]
+    from offbeat.runtime.plots import picture
+
+    columns = [key for key in COLUMNS if any(key in r.final for r in results.values())]
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("method", no_wrap=True)
     for key in columns:
         table.add_column(COLUMNS[key][0], justify="right")
-    for label, result in zip(labels, results, strict=True):
-        cells = [
-            COLUMNS[k][1].format(result.final[k]) if k in result.final else "" for k in columns
-        ]
+    for label, result in results.items():
+        final = result.final
+        cells = [COLUMNS[key][1].format(final[key]) if key in final else "" for key in columns]
         table.add_row(label, *cells)
     console.print(table)
-    for label, result in zip(labels, results, strict=True):
+    for label, result in results.items():
         if result.reason == "idle":
-            console.print(f"[yellow]{label}: ended early, no job is left that will ever come back")
+            _say(f"{label}: ended early, no job is left that will ever come back")
         counts = [f"{v} {k}" for k, v in result.facts.items() if v and k != "concurrency"]
         if counts:
-            console.print(f"{label}: jobs {', '.join(counts)}")
-    if results[-1].reason == "interrupted":
-        console.print(f"interrupted; go on with: offbeat resume {folder}", soft_wrap=True)
+            _say(f"{label}: jobs {', '.join(counts)}")
+    if any(result.reason == "interrupted" for result in results.values()):
+        _say(f"interrupted; go on with: offbeat resume {folder}")
         raise typer.Exit(INTERRUPTED)
-    from offbeat.runtime.plots import picture
+    drawn = picture(list(results.values()), folder / "picture.png", list(results))
+    _say(f"picture: {drawn}")
 
-    drawn = picture(results, folder / "picture.png", labels)
-    console.print(f"picture: {drawn}", soft_wrap=True)
+
+def _say(text: str) -> None:
+    """Plain text, on one line: paths are to be copied."""
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 def main() -> None:

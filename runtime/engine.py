@@ -7,7 +7,9 @@ The rest is what a run needs around it: evaluations and stop rules between arriv
 checkpoints, outages.
 """
 
+import copy
 import math
+import operator
 import signal
 import threading
 import time
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 
 from offbeat.algorithms.server import Algorithm, Update
 from offbeat.runtime import trees
-from offbeat.runtime.errors import Diverged
+from offbeat.runtime.errors import ConfigError, Diverged
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.records import ROWS_HELD, Records
 from offbeat.runtime.settings import Evaluate, Stop
@@ -28,17 +30,18 @@ from offbeat.runtime.virtual import Job, Joined, Left, VirtualWorkers
 from offbeat.workers.tasks.contract import Task
 
 PROGRESS_EVERY_S = 0.1
+MOST_AT_ONCE = 1_000_000  # arrivals without virtual time going on
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class ServerState:
     """The facade through which a method acts; see ``offbeat.algorithms.server.Server``."""
 
-    __slots__ = ("_records", "_workers", "n", "seed", "step", "x")
+    __slots__ = ("_records", "_seed", "_workers", "n", "step", "x")
 
     def __init__(self, x: NDArray, workers: VirtualWorkers, records: Records, seed: int) -> None:
         x.flags.writeable = False
-        self.x, self.step, self.seed = x, 0, seed
+        self.x, self.step, self._seed = x, 0, seed
         self.n, self._workers, self._records = workers.n, workers, records
 
     @property
@@ -55,14 +58,18 @@ class ServerState:
 
     def assign(self, worker: int, like: Update | None = None) -> None:
         """Queue a job for ``worker``."""
+        if worker.__class__ is not int or not 0 <= worker < self.n:  # numpy's integers will do
+            worker = operator.index(worker)
+            if not 0 <= worker < self.n:
+                raise ConfigError(f"the method assigned worker {worker}; they are 0..{self.n - 1}")
         if like is None:
             self._workers.take(worker, self.x, self.step)
         else:
             self._workers.take(worker, like.x, like.step)
 
-    def cancel(self, worker: int) -> None:
-        """Drop every outstanding job of ``worker``."""
-        self._workers.cancel(worker)
+    def cancel(self, worker: int) -> int:
+        """Drop every outstanding job of ``worker``; answers how many there were."""
+        return self._workers.cancel(worker)
 
     def speed(self, worker: int) -> float:
         """Observed jobs per busy second; 0 before the first result."""
@@ -70,7 +77,7 @@ class ServerState:
 
     def rng(self, purpose: str, index: int = 0) -> np.random.Generator:
         """The generator at address (run seed, purpose, index)."""
-        return rng(self.seed, purpose, 0, index)
+        return rng(self._seed, purpose, 0, index)
 
 
 class Engine:
@@ -106,14 +113,16 @@ class Engine:
         self._save, self._save_every_s = save, save_every_s
         self._progress = progress
         self._started = False
+        self._blank = copy.deepcopy(algorithm)  # what a resumed run would fill with the state
+        self._lost: dict[int, int] = {}  # worker that is away -> jobs it lost
         self._next_step = self._next_s = math.inf  # of evaluation
         self._alarm_s = math.inf  # wall clock: look up from the work
         self._interrupted = False
 
     # -- The loop -----------------------------------------------------------------------------
 
-    def run(self) -> str:
-        """Run to the end; answers why it ended."""
+    def run(self) -> tuple[str, dict[str, float]]:
+        """Run to the end; answers why it ended, and a row of metrics measured there."""
         # Overflow is told in one sentence, at the arrival it spoils, instead of in warnings.
         with self._interruptible(), np.errstate(over="ignore", invalid="ignore"):
             if not self._started:
@@ -122,9 +131,9 @@ class Engine:
                 self._look()
                 self._checkpoint()
             reason = self._loop()
-        self.records.flush(self.workers)
-        self._checkpoint()
-        return reason
+            final = self._measured()
+            self._checkpoint()
+        return reason, final
 
     def _loop(self) -> str:
         server, workers, records = self.server, self.workers, self.records
@@ -134,6 +143,7 @@ class Engine:
         wall_end_s = began_s + (self.stop.wall_s or math.inf)
         next_save_s = began_s + self._save_every_s
         self._alarm_s = began_s
+        stuck = workers.now_s, records.arrivals  # when it was last seen that time goes on
         while True:
             if reason := self._reached():
                 return reason
@@ -163,9 +173,16 @@ class Engine:
                     return "idle"
                 workers.now_s = mark_s
             if len(rows) >= most_rows:
-                records.flush(workers)
+                records.flush()
             if server.step >= self._next_step or workers.now_s >= self._next_s:
                 self._look()
+            if records.arrivals - stuck[1] >= MOST_AT_ONCE:
+                if workers.now_s == stuck[0]:
+                    raise ConfigError(
+                        f"virtual time stands still at {stuck[0]:.6g} s: {MOST_AT_ONCE:,} jobs "
+                        "took no time; give the fleet a speed law with positive times"
+                    )
+                stuck = workers.now_s, records.arrivals
             now_s = clock()
             if now_s >= self._alarm_s:
                 if self._interrupted:
@@ -203,7 +220,7 @@ class Engine:
     def _look(self) -> None:
         """Evaluate, record, and set the next time to do so."""
         every, every_s = self.evaluate.steps, self.evaluate.seconds
-        self.records.measure(self.workers, self.server.step, self.task.evaluate(self.server.x))
+        self.records.add(self._measured())
         if every is not None:
             self._next_step = (self.server.step // every + 1) * every
         if every_s is not None:
@@ -213,21 +230,33 @@ class Engine:
                 count += 1
             self._next_s = next_s
 
+    def _measured(self) -> dict[str, float]:
+        """A row of metrics of this moment."""
+        facts = self.task.evaluate(self.server.x)
+        if not math.isfinite(facts["loss"]):
+            raise Diverged(
+                f"the loss is not finite at step {self.server.step} ({self.workers.now_s:.6g} s); "
+                "take a smaller step size or clip"
+            )
+        return self.records.row(self.workers, self.server.step, facts)
+
     def _outage(self, event: Left | Joined) -> None:
         workers, server = self.workers, self.server
         self.records.outage(workers, event)
         if isinstance(event, Joined):
-            if not workers.reassigns:
-                self.algorithm.joined(server, event.worker)
-            elif workers.relieve():
+            if lost := self._lost.pop(event.worker, 0):
+                self.algorithm.joined(server, event.worker, lost)
+            if not workers.has_job(event.worker) and workers.relieve():
                 server.assign(event.worker)
             return
+        if not workers.reassigns:
+            workers.lost += len(event.jobs)
+            self._lost[event.worker] = len(event.jobs)
         for _ in event.jobs:
             if workers.reassigns:
                 workers.reassigned += 1
                 server.assign(event.worker)
             else:
-                workers.lost += 1
                 self.algorithm.lost(server, event.worker)
 
     def _diverged(self, job: Job) -> None:
@@ -262,8 +291,10 @@ class Engine:
             restore()
 
     def _checkpoint(self) -> None:
-        if self._save is not None:
-            self._save(self.state())
+        if self._save is not None and np.isfinite(self.server.x).all():
+            state = self.state()
+            trees.load(self._blank, state["algorithm"])  # could it be read back?
+            self._save(state)
 
     def state(self) -> dict[str, Any]:
         """The whole run as a tree of plain values and arrays."""
@@ -275,6 +306,7 @@ class Engine:
             "workers": self.workers.state(),
             "records": self.records.state(self.workers),
             "algorithm": trees.dump(self.algorithm),
+            "lost": trees.dump(self._lost),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -285,4 +317,5 @@ class Engine:
         self.workers.restore(state["workers"])
         self.records.restore(state["records"])
         trees.load(self.algorithm, state["algorithm"])
+        self._lost = trees.load(None, state["lost"])
         self._next_step, self._next_s = state["next_step"], state["next_s"]

@@ -10,7 +10,7 @@ import tomli_w
 
 from offbeat.algorithms.server import ALGORITHMS, Algorithm
 from offbeat.runtime.errors import ConfigError, nearest
-from offbeat.runtime.registry import MADE_BY_HAND, Positive, Registry, settings
+from offbeat.runtime.registry import MADE_BY_HAND, MOST_SEEDS, Positive, Registry, settings
 from offbeat.runtime.settings import DEFAULT_STEPS, Evaluate, Stop
 from offbeat.workers.fleet import Fleet, Outage
 from offbeat.workers.tasks import TASKS, Task
@@ -62,8 +62,11 @@ class Experiment:
             )
         if self.engine != "virtual":
             raise ConfigError(f'no engine is called "{self.engine}"; known: virtual')
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ConfigError(f"seed must be a whole number from 0 on, not {self.seed!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ConfigError(f"seed must be a whole number, not {self.seed!r}")
+        if not 0 <= self.seed < MOST_SEEDS:
+            raise ConfigError(f"seed must be from 0 to {MOST_SEEDS - 1}, not {self.seed}")
+        self.algorithm.check(self.fleet.workers)
 
     def table(self) -> dict[str, Any]:
         """The TOML form, complete; parts made by hand are named, but cannot be read back."""
@@ -81,15 +84,19 @@ class Experiment:
         return tomli_w.dumps(self.table())
 
 
+NEEDED = {"task": "gradient", "algorithm": "arrive"}  # by which an object is known
 KEYS = [entry.name for entry in fields(Experiment)]
 
 
-def read(path: Path, overrides: Sequence[str] = ()) -> list[Experiment]:
+def read(
+    path: Path, given: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
+) -> list[Experiment]:
     """The experiments of a TOML file, one for each algorithm in it.
 
     Args:
         path: the file.
-        overrides: ``"fleet.workers=20"`` and the like.
+        given: values for dotted keys, ``{"fleet.workers": 20}``.
+        overrides: the same as text, ``"fleet.workers=20"``.
 
     Raises:
         ConfigError: naming the file, and every mistake in it.
@@ -100,9 +107,11 @@ def read(path: Path, overrides: Sequence[str] = ()) -> list[Experiment]:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: is not TOML: {error}") from None
-    for override in overrides:
-        apply_override(table, override)
     try:
+        for key, value in (given or {}).items():
+            put(table, key, value)
+        for override in overrides:
+            apply_override(table, override)
         return from_table(table)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
@@ -118,23 +127,29 @@ def apply_override(table: dict[str, Any], override: str) -> None:
     {'fleet': {'speeds': 'lognormal(1.0)'}, 'algorithm': {'lr': 0.5}}
     """
     path, equals, text = override.partition("=")
-    *parents, key = (part.strip() for part in path.split("."))
-    if not equals or not key:
+    if not equals or not path.strip():
         raise ConfigError(f'cannot read "--set {override}"; write --set key.key=value')
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
+    put(table, path, value)
+
+
+def put(table: dict[str, Any], path: str, value: Any) -> None:
+    """Set a dotted key, in every table of a list of tables on the way."""
+    *parents, last = (part.strip() for part in path.split("."))
     places = [table]
     for parent in parents:
         inner = [place.setdefault(parent, {}) for place in places]
-        places = [
-            item for found in inner for item in (found if isinstance(found, list) else [found])
-        ]
+        places = [one for item in inner for one in (item if isinstance(item, list) else [item])]
         if not all(isinstance(place, dict) for place in places):
-            raise ConfigError(f'--set {override}: "{parent}" is no table')
+            raise ConfigError(
+                f'cannot set {path}: "{parent}" is written as text here; write it as a table, '
+                f'[{parent}] with name = "..."'
+            )
     for place in places:
-        place[key] = value
+        place[last] = value
 
 
 def from_table(table: Mapping[str, Any]) -> list[Experiment]:
@@ -159,6 +174,8 @@ def from_table(table: Mapping[str, Any]) -> list[Experiment]:
     evaluate = attempt(make_settings, Evaluate, table["evaluate"]) if "evaluate" in table else None
     record = attempt(make_settings, Record, table.get("record", {}))
     given = table.get("algorithm", [])
+    if given == [] and "algorithm" in table:
+        mistakes.append("algorithm: an empty list; name at least one")
     algorithms = [
         attempt(make_part, ALGORITHMS, one)
         for one in (given if isinstance(given, list) else [given])
@@ -189,6 +206,11 @@ def make_part(registry: Registry, given: Any, **extra: Any) -> Any:
         return registry.parse(given, **extra)
     if isinstance(given, Mapping):
         return registry.table(given, **extra)
+    if isinstance(given, type) or not hasattr(given, NEEDED[registry.kind]):
+        raise ConfigError(
+            f"{given!r} is no {registry.kind}; give its name, a table, or an object "
+            "(a factory needs its brackets, as in pure())"
+        )
     return given
 
 
@@ -218,13 +240,13 @@ def make_settings(kind: type[T], given: Any) -> T:
 
 
 def with_more(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
-    """``experiment`` with other ends: only ``stop`` and ``record`` can change in mid-run."""
+    """``experiment`` with other ends: nothing else can change in mid-run."""
     table = experiment.table()
     for override in overrides:
-        if override.split(".")[0] not in ("stop", "record"):
+        if not override.startswith(("stop.", "record.save_every_s")):
             raise ConfigError(
-                f'"{override}" would make it another run; only stop.* and record.* can be set '
-                "when resuming"
+                f'"{override}" would make it another run; only stop.* and record.save_every_s '
+                "can be set when resuming"
             )
         apply_override(table, override)
     stop, record = make_settings(Stop, table["stop"]), make_settings(Record, table["record"])
@@ -232,8 +254,12 @@ def with_more(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
 
 
 def _part(made: Any) -> dict[str, Any]:
-    if made.spec is not None and made.spec.portable():
-        return made.spec.table()
+    spec = getattr(made, "spec", None)
+    if spec is not None and spec.portable():
+        table: dict[str, Any] = spec.table()
+        if Path(str(table.get("data", ""))).is_file():  # so that the run can go on from anywhere
+            table["data"] = str(Path(table["data"]).resolve())
+        return table
     return {"name": f"{MADE_BY_HAND}{type(made).__name__}"}
 
 

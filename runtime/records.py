@@ -61,7 +61,7 @@ class Records:
         """Results that arrived."""
         return self.flushed + len(self.rows)
 
-    def flush(self, workers: VirtualWorkers) -> None:
+    def flush(self) -> None:
         """Count and store the arrivals held."""
         if not self.rows:
             return
@@ -101,15 +101,14 @@ class Records:
         done = self.done.item(worker)
         return done / max(self.busy_s.item(worker), 1e-12) if done else 0.0
 
-    def measure(self, workers: VirtualWorkers, step: int, facts: dict[str, float]) -> None:
-        """Record one row of metrics; ``facts`` are the task's own."""
-        row = self.row(workers, step, facts)
+    def add(self, row: dict[str, float]) -> None:
+        """Record one row of metrics."""
         self.metrics.append(row)
         self._write("metrics.jsonl", json.dumps(row) + "\n")
 
     def row(self, workers: VirtualWorkers, step: int, facts: dict[str, float]) -> dict[str, float]:
         """One row of metrics, not recorded."""
-        self.flush(workers)
+        self.flush()
         row = {"time_s": workers.now_s, "step": step, "gradients": self.flushed}
         busy, outstanding = self.busy(workers), workers.outstanding
         return row | facts | self.staleness() | {"busy": busy, "outstanding": outstanding}
@@ -133,7 +132,7 @@ class Records:
 
     def outage(self, workers: VirtualWorkers, event: Left | Joined) -> None:
         """A worker left or came back."""
-        self.flush(workers)
+        self.flush()
         row: dict[str, Any] = {"time_s": workers.now_s, "worker": event.worker}
         if isinstance(event, Left):
             row |= {"event": "left", "jobs": [job.number for job in event.jobs]}
@@ -150,7 +149,7 @@ class Records:
 
     def state(self, workers: VirtualWorkers) -> dict[str, Any]:
         """For a checkpoint; what is written so far is made durable first."""
-        self.flush(workers)
+        self.flush()
         lengths = {}
         for name, file in self._files.items():
             try:
@@ -164,13 +163,14 @@ class Records:
             "histogram": self.histogram,
             "done": self.done,
             "busy_s": self.busy_s,
+            "events": self.events,
             "lengths": lengths,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Cut the files back to where the checkpoint was written."""
         self.flushed, self.histogram = state["flushed"], state["histogram"]
-        self.done, self.busy_s = state["done"], state["busy_s"]
+        self.done, self.busy_s, self.events = state["done"], state["busy_s"], state["events"]
         for name, file in self._files.items():
             length = state["lengths"].get(name, 0)
             if (there := file.seek(0, os.SEEK_END)) < length:
@@ -182,9 +182,6 @@ class Records:
             file.seek(length)
         if "metrics.jsonl" in self._files:
             self.metrics = read_lines(Path(self._files["metrics.jsonl"].name))
-        if "trace.jsonl" in self._files:
-            rows = read_lines(Path(self._files["trace.jsonl"].name))
-            self.events = [row for row in rows if isinstance(row, dict)]
 
     def close(self) -> None:
         """Close the files; what the last checkpoint counts on is on the disk already."""
@@ -228,7 +225,12 @@ def read_lines(path: Path) -> list[Any]:
 def read_trace(path: Path) -> NDArray:
     """``[arrivals, 7]`` from a trace.jsonl."""
     rows = [row for row in read_lines(path)[1:] if isinstance(row, list)]
-    return np.array(rows, float).reshape(-1, len(TRACE_COLUMNS))
+    try:
+        return np.array(rows, float).reshape(-1, len(TRACE_COLUMNS))
+    except ValueError:
+        raise StorageError(
+            f"{path}: has rows that are no arrivals; it was cut or changed"
+        ) from None
 
 
 def _table(rows: list[tuple[float, ...]]) -> NDArray:

@@ -28,7 +28,8 @@ AtLeastOne = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
-Seed = Natural
+MOST_SEEDS = 2**32
+Seed = Annotated[int, Field(ge=0, lt=MOST_SEEDS)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 MADE_BY_HAND = "python:"  # how a file names what it cannot hold
@@ -63,6 +64,25 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
+def validated(where: str) -> Callable[[F], F]:
+    """Decorator: wrong arguments are one ConfigError that begins with ``where``."""
+
+    def decorate(function: F) -> F:
+        checked = pydantic.validate_call(config=_STRICT)(function)
+        parameters = inspect.signature(function).parameters
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return checked(*args, **kwargs)
+            except ValidationError as error:
+                raise ConfigError(explain(error, where, parameters)) from None
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
 class Registry:
     """A family of named factories, for example all speed laws."""
 
@@ -75,15 +95,11 @@ class Registry:
 
         def decorate(factory: F) -> F:
             signature = inspect.signature(factory)
-            checked = pydantic.validate_call(config=_STRICT)(factory)
-            where = f'{self.kind} "{name}"'
+            checked = validated(f'{self.kind} "{name}"')(factory)
 
             @functools.wraps(factory)
             def build(*args: Any, **kwargs: Any) -> Any:
-                try:
-                    made = checked(*args, **kwargs)
-                except ValidationError as error:
-                    raise ConfigError(explain(error, where, signature.parameters)) from None
+                made = checked(*args, **kwargs)
                 bound = signature.bind(*args, **kwargs)
                 bound.apply_defaults()
                 made.spec = Spec(name, dict(bound.arguments))
@@ -179,8 +195,10 @@ name(arguments) or name:argument
         call = ast.parse(source, mode="eval").body
     except SyntaxError:
         raise unreadable from None
-    assert isinstance(call, ast.Call)
-    if any(keyword.arg is None for keyword in call.keywords):
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+        raise unreadable
+    keys = [keyword.arg for keyword in call.keywords]
+    if None in keys or len(set(keys)) < len(keys):
         raise unreadable
     args = [_value(node, source) for node in call.args]
     return name, args, {str(k.arg): _value(k.value, source) for k in call.keywords}
@@ -216,22 +234,28 @@ def settings(cls: type[T]) -> type[T]:
 
 def explain(error: ValidationError, where: str, known: Mapping[str, Any]) -> str:
     """All of a validation error's findings as one sentence that names place and remedy."""
-    findings = []
+    findings: dict[str, list[str]] = {}  # place -> what is wrong there
     for item in error.errors():
         first, *rest = item["loc"] or ("",)
         if isinstance(first, int) and first < len(known):  # a positional argument
             first = list(known)[first]
-        place = ".".join(map(str, (first, *rest)))
-        kind, given = item["type"], item["input"]
+        # Of a type with alternatives each is told; the names pydantic gives them are left out.
+        place = ".".join(map(str, (first, *(part for part in rest if isinstance(part, int)))))
+        kind, given, reason = item["type"], item["input"], item.get("ctx", {}).get("error")
         if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-            findings.append(f'unknown key "{place}"{nearest(place, known)}')
+            said = f'unknown key "{place}"{nearest(place, known)}'
         elif kind in ("missing_argument", "missing", "missing_keyword_only_argument"):
-            findings.append(f'"{place}" is missing')
+            said = f'"{place}" is missing'
         elif kind in ("unexpected_positional_argument", "multiple_argument_values"):
-            findings.append(f"too many arguments; it takes {', '.join(known) or 'none'}")
-        elif isinstance(item.get("ctx", {}).get("error"), ValueError):
-            findings.append(str(item["ctx"]["error"]))
+            said = f"too many arguments; it takes {', '.join(known) or 'none'}"
+        elif isinstance(reason, ValueError):
+            said = str(reason)
         else:
-            said = item["msg"].removeprefix("Input ")
-            findings.append(f'"{place}" {said}, not {given!r}')
-    return f"{where}: {'; '.join(dict.fromkeys(findings))}"
+            said = f'"{place}" {item["msg"].removeprefix("Input ")}, not {given!r}'
+            if place in findings:  # another alternative
+                said = said.removeprefix(f'"{place}" ')
+                last = findings[place].pop().removesuffix(f", not {given!r}")
+                said = f"{last}, or {said}"
+        findings.setdefault(place, []).append(said)
+    told = [said for place in findings.values() for said in place]
+    return f"{where}: {'; '.join(dict.fromkeys(told))}"

@@ -21,10 +21,12 @@ def dump(value: Any, where: str = "the algorithm") -> Any:
         ConfigError: a field holds something else, such as a set or a generator.
     """
     if isinstance(value, np.generic):
-        return value.item()
+        return {"scalar": np.asarray(value)}
     if isinstance(value, LEAVES):
         return value
-    if isinstance(value, list | tuple):
+    if isinstance(value, tuple):
+        return {"tuple": [dump(item, where) for item in value]}
+    if isinstance(value, list):
         return [dump(item, where) for item in value]
     if isinstance(value, dict):
         return {"dict": [[dump(key, where), dump(item, where)] for key, item in value.items()]}
@@ -36,15 +38,29 @@ def dump(value: Any, where: str = "the algorithm") -> Any:
     return {"fields": {k: dump(v, f"{where}.{k}") for k, v in vars(value).items() if k != "spec"}}
 
 
-def load(target: Any, tree: Any) -> Any:
-    """``tree`` as a value; objects are filled in place, everything else is made anew."""
-    if isinstance(tree, dict) and "fields" in tree:
-        for key, item in tree["fields"].items():
-            setattr(target, key, load(getattr(target, key), item))
-        return target
-    if isinstance(tree, dict):
-        return {key: load(None, item) for key, item in tree["dict"]}
+def load(target: Any, tree: Any, where: str = "the algorithm") -> Any:
+    """``tree`` as a value; objects are filled in place, everything else is made anew.
+
+    Raises:
+        ConfigError: there is no object to fill, since the program made it only after the start.
+    """
     if isinstance(tree, list):
         olds = target if isinstance(target, list) else []
-        return [load(old, item) for old, item in zip_longest(olds[: len(tree)], tree)]
-    return tree
+        return [load(old, item, where) for old, item in zip_longest(olds[: len(tree)], tree)]
+    if not isinstance(tree, dict):
+        return tree
+    ((kind, inner),) = tree.items()
+    if kind == "scalar":
+        return inner[()]
+    if kind == "tuple":
+        return tuple(load(None, item, where) for item in inner)
+    if kind == "dict":
+        return {load(None, key, where): load(None, item, where) for key, item in inner}
+    if target is None:
+        raise ConfigError(
+            f"{where} holds an object that was made during the run, which a resumed run could not "
+            "make again; make it in __init__, or keep arrays and numbers instead"
+        )
+    for key, item in inner.items():
+        setattr(target, key, load(getattr(target, key, None), item, f"{where}.{key}"))
+    return target

@@ -11,7 +11,7 @@ batch.  The trajectory is that of one-at-a-time evaluation, the cost that of a b
 
 import math
 from collections import defaultdict, deque
-from heapq import heappop, heappush, heapreplace
+from heapq import heapify, heappop, heappush, heapreplace
 from itertools import chain
 from typing import Any, NamedTuple, final
 
@@ -45,6 +45,7 @@ class Job:
         "worker",
         "x",
     )
+    x: Any  # the model [d]; None once dropped
     payload: Any
     loss: float
     order: int  # of start, among all jobs: breaks ties
@@ -96,6 +97,7 @@ class VirtualWorkers:
         self._free_s = [0.0] * n
         self._heap: list[tuple[float, int, Job]] = []
         self._popped = False  # the first entry is used up: the next one takes its place
+        self._stale = 0  # jobs dropped since the heap was last swept
         self._running: list[Job | None] = [None] * n
         self._queues: defaultdict[int, deque[Job]] = defaultdict(deque)  # of who has had one
         self._missing: list[Job] = []  # outstanding jobs not computed yet, oldest first
@@ -185,11 +187,17 @@ class VirtualWorkers:
         """Whether nothing is left to happen; ask after ``pop`` answered None."""
         return min(self._change_s, self._heap[0][0] if self._heap else math.inf) == math.inf
 
-    def cancel(self, worker: int) -> None:
-        """Drop every outstanding job of ``worker``."""
-        for job in reversed(self._jobs_of(worker)):
+    def cancel(self, worker: int) -> int:
+        """Drop every outstanding job of ``worker``; answers how many there were."""
+        jobs = self._jobs_of(worker)
+        for job in reversed(jobs):
             self._drop(job)
-            self.cancelled += 1
+        self.cancelled += len(jobs)
+        return len(jobs)
+
+    def has_job(self, worker: int) -> bool:
+        """Whether ``worker`` has anything to do."""
+        return self._running[worker] is not None
 
     def running(self) -> list[Job]:
         """The jobs that are being computed."""
@@ -207,6 +215,7 @@ class VirtualWorkers:
     def _drop(self, job: Job) -> None:
         """Take an outstanding job back; if it was running, the next in the queue starts."""
         job.dropped = True
+        job.x = job.payload = None  # its entry in the heap may stay for long
         self.outstanding -= 1
         worker, queue = job.worker, self._queues[job.worker]
         if self._running[worker] is not job:
@@ -216,6 +225,11 @@ class VirtualWorkers:
         self._free_s[worker] = min(self._free_s[worker], self.now_s)
         if queue:
             self._start(queue.popleft())
+        self._stale += 1
+        if self._stale > len(self._heap) // 2 + 64 and not self._popped:
+            self._stale = 0
+            self._heap = [entry for entry in self._heap if not entry[2].dropped]
+            heapify(self._heap)
 
     # -- Results ------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ one sentence that names the file and the row.
 """
 
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def _libsvm(path: Path) -> tuple[NDArray, NDArray]:
 
     try:
         sparse, labels = load_svmlight_file(str(path))
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"{path}: not a readable LibSVM file ({error})") from None
     if (size := sparse.shape[0] * sparse.shape[1] * 4) > MAX_DENSE_BYTES:
         raise ConfigError(
@@ -81,11 +82,13 @@ def _npz(path: Path) -> tuple[NDArray, NDArray]:
     try:
         with path.open("rb") as file:
             archive: Any = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("it is a single array, not an archive")
             features, labels = (
                 next((archive[key] for key in keys if key in archive.files), None)
                 for keys in (_FEATURE_KEYS, _LABEL_KEYS)
             )
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         ragged = "Object arrays" in str(error)
         reason = "its rows have unequal lengths (an object array)" if ragged else str(error)
         raise ConfigError(f"{path}: cannot be read: {reason}") from None
@@ -93,7 +96,9 @@ def _npz(path: Path) -> tuple[NDArray, NDArray]:
         raise ConfigError(
             f"{path}: needs an array named X and one named y; it has {', '.join(archive.files)}"
         )
-    if features.dtype == np.uint8 and features.max(initial=0) > 1:  # pixels
+    if not features.size or not features.ndim:
+        raise ConfigError(f"{path}: X has no rows of values, but the shape {features.shape}")
+    if features.dtype == np.uint8 and features.max() > 1:  # pixels
         features = features / 255.0
     return features.reshape(len(features), -1), labels
 
@@ -103,19 +108,23 @@ def _checked(
 ) -> tuple[NDArray, NDArray[np.int64]]:
     if not features.size:
         raise ConfigError(f"{source}: has no values")
+    if labels.ndim != 1:
+        raise ConfigError(f"{source}: labels must be one number a row, not of shape {labels.shape}")
     if len(features) != len(labels):
         raise ConfigError(f"{source}: {len(features)} rows of features but {len(labels)} labels")
-    if labels.ndim != 1:
-        raise ConfigError(f"{source}: labels must be one number a row, not {labels.shape[1:]}")
     for name, array in (("features", features), ("labels", labels)):
         if array.dtype.kind not in "biuf":
             raise ConfigError(f"{source}: {name} are of type {array.dtype}; numbers are needed")
+        with np.errstate(over="ignore"):
+            array = array.astype(dtype)  # too large for it is infinite in it
         bad = ~np.isfinite(array).reshape(len(array), -1).all(axis=1)
         if bad.any():
             raise ConfigError(
                 f"{source}: row {int(bad.argmax()) + 1} has a value that is not finite in its "
                 f"{name} ({int(bad.sum())} such rows); remove or fill them"
             )
+    if (labels != np.round(labels)).any():
+        raise ConfigError(f"{source}: labels must be classes, whole numbers, not measurements")
     values, classes = np.unique(labels, return_inverse=True)
     if len(values) < 2:
         raise ConfigError(f"{source}: all {len(labels)} labels are equal; two classes are needed")

@@ -6,20 +6,26 @@ job is a function of (seed, worker, the worker's job number) and, for laws that 
 of the second at which it starts.
 """
 
+import ast
 import json
+import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.registry import NonNegative, Positive, Registry, Spec
 
 SPEEDS = Registry("speed law")
-Seconds = Positive | list[Positive] | str
+MOST_S = 1e12  # a job's mean, in seconds
+Duration = Annotated[float, Field(gt=0, le=MOST_S, allow_inf_nan=False)]
+Seconds = Duration | list[Duration] | str
 Per = Literal["job", "worker"]
 FIRST_BLOCK, BLOCK = 16, 64  # durations drawn ahead a worker: at the start, later
 Draw = Callable[[np.random.Generator, Any, Any], Any]  # (generator, means, size) -> seconds
@@ -43,8 +49,8 @@ class Law:
 
     def clock(self, workers: int, seed: int, factors: NDArray | None = None) -> Clock:
         """The clock of ``workers`` workers; ``factors [n]`` slow single ones down."""
-        means = seconds(self.mean, workers)
-        return self._make(means if factors is None else means * factors, seed)
+        clock = self._make(seconds(self.mean, workers), seed)
+        return clock if factors is None or (factors == 1).all() else Slowed(clock, factors)
 
 
 def seconds(mean: Seconds, workers: int) -> NDArray:
@@ -63,8 +69,8 @@ def seconds(mean: Seconds, workers: int) -> NDArray:
             ends = float(low), float(high if dots else low)
         except ValueError:
             raise ConfigError(f'cannot read the seconds "{mean}"; write 2.5 or 1..10') from None
-        if not (min(ends) > 0 and max(ends) < np.inf):
-            raise ConfigError(f'the seconds "{mean}" must be positive and finite')
+        if not (min(ends) > 0 and max(ends) <= MOST_S):
+            raise ConfigError(f'the seconds "{mean}" must be positive and at most {MOST_S:g}')
         return np.linspace(*ends, workers)
     if isinstance(mean, list):
         if len(mean) != workers:
@@ -84,6 +90,18 @@ class Constant(Clock):
     def finish(self, worker: int, number: int, start_s: float) -> float:
         """See ``Clock``."""
         return start_s + self._means[worker]
+
+
+class Slowed(Clock):
+    """A clock some of whose workers take longer, by a factor, whatever the law."""
+
+    def __init__(self, clock: Clock, factors: NDArray) -> None:
+        self._finish, self._factors = clock.finish, factors.tolist()
+
+    def finish(self, worker: int, number: int, start_s: float) -> float:
+        """See ``Clock``."""
+        end_s, factor = self._finish(worker, number, start_s), self._factors[worker]
+        return end_s if factor == 1.0 else start_s + factor * (end_s - start_s)
 
 
 class Drawn(Clock):
@@ -125,7 +143,7 @@ class Changing(Clock):
     """Speed that changes with the hour: ``segments(worker)`` yields (length_s, slowdown).
 
     A job needs ``mean`` seconds of work; a segment of slowdown f gives 1/f seconds of work a
-    second.  A worker's jobs must be asked for in order of time.
+    second.
     """
 
     def __init__(
@@ -133,19 +151,23 @@ class Changing(Clock):
     ) -> None:
         self._means = means.tolist()
         self._segments = [segments(worker) for worker in range(len(means))]
-        self._now = [(0.0, 1.0)] * len(means)  # end and slowdown of the current segment
+        self._ends: list[list[float]] = [[] for _ in means]  # of the segments made so far
+        self._slowdowns: list[list[float]] = [[] for _ in means]
 
     def finish(self, worker: int, number: int, start_s: float) -> float:
         """See ``Clock``."""
-        work, now = self._means[worker], start_s
-        end, slowdown = self._now[worker]
-        while now + work * slowdown > end:
-            work -= max(0.0, end - now) / slowdown
-            now = max(now, end)
-            length, slowdown = next(self._segments[worker])
-            end += length
-            self._now[worker] = end, slowdown
-        return now + work * slowdown
+        ends, slowdowns = self._ends[worker], self._slowdowns[worker]
+        work, now, at = self._means[worker], start_s, bisect_right(self._ends[worker], start_s)
+        while True:
+            while at == len(ends):
+                length, slowdown = next(self._segments[worker])
+                ends.append((ends[-1] if ends else 0.0) + length)
+                slowdowns.append(slowdown)
+                at += ends[-1] <= start_s
+            if now + work * slowdowns[at] <= ends[at]:
+                return now + work * slowdowns[at]
+            work -= (ends[at] - now) / slowdowns[at]
+            now, at = ends[at], at + 1
 
 
 def _drawn(
@@ -170,7 +192,7 @@ def constant(mean: Seconds = 1.0) -> Law:
 
 
 @SPEEDS.register("list")
-def listed(seconds: list[Positive]) -> Law:
+def listed(seconds: list[Duration]) -> Law:
     """One constant time a worker, given in full."""
     return Law(seconds, lambda means, seed: Constant(means))
 
@@ -269,7 +291,9 @@ def trace(file: str) -> Law:
             times[worker].append(taken)
         if short := [w for w, mine in enumerate(times) if not mine]:
             raise ConfigError(f"{path}: has no times for worker {short[0]}")
-        return Recorded(times, means)
+        if not any(map(any, times)):
+            raise ConfigError(f"{path}: all of its times are zero")
+        return Recorded(times)
 
     return Law(1.0, make)
 
@@ -277,8 +301,8 @@ def trace(file: str) -> Law:
 class Recorded(Clock):
     """Times read from a file, cycled."""
 
-    def __init__(self, times: list[list[float]], factors: NDArray) -> None:
-        self._times = [[t * f for t in mine] for mine, f in zip(times, factors, strict=True)]
+    def __init__(self, times: list[list[float]]) -> None:
+        self._times = times
 
     def finish(self, worker: int, number: int, start_s: float) -> float:
         """See ``Clock``."""
@@ -311,9 +335,14 @@ def parse(text: str | float | list[float]) -> Law:
     >>> str(parse("1..10").spec)
     "constant(mean='1..10')"
     """
+    if isinstance(text, str) and text.strip().startswith("["):
+        try:
+            text = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError):
+            raise ConfigError(f'cannot read the speeds "{text}"; write [1.0, 2.5, ...]') from None
     if isinstance(text, list):
-        return listed(seconds=[float(value) for value in text])
-    if isinstance(text, str) and not text.strip()[:1].isdigit():
+        return listed(seconds=text)
+    if isinstance(text, str) and not re.match(r"\s*[-+.\d]", text):
         return SPEEDS.parse(text)
     return constant(mean=text.strip() if isinstance(text, str) else float(text))
 

@@ -51,8 +51,8 @@ class Server(Protocol):
         """Queue a job for ``worker``: the model of this moment, or the one ``like`` had."""
         ...
 
-    def cancel(self, worker: int) -> None:
-        """Drop every outstanding job of ``worker``."""
+    def cancel(self, worker: int) -> int:
+        """Drop every outstanding job of ``worker``; answers how many there were."""
         ...
 
     def speed(self, worker: int) -> float:
@@ -73,6 +73,9 @@ class Algorithm:
 
     spec: Spec | None = None
 
+    def check(self, n: int) -> None:
+        """Raise ConfigError where the method cannot run on n workers."""
+
     def start(self, server: Server) -> None:
         """The run begins: hand out the first jobs."""
         for worker in range(server.n):
@@ -85,6 +88,7 @@ class Algorithm:
     def lost(self, server: Server, worker: int) -> None:
         """A job of ``worker`` is gone and will not come back; nothing by default."""
 
-    def joined(self, server: Server, worker: int) -> None:
-        """``worker``, whose jobs were lost, is back: it gets a job by default."""
-        server.assign(worker)
+    def joined(self, server: Server, worker: int, lost: int) -> None:
+        """``worker`` is back, ``lost`` of whose jobs were lost: it gets as many by default."""
+        for _ in range(lost):
+            server.assign(worker)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.algorithms.server.contract import Algorithm, Server, Update
+from offbeat.runtime.errors import ConfigError
 
 
 class Rule(Protocol):
@@ -86,7 +87,14 @@ class Schedule:
     wait: int | None = 1  # None: as many as there are workers
     synchronous: bool = False
     done: list[int] = field(default_factory=list)  # finishers since the last hand-out
-    owed: int = 0  # lost jobs not yet replaced (asynchronous)
+
+    def check(self, n: int) -> None:
+        """Waiting for more results than there are workers is refused."""
+        if self.wait is not None and self.wait > n:
+            raise ConfigError(
+                f"the method waits for {self.wait} results, but there are {n} workers; "
+                f"wait (or batch) can be at most {n}"
+            )
 
     def start(self, server: Server) -> None:
         """Hand out the first jobs."""
@@ -108,16 +116,14 @@ class Schedule:
 
     def lost(self, server: Server) -> None:
         """One result will never come."""
-        if not self.synchronous:
-            self.owed += 1
         if not server.outstanding and (self.done or self.synchronous):
             self._hand_out(server)
 
-    def joined(self, server: Server, worker: int) -> None:
-        """A worker is back: it makes up for one lost job."""
-        if self.owed:
-            self.owed -= 1
-            server.assign(worker)
+    def joined(self, server: Server, worker: int, lost: int) -> None:
+        """A worker is back: its lost jobs are replaced; a synchronous round has done without."""
+        if not self.synchronous:
+            for _ in range(lost):
+                server.assign(self.order.next(server, worker))
 
     def _hand_out(self, server: Server) -> None:
         finishers = [0] * (self.wait or 0) if self.synchronous else self.done
@@ -131,6 +137,10 @@ class Method(Algorithm):
 
     def __init__(self, schedule: Schedule, rules: Sequence[Rule]) -> None:
         self.schedule, self.rules = schedule, list(rules)
+
+    def check(self, n: int) -> None:
+        """See ``Algorithm``."""
+        self.schedule.check(n)
 
     def start(self, server: Server) -> None:
         """See ``Algorithm``."""
@@ -151,9 +161,9 @@ class Method(Algorithm):
         """See ``Algorithm``."""
         self.schedule.lost(server)
 
-    def joined(self, server: Server, worker: int) -> None:
+    def joined(self, server: Server, worker: int, lost: int) -> None:
         """See ``Algorithm``."""
-        self.schedule.joined(server, worker)
+        self.schedule.joined(server, worker, lost)
 
 
 @dataclass

@@ -32,9 +32,14 @@ class Ringmaster(Algorithm):
         if self.stop_stale:
             self._stop(server)
 
-    def joined(self, server: Server, worker: int) -> None:
+    def lost(self, server: Server, worker: int) -> None:
         """See ``Algorithm``."""
-        self._assign(server, worker)
+        self.newest.pop(worker, None)
+
+    def joined(self, server: Server, worker: int, lost: int) -> None:
+        """See ``Algorithm``."""
+        for _ in range(lost):
+            self._assign(server, worker)
 
     def _assign(self, server: Server, worker: int) -> None:
         server.assign(worker)
@@ -46,9 +51,9 @@ class Ringmaster(Algorithm):
         """Restart every worker whose point has become too old."""
         while self.given and server.step - self.given[0][0] >= self.threshold:
             step, worker = self.given.pop(0)
-            if self.newest[worker] == step:
-                server.cancel(worker)
-                self._assign(server, worker)
+            if self.newest.get(worker) == step:
+                for _ in range(server.cancel(worker)):
+                    self._assign(server, worker)
 
 
 @ALGORITHMS.register("ringmaster")

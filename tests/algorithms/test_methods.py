@@ -43,6 +43,9 @@ METHODS = {
     "fedbuff": {"buffer": 3},
     "fedasync": {"weight": "hinge"},
 }
+ONE_IN_ONE_OUT = {*METHODS} - {
+    *("shuffle-once", "minibatch", "random-reshuffling", "shuffle-once-sgd", "sgd"),
+}
 EVERY = pytest.mark.parametrize("name", METHODS)
 
 
@@ -133,6 +136,8 @@ def test_survives_outages(name, on_outage, tmp_path):
         start = column(away, "start_s")
         assert not ((start >= 40.0) & (start < 200.0)).any()
         assert [row["event"] for row in result.events].count("left") == 3
+    if name in ONE_IN_ONE_OUT:
+        assert result.final["outstanding"] == N
     lost = sum(result.facts[key] for key in ("lost", "reassigned"))
     if name not in ("sgd", "shuffle-once-sgd", "random-reshuffling"):  # few jobs at a time
         assert (lost > 0) == (on_outage != "pause")
@@ -280,3 +285,82 @@ def test_a_method_cannot_change_the_model_in_place():
 
     with pytest.raises(ValueError, match="read-only"):
         offbeat.run(quadratic(5, workers=2), Careless(), "2 1.0", stop={"steps": 3})
+
+
+@pytest.mark.parametrize("on_outage", ["lose", "reassign"])
+def test_outages_neither_leak_jobs_nor_lose_concurrency(on_outage):
+    """Absent workers are not restarted again and again; a returning one restores all it lost."""
+    task = quadratic(5, workers=6)
+    for to_s in (60.0, None):
+        fleet = offbeat.Fleet(
+            workers=6, speeds="1..3", on_outage=on_outage,
+            outages=[offbeat.Outage(worker=1, from_s=20.0, to_s=to_s)],
+        )  # fmt: skip
+        for method in (ringmaster(threshold=4, stop_stale=True), pure(), random(), ringleader()):
+            result = offbeat.run(task, method, fleet, stop={"seconds": 400})
+            gone = 0 if to_s else result.facts["lost"]
+            assert result.final["outstanding"] == 6 - gone
+            assert (result.facts["lost"] > 0) <= (on_outage == "lose")
+
+
+def test_every_lost_job_of_a_queue_is_made_up_for():
+    fleet = offbeat.Fleet(
+        workers=3, speeds=[1.0, 1.0, 200.0], on_outage="lose",
+        outages=[offbeat.Outage(worker=2, from_s=30.0, to_s=40.0)],
+    )  # fmt: skip
+    result = offbeat.run(quadratic(5, workers=3), random(), fleet, stop={"seconds": 300})
+    assert result.facts["lost"] > 1
+    assert result.final["outstanding"] == 3
+
+
+def test_waiting_for_more_than_there_are_is_refused():
+    for text in ("pure(wait=9)", "minibatch(batch=9)", "random-reshuffling(batch=9)"):
+        with pytest.raises(offbeat.ConfigError, match="waits for 9 results, but there are 8"):
+            offbeat.run("quadratic(5)", text, "8 1.0")
+
+
+class Momentum(offbeat.algorithms.server.Algorithm):
+    """A user's method: state made at the start, numpy integers as workers."""
+
+    def start(self, server):
+        self.m, self.count, self.pair = np.zeros_like(server.x), np.float32(0), {(1, 2): "x"}
+        super().start(server)
+
+    def arrive(self, server, update):
+        self.m = 0.5 * self.m + update.payload
+        self.count = self.count + np.float32(0.1)
+        server.apply(0.01 * self.m * self.count)
+        server.assign(server.rng("mine", server.step).integers(server.n))
+
+
+def test_a_users_method_resumes_to_the_same_bits(tmp_path):
+    task = quadratic(5, workers=4)
+    whole = offbeat.run(task, Momentum(), "4 exponential", stop={"steps": 90})
+    offbeat.run(task, Momentum(), "4 exponential", stop={"steps": 50}, folder=tmp_path / "r")
+    cut = offbeat.resume(
+        tmp_path / "r", task=task, algorithm=Momentum(), overrides=["stop.steps=90"]
+    )
+    np.testing.assert_array_equal(whole.x, cut.x)
+
+
+def test_state_that_cannot_be_read_back_is_refused_at_the_first_checkpoint(tmp_path):
+    class Growing(Momentum):
+        def start(self, server):
+            super().start(server)
+            self.parts = [Clip(1.0)]
+
+    with pytest.raises(
+        offbeat.ConfigError, match=r"algorithm\.parts holds an object that was made"
+    ):
+        offbeat.run(
+            quadratic(5, workers=4), Growing(), "4 1.0", stop={"steps": 9}, folder=tmp_path / "r"
+        )
+
+
+def test_a_worker_that_is_none_is_refused():
+    class Lost(offbeat.algorithms.server.Algorithm):
+        def arrive(self, server, update):
+            server.assign(-1)
+
+    with pytest.raises(offbeat.ConfigError, match=r"worker -1; they are 0\.\.3"):
+        offbeat.run(quadratic(5, workers=4), Lost(), "4 1.0", stop={"steps": 9})

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_a_comparison_from_a_file_resumes_and_replays(offbeat_, tmp_path):
     labels = ["pure", "shuffled lr=0.05", "shuffled lr=0.2"]
     assert all(label in out for label in labels)
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_dir()) == labels
-    first = api.checkpointed_model(tmp_path / "out" / labels[2])
+    first = api.checkpointed(tmp_path / "out" / labels[2])["x"]
     direct = offbeat.run("quadratic(4)", "shuffled(lr=0.2)", "5 1..4", stop={"steps": 60}, seed=3)
     np.testing.assert_array_equal(first, direct.x)
     assert offbeat_("replay", "out")[0] == 0
@@ -154,6 +155,59 @@ def test_mistakes_cost_one_sentence_and_exit_2(offbeat_, tmp_path, words, said):
     assert err.startswith("offbeat: ")
     assert "Traceback" not in err
     assert not (tmp_path / "runs").exists()  # nothing was begun
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["task = 3", "task = []", "algorithm = 3", "algorithm = [3]", "algorithm = []", "fleet = []",
+     'stop = "x"', "seed = 1.5", "[evaluate]\nsteps = 0", "record = 1", "engine = 2"],
+)  # fmt: skip
+def test_tables_of_the_wrong_type(offbeat_, tmp_path, line):
+    key = line.split()[0].strip("[]")
+    lines = {"task": 'task = "quadratic"', "algorithm": 'algorithm = "pure"', key: line}
+    (tmp_path / "a.toml").write_text("\n".join(lines.values()) + "\n")
+    code, _, err = offbeat_("run", "a.toml")
+    assert code == 2
+    assert err.startswith("offbeat: a.toml: ")
+    assert key in err
+    assert "constrained" not in err
+
+
+def test_overwrite_needs_a_run_even_where_the_name_fits(offbeat_, tmp_path):
+    (tmp_path / "proj").mkdir()
+    (tmp_path / "proj" / "thesis.txt").write_text("...")
+    (tmp_path / "proj" / "experiment.toml").write_text(FILE)
+    for out in ("proj", "."):
+        code, _, err = offbeat_(
+            "run", "proj/experiment.toml", "--out", out, "--overwrite", "--steps", "9"
+        )
+        assert code == 2
+        assert "left alone" in err
+    assert sorted(p.name for p in (tmp_path / "proj").iterdir()) == [
+        "experiment.toml", "thesis.txt",
+    ]  # fmt: skip
+    (tmp_path / "file").write_text("")
+    assert offbeat_("run", "proj/experiment.toml", "--out", "file", "--overwrite")[0] == 6
+
+
+def test_one_method_that_diverges_does_not_stop_the_others(offbeat_, tmp_path):
+    words = ["--task", "quadratic", "--steps", "400", "--out", "out[b]"]
+    for method in ("pure", "pure(lr=1e6)", "shuffled"):
+        words += ["--algorithm", method]
+    code, out, err = offbeat_("run", *words)
+    assert code == 7
+    assert "pure lr=1000000.0: the" in err
+    assert "shuffled" in out
+    assert f"picture: {Path('out[b]') / 'picture.png'}" in out
+    assert (tmp_path / "out[b]" / "picture.png").exists()
+
+
+def test_options_may_hold_quotes_in_a_files_run(offbeat_, tmp_path):
+    (tmp_path / "a.toml").write_text(FILE)
+    code, _, err = offbeat_(
+        "run", "a.toml", "--out", "o", "--speeds", 'lognormal(1.0, per="worker")'
+    )
+    assert code == 0, err
 
 
 def test_divergence_is_one_sentence_and_exit_7(offbeat_):

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -69,7 +68,7 @@ def file(tmp_path):
 
 
 def same(folder, undisturbed):
-    np.testing.assert_array_equal(api.checkpointed_model(folder), undisturbed.x)
+    np.testing.assert_array_equal(api.checkpointed(folder)["x"], undisturbed.x)
     for name in ("metrics.jsonl", "trace.jsonl"):
         assert (folder / name).read_bytes() == (undisturbed.folder / name).read_bytes()
 
@@ -106,7 +105,9 @@ def test_kill_9_before_the_first_checkpoint(file, tmp_path, undisturbed):
     process = start("run", str(file), "--out", str(folder))
     wait_for(lambda: (folder / "experiment.toml").exists(), process)
     assert kill(process)
-    shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # had it been killed even earlier
+    for path in folder.glob("checkpoint/*"):  # killed while it wrote the first one
+        path.rename(folder / "checkpoint" / "000000000000.safetensors.partial")
+    (folder / "checkpoint").mkdir(exist_ok=True)
     done = subprocess.run(command("resume", str(folder)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     same(folder, undisturbed)
@@ -150,17 +151,6 @@ def test_a_full_disk_ends_the_run_with_one_sentence(file, tmp_path, undisturbed)
     done = subprocess.run(command("resume", str(folder)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     same(folder, undisturbed)
-
-
-@pytest.mark.skipif(not os.access("/dev/full", os.W_OK), reason="there is no /dev/full here")
-def test_no_space_left(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "metrics.jsonl").symlink_to("/dev/full")
-    (folder / "experiment.toml").write_text(FILE)
-    done = subprocess.run(command("resume", str(folder)), capture_output=True, text=True)
-    assert done.returncode in (0, 6)  # the link is replaced where a run begins anew
-    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from offbeat import ConfigError
+from offbeat.runtime.randomness import rng
 from offbeat.workers.data import BUNDLED, load
 from offbeat.workers.partition import PARTITIONS
 from offbeat.workers.tasks import logistic
@@ -61,6 +62,10 @@ def ragged(path):
         (lambda p: np.savez(p, X=[[1.0], [2.0]], y=[1, 1]), "two classes"),
         (lambda p: np.savez(p, X=[["a"], ["b"]], y=[1, 0]), "numbers are needed"),
         (lambda p: np.savez(p, a=[[1.0]]), "needs an array named X"),
+        (lambda p: np.savez(p, X=np.ones((2, 0)), y=[0, 1]), "has no rows of values"),
+        (lambda p: np.savez(p, X=[[1.0], [2.0]], y=[0.5, 1.25]), "not measurements"),
+        (lambda p: np.savez(p, X=[[1.0], [1e39]], y=[0, 1]), "row 2 .*not finite"),
+        (lambda p: p.write_bytes(b"\x93NUMPY nonsense"), "cannot be read"),
         (ragged, "unequal lengths"),
         (lambda p: p.write_bytes(b"PK\x03\x04 torn"), "cannot be read"),
         (lambda p: p.write_bytes(b""), "cannot be read"),
@@ -142,3 +147,19 @@ def test_holdout_is_held_out():
     assert len(task.shards.labels) == 1797 - len(labels)
     both = np.concatenate([features, task.shards.features])
     assert sorted(map(bytes, both)) == sorted(map(bytes, load("digits")[0]))
+
+
+def test_the_holdout_does_not_change_the_model():
+    """Classes are counted before samples are held out."""
+    dims = {logistic("iris", workers=2, holdout=0.6, seed=seed).dim for seed in range(5)}
+    assert dims == {12}
+
+
+def test_a_holdout_that_leaves_one_class_is_refused(tmp_path):
+    away = set(rng(0, "holdout").permutation(40)[:20].tolist())  # held out with seed 0
+    held, kept = min(away), min(set(range(40)) - away)
+    np.savez(tmp_path / "a.npz", X=np.eye(40), y=np.arange(40) == kept)
+    assert logistic(str(tmp_path / "a.npz"), workers=2, holdout=0.5).dim == 40
+    np.savez(tmp_path / "a.npz", X=np.eye(40), y=np.arange(40) == held)
+    with pytest.raises(ConfigError, match="one class only"):
+        logistic(str(tmp_path / "a.npz"), workers=2, holdout=0.5)

@@ -1,5 +1,7 @@
 """Speed laws and fleets: means, addresses, windows, links, text forms."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -176,7 +178,13 @@ def test_a_fleet_that_never_returns_ends_the_run():
 
 
 @pytest.mark.parametrize(
-    "text", ["16 lognormal(1.0) stragglers=2x10", "4 1..10 latency_s=0.5 bandwidth=1000.0", "3"]
+    "text",
+    [
+        "16 lognormal(1.0) stragglers=2x10",
+        "4 1..10 latency_s=0.5 bandwidth=1000.0",
+        "3",
+        "3 [1.0, 2.0, 3.0]",
+    ],
 )
 def test_text_form_is_printed_back(text):
     fleet = Fleet.parse(text)
@@ -192,8 +200,13 @@ def test_text_form_is_printed_back(text):
         ({"speeds": "lognrmal(1)"}, 'did you mean "lognormal"'),
         ({"speeds": "lognormal(-1.0)"}, "sigma.*greater than or equal to 0"),
         ({"speeds": "lognormal(sgma=1.0)"}, 'unknown key "sgma"; did you mean "sigma"'),
-        ({"speeds": "constant(nan)"}, "positive and finite"),
+        ({"speeds": "constant(nan)"}, "positive and at most"),
         ({"speeds": -1.0}, "greater than 0"),
+        ({"speeds": "-1"}, "positive"),
+        ({"speeds": [[1.0]]}, "seconds.0. should be a valid number"),
+        ({"speeds": ["a"]}, "valid number"),
+        ({"speeds": "poisson(1e19)"}, "less than or equal to"),
+        ({"speeds": "constant(lr=1)+(2)"}, "cannot read the speed law"),
         ({"speeds": "5..x"}, "cannot read the seconds"),
         ({"speeds": "0..3"}, "positive"),
         ({"speeds": [1.0, 2.0]}, "2 speeds are given for 10 workers"),
@@ -211,3 +224,48 @@ def test_mistakes_are_one_sentence(options, said):
     with pytest.raises(ConfigError, match=said) as caught:
         Fleet(**options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("law", ["markov(20.0, fast_s=3.0, slow_s=3.0)", "periodic(3.0, 10.0)"])
+def test_clocks_are_functions_of_the_start(law):
+    """Asked in any order, as cancelled jobs make happen, they answer the same."""
+    one, other = parse(law).clock(2, 1), parse(law).clock(2, 1)
+    starts = [0.0, 50.0, 3.2, 7.7, 3.3, 120.0]
+    asked = [one.finish(1, 0, start) for start in starts]
+    assert asked[::-1] == [other.finish(1, 0, start) for start in starts[::-1]]
+    ordered = sorted(zip(starts, asked, strict=True))
+    assert all(a[1] <= b[1] for a, b in pairwise(ordered))
+
+
+def test_stragglers_are_slower_whatever_the_law():
+    for law in ("uniform(1.0)", "normal(1.0)", "lognormal(0.5)", "poisson(3.0)"):
+        fleet = Fleet(workers=2, speeds=law, stragglers="1x10")
+        clock, plain = fleet.law().clock(2, 0, fleet.factors()), fleet.law().clock(2, 0)
+        for number in range(5):
+            assert clock.finish(0, number, 0.0) == plain.finish(0, number, 0.0)
+            assert clock.finish(1, number, 0.0) == 10 * plain.finish(1, number, 0.0)
+
+
+def test_cancelled_jobs_do_not_pile_up():
+    task = quadratic(3, workers=4)
+    method = offbeat.algorithms.server.ringmaster(threshold=3, stop_stale=True)
+    from offbeat.runtime import virtual
+
+    made = []
+    init = virtual.VirtualWorkers.__init__
+    virtual.VirtualWorkers.__init__ = lambda self, *a: (init(self, *a), made.append(self))[0]
+    try:
+        fleet = Fleet(workers=4, speeds=[1.0, 1.0, 1.0, 1e7])
+        result = offbeat.run(task, method, fleet, stop={"steps": 3000})
+    finally:
+        virtual.VirtualWorkers.__init__ = init
+    assert result.facts["cancelled"] > 500
+    assert len(made[0]._heap) < 200
+
+
+def test_time_that_stands_still_is_noticed(monkeypatch):
+    from offbeat.runtime import engine
+
+    monkeypatch.setattr(engine, "MOST_AT_ONCE", 5000)
+    with pytest.raises(ConfigError, match="virtual time stands still at 0 s"):
+        offbeat.run("quadratic(3)", "pure", "4 poisson(1e-12)", stop={"seconds": 5})

@@ -214,3 +214,36 @@ def test_running_statistics_are_refused():
     module = torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.BatchNorm1d(3))
     with pytest.raises(offbeat.ConfigError, match="running statistics"):
         torch_task(module)
+
+
+def test_frozen_parameters_stay_and_functional_dropout_is_addressed():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(6, 5), torch.nn.Linear(5, 3)
+            self.a.requires_grad_(False)
+
+        def forward(self, x):
+            return self.b(torch.nn.functional.dropout(self.a(x), 0.5, self.training))
+
+    task = torch_task(Net())
+    assert task.dim == 5 * 3 + 3
+    fleet = offbeat.Fleet(workers=4, speeds="exponential")
+    one, other = (offbeat.run(task, "pure", fleet, stop={"steps": 40}) for _ in range(2))
+    np.testing.assert_array_equal(one.x, other.x)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"batch": 0}, "\"batch\" should be greater than or equal to 1, or should be 'full'|batch"),
+        ({"sampling": "pass"}, "sampling.*'replacement' or 'passes'"),
+        ({"workers": 0}, "workers"),
+        ({"seed": -1}, "seed"),
+        ({"wrkers": 3}, 'did you mean "workers"'),
+    ],
+)
+def test_torch_task_mistakes_are_one_sentence(options, said):
+    with pytest.raises(offbeat.ConfigError, match=said) as caught:
+        torch_task(**options)
+    assert str(caught.value).startswith("TorchTask: ")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import Streams
-from offbeat.runtime.registry import Spec
+from offbeat.runtime.registry import Count, Seed, Spec, validated
 from offbeat.workers.partition import PARTITIONS
 from offbeat.workers.tasks.shards import BatchSize, Draws, Sampling
 
@@ -22,9 +22,10 @@ EVALUATED = 1024  # samples evaluated at a time
 class TorchTask:
     """f_i(x) = mean loss of a module with parameters x over worker i's samples.
 
-    The parameters, in the module's order, are one flat vector.  Many jobs at once are one call
-    of ``vmap(grad)``; a module that cannot be vmapped is looped over (said once in the log), and
-    so are few jobs.  The two agree to rounding, not to the bit.
+    The trainable parameters, in the module's order, are one flat vector; frozen ones stay.  Many
+    jobs at once are one call of ``vmap(grad)``; a module that cannot be vmapped, for example one
+    with dropout, is looped over (said once in the log), and so are few jobs.  The two agree to
+    rounding, not to the bit.
 
     Args:
         module: maps a batch of inputs to outputs; its present parameters are the start.  Its
@@ -44,45 +45,46 @@ class TorchTask:
 
     spec: Spec | None = None
 
+    @validated("TorchTask")
     def __init__(
         self,
         module: Any,
         loss: Callable[[Any, Any], Any],
-        dataset: Sized,
+        dataset: Any,
         *,
-        workers: int = 10,
+        workers: Count = 10,
         partition: str = "iid",
         batch: BatchSize = 32,
         sampling: Sampling = "replacement",
-        seed: int = 0,
+        seed: Seed = 0,
         device: str = "cpu",
     ) -> None:
         import torch
 
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError(f'TorchTask: device "{device}" is not there; torch sees no GPU')
         self._torch, self.workers, self.device = torch, workers, device
         self._module = module.to(device).train()
         self._loss, self._data = loss, dataset
-        named = dict(module.named_parameters())
+        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._names, self._shapes = list(named), [p.shape for p in named.values()]
         self._sizes = [p.numel() for p in named.values()]
         self.dim = sum(self._sizes)
-        self._check(dataset)
+        self._check(named, dataset)
         self._initial = torch.nn.utils.parameters_to_vector(named.values()).detach().cpu().numpy()
         labels = self._labels() if partition.split("(")[0] != "iid" else np.zeros(len(dataset))
         parts = PARTITIONS.parse(partition)(labels, workers, seed)
         self._order = np.concatenate(parts)
         self._draws = Draws(parts, batch=batch, sampling=sampling, seed=seed)
-        dropout = torch.nn.modules.dropout._DropoutNd
-        self._stochastic = any(isinstance(m, dropout) and m.p > 0 for m in module.modules())
         self._dropout = Streams(seed, "dropout", workers)
-        self._vmaps = not self._stochastic
+        self._vmaps = True
         self._grad = torch.func.grad_and_value(self._value)
 
-    def _check(self, dataset: Sized) -> None:
+    def _check(self, named: dict[str, Any], dataset: Sized) -> None:
         if not len(dataset):
             raise ConfigError("TorchTask: the dataset is empty")
-        if len({p.dtype for p in self._module.parameters()}) != 1:
-            raise ConfigError("TorchTask: the module needs parameters, all of one dtype")
+        if len({p.dtype for p in named.values()}) != 1:
+            raise ConfigError("TorchTask: the module needs trainable parameters of one dtype")
         for name, part in self._module.named_modules():
             if getattr(part, "running_mean", None) is not None:
                 raise ConfigError(
@@ -93,7 +95,7 @@ class TorchTask:
     def _labels(self) -> NDArray:
         if hasattr(self._data, "tensors"):
             return np.asarray(self._data.tensors[1].reshape(len(self._data), -1)[:, 0])
-        return np.array([int(self._data[i][1]) for i in range(len(self._data))])  # type: ignore[index]
+        return np.array([int(self._data[i][1]) for i in range(len(self._data))])
 
     def _samples(self, rows: NDArray) -> tuple[Any, Any]:
         """Inputs and targets of dataset rows ``[...]``, stacked to ``[..., *]``, on the device."""
@@ -103,7 +105,7 @@ class TorchTask:
             inputs, targets = (tensor[at] for tensor in self._data.tensors)
         else:
             collate = torch.utils.data.default_collate
-            inputs, targets = collate([self._data[i] for i in rows.ravel().tolist()])  # type: ignore[index]
+            inputs, targets = collate([self._data[i] for i in rows.ravel().tolist()])
             inputs = inputs.reshape(*rows.shape, *inputs.shape[1:])
             targets = targets.reshape(*rows.shape, *targets.shape[1:])
         return inputs.to(self.device), targets.to(self.device)
@@ -155,9 +157,8 @@ class TorchTask:
             rows = self._order[self._draws.rows(*address)[0]]
         inputs, targets = self._samples(rows)
         flat = self._tensor(x).detach().requires_grad_()
-        with torch.random.fork_rng(enabled=self._stochastic):
-            if self._stochastic:
-                torch.manual_seed(int(self._dropout.bits(*address, 1)[0, 0] >> 1))
+        with torch.random.fork_rng():  # dropout, if any, is addressed like the samples
+            torch.manual_seed(int(self._dropout.bits(*address, 1)[0, 0] >> 1))
             value = self._value(flat, inputs, targets)
         (gradient,) = torch.autograd.grad(value, flat)
         return float(value.detach()), gradient.cpu().numpy()

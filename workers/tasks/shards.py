@@ -93,6 +93,7 @@ class Shards:
         parts: row indices of each worker.
         batch, sampling, seed: see ``Draws``.
         test: features and labels held out, for accuracy only.
+        classes: C; as many as ``labels`` show if absent.
     """
 
     def __init__(
@@ -105,13 +106,14 @@ class Shards:
         sampling: Sampling = "replacement",
         seed: int = 0,
         test: tuple[NDArray, NDArray] | None = None,
+        classes: int | None = None,
     ) -> None:
         order = np.concatenate(parts)
         self.features = np.ascontiguousarray(features[order])
         self.labels = labels[order]
         self.targets = self.labels  # what a model makes of the labels
         self.workers, self.width = len(parts), features.shape[1]
-        self.classes = int(labels.max()) + 1
+        self.classes = classes or int(labels.max()) + 1
         self.draws = Draws(parts, batch=batch, sampling=sampling, seed=seed)
         self.test = test
         self.most = 1  # jobs whose samples are gathered at a time
@@ -134,6 +136,7 @@ class Shards:
     ) -> "Shards":
         """Load ``data``, hold out a random fraction of it for testing, divide the rest."""
         features, labels = load(data, dtype)
+        classes = int(labels.max()) + 1
         if intercept:
             features = np.column_stack([features, np.ones(len(features), features.dtype)])
         test = None
@@ -145,8 +148,19 @@ class Shards:
                 raise ConfigError(f"holdout={holdout} of {len(labels)} samples leaves a side empty")
             test = features[away], labels[away]
             features, labels = features[kept], labels[kept]
+            if len(np.unique(labels)) < 2:
+                raise ConfigError(f"holdout={holdout} leaves one class only; hold out less")
         parts = PARTITIONS.parse(partition)(labels, workers, seed)
-        return cls(features, labels, parts, batch=batch, sampling=sampling, seed=seed, test=test)
+        return cls(
+            features,
+            labels,
+            parts,
+            batch=batch,
+            sampling=sampling,
+            seed=seed,
+            test=test,
+            classes=classes,
+        )
 
     @property
     def weights(self) -> NDArray:
