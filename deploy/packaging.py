@@ -2,7 +2,7 @@
 
 A wheel gets ``offbeat/__init__.py`` from ``runtime/root.py``.  An editable install
 gets ``build/editable/offbeat``, a folder of symlinks to the same files, so that
-Python, Ray workers, editors and type checkers agree.
+Python, editors and type checkers agree.
 """
 
 import os

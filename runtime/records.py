@@ -20,7 +20,7 @@ ROWS_HELD = 1024  # arrivals held before they are counted and written; more leav
 
 
 class Records:
-    """Collects a run's records; with a folder they go to files and not to memory.
+    """Collects a run's records; with a folder the trace goes to a file and not to memory.
 
     Args:
         fleet: whose workers they are.

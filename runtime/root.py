@@ -1,4 +1,4 @@
-"""offbeat: asynchronous and decentralised optimisation, written once and run anywhere.
+"""offbeat: asynchronous optimisation on fleets of unequal workers.
 
 >>> import offbeat
 >>> result = offbeat.run("logistic:digits", "shuffled(lr=0.5)", "16 lognormal(1.0)",

@@ -1,4 +1,4 @@
-"""When a run stops, when it evaluates, where it is recorded."""
+"""When a run stops, and when it evaluates."""
 
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.registry import Count, Finite, Positive, settings
