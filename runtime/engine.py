@@ -304,7 +304,7 @@ class Engine:
             "next_step": self._next_step,
             "next_s": self._next_s,
             "workers": self.workers.state(),
-            "records": self.records.state(self.workers),
+            "records": self.records.state(),
             "algorithm": trees.dump(self.algorithm),
             "lost": trees.dump(self._lost),
         }

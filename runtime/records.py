@@ -147,7 +147,7 @@ class Records:
 
     # -- Files and checkpoints -----------------------------------------------------------------
 
-    def state(self, workers: VirtualWorkers) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """For a checkpoint; what is written so far is made durable first."""
         self.flush()
         lengths = {}
