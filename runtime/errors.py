@@ -28,6 +28,12 @@ class Diverged(OffbeatError):
     exit_code = 7
 
 
+class PeerError(OffbeatError, ValueError):
+    """What came from a peer cannot be right; nothing of it was used."""
+
+    exit_code = 5
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``'; did you mean "x"?'`` where a known name is close, else the list of known names.
 

@@ -1,0 +1,225 @@
+"""Bits and bytes: bit planes, sorted indices (Golomb-Rice), subsets from a seed.
+
+Everything is little endian and packed from the lowest bit.  Encoders are deterministic; readers
+take nothing on trust and raise ``PeerError``.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offbeat.runtime.errors import PeerError
+
+RICE, FIXED, BITMAP, ALL = range(4)  # how a set of indices is written: two bits of its tag
+
+
+class Reader:
+    """Walks over the bytes of a peer."""
+
+    def __init__(self, frame: bytes | bytearray | memoryview) -> None:
+        self.frame, self.at = memoryview(frame).cast("B"), 0
+
+    @property
+    def left(self) -> int:
+        """Bytes not yet read."""
+        return len(self.frame) - self.at
+
+    def take(self, count: int) -> memoryview:
+        """The next ``count`` bytes."""
+        if count > self.left:
+            raise PeerError(f"a frame ends {count - self.left} byte(s) early")
+        self.at += count
+        return self.frame[self.at - count : self.at]
+
+    def number(self, dtype: str) -> int:
+        """One integer."""
+        return int(self.array(dtype, 1)[0])
+
+    def array(self, dtype: str, count: int) -> NDArray:
+        """``count`` numbers; floats must be finite."""
+        kind = np.dtype(dtype)
+        values = np.frombuffer(self.take(count * kind.itemsize), kind)
+        if kind.kind == "f" and not np.isfinite(values).all():
+            raise PeerError("a frame carries a number that is not finite")
+        return values
+
+    def end(self) -> None:
+        """Nothing may follow."""
+        if self.left:
+            raise PeerError(f"a frame has {self.left} byte(s) too many")
+
+
+def packed_size(count: int, bits: int) -> int:
+    """Bytes of ``count`` numbers of ``bits`` bits: ceil(count bits / 8)."""
+    return count * (bits // 8) + (count * (bits % 8) + 7) // 8
+
+
+def pack(values: NDArray, bits: int) -> bytes:
+    """Unsigned ``values [m] < 2^bits``: whole low bytes first, then planes of single bits."""
+    whole, planes = divmod(bits, 8)
+    parts = [(values >> 8 * i).astype(np.uint8).tobytes() for i in range(whole)]
+    if planes:
+        top = (values >> 8 * whole).astype(np.uint8)
+        plane = np.empty((planes, len(values)), np.uint8)
+        for i in range(planes):
+            np.bitwise_and(top, 1 << i, out=plane[i])  # packbits takes anything but 0 for 1
+        parts.append(np.packbits(plane.ravel(), bitorder="little").tobytes())
+    return b"".join(parts)
+
+
+def unpack(source: Reader, count: int, bits: int) -> NDArray:
+    """What ``pack`` wrote, ``[count]``, as the smallest of uint8, uint16, uint32 that holds it."""
+    kind: Any = np.uint8 if bits <= 8 else np.uint16 if bits <= 16 else np.uint32
+    whole, planes = divmod(bits, 8)
+    raw = source.take(count * whole)
+    values: NDArray = np.zeros(count, kind)
+    for i in range(whole):
+        low = np.frombuffer(raw[count * i : count * (i + 1)], np.uint8)
+        values |= low.astype(kind) << 8 * i
+    if planes:
+        stream = np.frombuffer(source.take((count * planes + 7) // 8), np.uint8)
+        plane = np.unpackbits(stream, count=count * planes, bitorder="little")
+        for i, one in enumerate(plane.reshape(planes, count)):
+            values |= one.astype(kind) << (8 * whole + i)
+    return values
+
+
+def entropy_bits(d: int, k: int) -> float:
+    """log2 C(d, k): what k of d indices cost at least, if all sets are alike."""
+    return (math.lgamma(d + 1) - math.lgamma(k + 1) - math.lgamma(d - k + 1)) / math.log(2)
+
+
+def rice_parameter(d: int, k: int) -> int:
+    """floor(log2(ln 2 d / k)), the best for gaps of mean d / k (Golomb 1966, Rice 1979)."""
+    return max(0, math.floor(math.log2(math.log(2) * d / k)))
+
+
+def _gaps(index: NDArray) -> NDArray:
+    """Indices left out before each of ``index [..., k]``."""
+    gaps = np.diff(index, axis=-1, prepend=-1)
+    gaps -= 1
+    return gaps
+
+
+def _width(d: int) -> int:
+    return max(1, (d - 1).bit_length())
+
+
+def support_plan(index: NDArray, d: int) -> tuple[NDArray, NDArray]:
+    """How to write each row of sorted ``index [n, k]``: ``(bytes [n], tags [n])``.
+
+    The shortest of Rice, fixed width and bitmap, and one byte for the tag (two bits which, six
+    bits the parameter of Rice); all of d cost the tag alone.
+    """
+    n, k = index.shape
+    if k in (0, d):
+        return np.full(n, 1), np.full(n, ALL if k else FIXED)
+    b = rice_parameter(d, k)
+    # sum of gaps >> b: the unary part
+    unary = (_gaps(index) >> b).sum(axis=-1) + k
+    rice = (unary + 7) // 8 + packed_size(k, b)
+    fixed, bitmap = packed_size(k, _width(d)), (d + 7) // 8
+    other = min(fixed, bitmap)
+    tag = FIXED if fixed <= bitmap else BITMAP
+    return 1 + np.minimum(rice, other), np.where(rice <= other, RICE | b << 2, tag)
+
+
+def write_support(index: NDArray, d: int) -> bytes:
+    """Sorted ``index [k]`` of 0..d-1, the shortest way."""
+    k = len(index)
+    _, (tag,) = support_plan(index[None], d)
+    head = bytes([tag])
+    if k in (0, d):
+        return head
+    if tag & 3 == RICE:
+        b = int(tag) >> 2
+        gaps = _gaps(index)
+        ends = np.cumsum((gaps >> b) + 1) - 1  # gap q: q zeros, then a one
+        unary = np.zeros(int(ends[-1]) + 1, np.uint8)
+        unary[ends] = 1
+        low = (gaps & ((1 << b) - 1)).astype(np.uint32)
+        return head + pack(low, b) + np.packbits(unary, bitorder="little").tobytes()
+    if tag & 3 == FIXED:
+        return head + pack(index.astype(np.uint32), _width(d))
+    bitmap = np.zeros(d, np.uint8)
+    bitmap[index] = 1
+    return head + np.packbits(bitmap, bitorder="little").tobytes()
+
+
+def read_support(source: Reader, d: int, k: int) -> NDArray:
+    """What ``write_support`` wrote: k sorted, distinct indices below d."""
+    if k > d:
+        raise PeerError(f"a frame keeps {k} of {d} numbers")
+    tag = source.number("<u1")
+    mode, b = tag & 3, tag >> 2
+    if mode == ALL:
+        if k != d:
+            raise PeerError(f"a frame says it keeps all of {d} numbers and has {k}")
+        return np.arange(d)
+    if k == 0:
+        return np.zeros(0, np.int64)
+    if mode == RICE:
+        if b > 31:
+            raise PeerError(f"a frame has Rice parameter {b}; at most 31 makes sense")
+        low = unpack(source, k, b).astype(np.int64)
+        most = (k + (d >> b) + 7) // 8  # bytes that k gaps with sum below d can take
+        some = np.frombuffer(source.frame[source.at : source.at + most], np.uint8)
+        ends = np.flatnonzero(np.unpackbits(some, bitorder="little"))[:k]
+        if len(ends) < k:
+            raise PeerError(f"a frame names {len(ends)} indices and needs {k}")
+        source.take(int(ends[-1]) // 8 + 1)
+        gaps = np.diff(ends, prepend=-1) - 1
+        index = np.cumsum((gaps << b) + low + 1) - 1
+    elif mode == FIXED:
+        index = unpack(source, k, _width(d)).astype(np.int64)
+    else:
+        bits = np.frombuffer(source.take((d + 7) // 8), np.uint8)
+        index = np.flatnonzero(np.unpackbits(bits, count=d, bitorder="little"))
+    if len(index) != k or index[-1] >= d or (k > 1 and np.diff(index).min() < 1):
+        raise PeerError(f"a frame's indices are not {k} ascending numbers below {d}")
+    return index
+
+
+def words(seed: int, first: int, count: int) -> NDArray[np.uint64]:
+    """Words first+1 .. first+count of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
+
+    >>> [hex(word) for word in words(0, 0, 2)]
+    ['0xe220a8397b1dcdaf', '0x6e789e6aa1b965f4']
+    """
+    z = np.arange(first + 1, first + count + 1, dtype=np.uint64)
+    z *= np.uint64(0x9E3779B97F4A7C15)
+    z += np.uint64(seed)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z ^= z >> np.uint64(shift)
+        z *= np.uint64(factor)
+    z ^= z >> np.uint64(31)
+    return z
+
+
+def subset(seed: int, d: int, k: int) -> NDArray[np.int64]:
+    """k of 0..d-1, sorted: a function of the seed, the same for every version of every library.
+
+    The first k distinct of independent uniform draws are a uniform k-subset; beyond d / 2, what is
+    left out is drawn.  No set is off its probability by more than rounding to 53 bits.
+
+    >>> subset(1, 10, 3).tolist()
+    [5, 7, 9]
+    """
+    few = min(k, d - k)
+    seen, at = np.zeros(0, np.int64), 0
+    while True:
+        count = max(16, int((few - len(seen)) * 1.5))
+        draws = (words(seed, at, count) >> np.uint64(11)).astype(np.float64) * (2.0**-53 * d)
+        seen, at = np.concatenate([seen, draws.astype(np.int64)]), at + count
+        _, first = np.unique(seen, return_index=True)
+        if len(first) >= few:
+            break
+        seen = seen[np.sort(first)]
+    chosen = np.sort(seen[np.sort(first)[:few]])
+    if few == k:
+        return chosen
+    keep = np.ones(d, bool)
+    keep[chosen] = False
+    return np.flatnonzero(keep)

@@ -1,0 +1,254 @@
+"""What a compressor is, what travels, and how it is read back.
+
+A compressor maps x in R^d to a message.  It is *contractive* with alpha in (0, 1] where
+
+    E ||C(x) - x||^2 <= (1 - alpha) ||x||^2,
+
+*unbiased* with omega >= 0 where E Q(x) = x and E ||Q(x) - x||^2 <= omega ||x||^2.  Some are both,
+some (sign, hard threshold) neither.  The operator of the mathematics is what the receiver reads:
+``decode(message.encode()).dense()`` equals ``message.dense()`` bit for bit.
+
+A frame is one row: 8 bytes of header (magic, version, codec, dtype, d as 32 bits), then what the
+codec writes.  Messages nest: a sparse message holds a message of its values.
+"""
+
+import struct
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from offbeat.algorithms.compression.coding import Reader
+from offbeat.runtime.errors import ConfigError, PeerError
+from offbeat.runtime.registry import Registry, Spec
+
+COMPRESSORS = Registry("compressor")
+
+MOST_PARAMETERS = 2**30  # a frame of a few bytes may stand for so many numbers, and no more
+MOST_ROWS = 2**20
+MOST_NESTING = 8
+
+_HEADER = struct.Struct("<BBBBI")
+HEADER = _HEADER.size
+MAGIC, VERSION = 0xFB, 1
+_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+
+Frame = bytes | bytearray | memoryview
+Random = np.random.Generator | Sequence[np.random.Generator]
+
+
+class Message:
+    """n compressed rows of d numbers; subclasses are the codecs."""
+
+    codec: ClassVar[int]
+    n: int
+    d: int
+    dtype: np.dtype
+    lead: tuple[int, ...]
+    """Axes before the last of what was compressed; their product is n."""
+
+    def __init__(self, n: int, d: int, dtype: np.dtype) -> None:
+        self.n, self.d, self.dtype, self.lead = n, d, dtype, (n,)
+
+    def dense(self) -> NDArray:
+        """``[..., d]``: what the receiver sees."""
+        with np.errstate(all="ignore"):  # a peer may combine finite numbers into infinite ones
+            return self._rows().reshape(*self.lead, self.d)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that travel: the sum of the lengths of ``encode()``."""
+        return self.n * HEADER + self._size()
+
+    def encode(self) -> list[bytes]:
+        """One frame a row."""
+        head = _HEADER.pack(MAGIC, VERSION, self.codec, _DTYPES.index(self.dtype), self.d)
+        return [head + payload for payload in self._payloads()]
+
+    def _rows(self) -> NDArray:
+        """``[n, d]``, dense."""
+        raise NotImplementedError
+
+    def _size(self) -> int:
+        """Bytes of all payloads."""
+        raise NotImplementedError
+
+    def _payloads(self) -> list[bytes]:
+        """What follows the header, for each row."""
+        raise NotImplementedError
+
+    @classmethod
+    def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> "Message":
+        """One row from what follows the header."""
+        raise NotImplementedError
+
+
+CODECS: dict[int, type[Message]] = {}
+
+
+def codec(number: int):  # type: ignore[no-untyped-def]
+    """Class decorator: messages of this class travel under ``number``."""
+
+    def decorate(cls: type[Message]) -> type[Message]:
+        assert number not in CODECS
+        cls.codec, CODECS[number] = number, cls
+        return cls
+
+    return decorate
+
+
+class Stack(Message):
+    """Messages of rows that differ in kind or size; they travel one by one."""
+
+    def __init__(self, rows: Sequence[Message]) -> None:
+        super().__init__(sum(row.n for row in rows), rows[0].d, rows[0].dtype)
+        self.rows = rows
+
+    def _rows(self) -> NDArray:
+        return np.concatenate([row._rows() for row in self.rows])
+
+    @property
+    def nbytes(self) -> int:
+        """See ``Message``."""
+        return sum(row.nbytes for row in self.rows)
+
+    def encode(self) -> list[bytes]:
+        """See ``Message``."""
+        return [frame for row in self.rows for frame in row.encode()]
+
+
+def header(source: Reader, most: int) -> tuple[type[Message], np.dtype, int]:
+    """``(codec, dtype, d)`` of what follows, d at most ``most``."""
+    magic, version, number, kind, d = _HEADER.unpack(source.take(HEADER))
+    if (magic, version) != (MAGIC, VERSION):
+        raise PeerError(f"a frame begins with {magic}, {version}, not {MAGIC}, {VERSION}")
+    if number not in CODECS or kind >= len(_DTYPES):
+        raise PeerError(f"a frame has unknown codec {number} or dtype {kind}")
+    if d > most:
+        raise PeerError(f"a frame says d = {d}, where at most {most} is right")
+    return CODECS[number], _DTYPES[kind], d
+
+
+def nested(source: Reader, depth: int, dtype: np.dtype, most: int) -> Message:
+    """A message of at most ``most`` numbers inside a message, of the same dtype."""
+    if depth == MOST_NESTING:
+        raise PeerError(f"a frame nests deeper than {MOST_NESTING} messages")
+    cls, kind, d = header(source, most)
+    if kind != dtype:
+        raise PeerError(f"a frame holds {kind} inside {dtype}")
+    return cls._read(source, d, dtype, depth + 1)
+
+
+def decode(frames: Sequence[Frame], d: int | None = None) -> Message:
+    """The message whose ``encode`` gave ``frames``: ``[d]`` for one, ``[n, d]`` for n frames.
+
+    Memory is in proportion to the frames and to d, which a frame of a few bytes can make large:
+    give the d that is expected.
+
+    >>> import numpy as np
+    >>> message = COMPRESSORS.parse("topk(1)").compress(np.array([1.0, -3.0]), None)
+    >>> decode(message.encode()).dense()
+    array([ 0., -3.])
+    >>> decode([b"what?"])
+    Traceback (most recent call last):
+    ...
+    offbeat.runtime.errors.PeerError: a frame ends 3 byte(s) early
+
+    Args:
+        frames: bytes-like, one a row.
+        d: of every row; None: any up to ``MOST_PARAMETERS``.
+
+    Raises:
+        PeerError: a frame is not what a compressor writes.
+    """
+    if not 0 < len(frames) <= MOST_ROWS:
+        raise PeerError(f"{len(frames)} frames; 1 to {MOST_ROWS} are read")
+    rows: list[Message] = []
+    for frame in frames:
+        source = Reader(frame)
+        cls, dtype, size = header(source, MOST_PARAMETERS)
+        if rows and (size, dtype) != (rows[0].d, rows[0].dtype):
+            raise PeerError("frames of one message differ in d or dtype")
+        if size == 0 or size != (d or size):
+            raise PeerError(f"a frame is for d = {size}, not {d or '1 or more'}")
+        rows.append(cls._read(source, size, dtype, 0))
+        source.end()
+    if len(rows) > 1:
+        return Stack(rows)
+    rows[0].lead = ()
+    return rows[0]
+
+
+class Compressor:
+    """Base of all compressors: state-free; what is drawn comes from the caller's generator."""
+
+    spec: Spec | None = None
+    draws = True  # whether it needs a generator
+    batched = True  # whether rows draw in order when many are compressed in one call
+
+    def alpha(self, d: int) -> float | None:
+        """alpha of B(alpha) at dimension d; None: not contractive for every x."""
+        return None
+
+    def omega(self, d: int) -> float | None:
+        """omega of U(omega) at dimension d; None: not unbiased."""
+        return None
+
+    def compress(self, x: ArrayLike, rng: Random | None = None) -> Message:
+        """C(x) on the last dimension, row by row; ``x [..., d]`` is not changed.
+
+        A stack under one generator draws what its rows would have drawn one after the other.
+
+        Args:
+            x: float32 or float64, finite.
+            rng: a generator, or one for each row; None where nothing is drawn.
+
+        Raises:
+            ConfigError: x is not such an array.
+        """
+        x = np.asarray(x)
+        if x.dtype not in _DTYPES or x.ndim == 0 or x.size == 0:
+            raise ConfigError(
+                f"{self} compresses float32 or float64 of shape [..., d], not {x.dtype} of shape "
+                f"{list(x.shape)}"
+            )
+        *lead, d = x.shape
+        rows = np.ascontiguousarray(x).reshape(-1, d)
+        with np.errstate(all="ignore"):
+            if not np.isfinite(np.vecdot(rows, rows)).all() and not np.isfinite(rows).all():
+                raise ConfigError(f"{self} cannot compress what is not finite")
+            if not self.draws:
+                message = self._compress(rows, _NO_RNG)
+            elif isinstance(rng, np.random.Generator) and (self.batched or len(rows) == 1):
+                message = self._compress(rows, rng)
+            elif isinstance(rng, np.random.Generator):
+                message = Stack([self._compress(row[None], rng) for row in rows])
+            elif rng is not None and len(rng) == len(rows):
+                pairs = zip(rows, rng, strict=True)
+                message = Stack([self._compress(row[None], g) for row, g in pairs])
+            else:
+                raise ConfigError(f"{self} draws: give a generator, or one for each row")
+        message.lead = tuple(lead)
+        return message
+
+    def _compress(self, x: NDArray, rng: np.random.Generator) -> Message:
+        """C of ``x [n, d]``, finite and contiguous; must not keep a view of it."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return str(self.spec or type(self).__name__)
+
+
+_NO_RNG = np.random.default_rng(0)  # stands in where nothing is drawn
+
+
+def made(what: "str | Compressor") -> Compressor:
+    """A compressor, or the one a text names."""
+    return COMPRESSORS.parse(what) if isinstance(what, str) else what
+
+
+def overflow(compressor: Compressor, values: NDArray) -> None:
+    """Refuse scales that the dtype of x cannot hold."""
+    if not np.isfinite(values).all():
+        raise ConfigError(f"{compressor} met numbers too large for {values.dtype}")

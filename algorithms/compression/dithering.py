@@ -1,0 +1,168 @@
+"""Random dithering (QSGD): magnitudes rounded at random to s equal levels of a norm.
+
+Alistarh et al., QSGD, NeurIPS 2017 (arXiv:1610.02132).  With u ~ U[0, 1)
+
+    Q(x)_j = ||x|| sign(x_j) l_j / s,   l_j = floor(s |x_j| / ||x|| + u_j).
+
+In the 2-norm omega = min(d / s^2, sqrt(d) / s).  In the max-norm (TernGrad for s = 1: Wen et al.,
+NeurIPS 2017, arXiv:1705.07878)
+
+    E ||Q(x) - x||^2 = sum_j (m |x_j| - x_j^2) <= (sqrt(d) - 1) / 2 ||x||^2,  s = 1, m = max |x_j|,
+
+attained by one entry of 1 + sqrt(d) among ones.  More levels never add variance, and that of an
+entry is at most (m / 2 s)^2, so omega = min((sqrt(d) - 1) / 2, d / (4 s^2)).
+
+Levels travel with ceil(log2(2 s + 1)) bits each, or as indices and signs of those that are not
+zero, whichever is shorter; the norm in x's dtype.
+"""
+
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from offbeat.algorithms.compression.coding import (
+    Reader,
+    pack,
+    packed_size,
+    read_support,
+    support_plan,
+    unpack,
+    write_support,
+)
+from offbeat.algorithms.compression.contract import (
+    COMPRESSORS,
+    Compressor,
+    Message,
+    codec,
+    overflow,
+)
+from offbeat.runtime.errors import PeerError
+
+MOST_LEVELS = 2**15 - 1
+DENSE, SPARSE = 0, 1
+
+
+@codec(4)
+class Levels(Message):
+    """A scale a row, and signed levels -s..s."""
+
+    def __init__(self, levels: NDArray, scale: NDArray, s: int) -> None:
+        super().__init__(levels.shape[0], levels.shape[1], scale.dtype)
+        self.levels, self.scale, self.s = levels, scale, s  # [n, d], [n]
+
+    @property
+    def bits(self) -> int:
+        """ceil(log2(2 s + 1))."""
+        return (2 * self.s).bit_length()
+
+    def _rows(self) -> NDArray:
+        out = self.levels.astype(self.dtype)
+        out /= self.s  # before the scale, which may be the smallest number there is
+        out *= self.scale[:, None]
+        return out
+
+    def _row_size(self, row: NDArray) -> tuple[int, NDArray | None, int]:
+        """Bytes of the levels; for the sparse form, where they are and the bits of l - 1."""
+        dense = packed_size(self.d, self.bits)
+        some = int(np.count_nonzero(row))
+        if 4 + some // 4 > dense:  # sign and index cost two bits at least
+            return dense, None, 0
+        index = np.flatnonzero(row)
+        width = int(np.abs(row).max() - 1).bit_length() if some else 0
+        (support,), _ = support_plan(index[None], self.d)
+        sparse = 5 + int(support) + packed_size(some, width + 1)
+        return (sparse, index, width) if sparse < dense else (dense, None, 0)
+
+    def _size(self) -> int:
+        plans = (self._row_size(row)[0] for row in self.levels)
+        return self.n * 3 + self.scale.nbytes + sum(plans)
+
+    def _payloads(self) -> list[bytes]:
+        scale = self.scale.astype(self.dtype.newbyteorder("<"), copy=False)
+        frames = []
+        for row, one in zip(self.levels, scale, strict=True):
+            _, index, width = self._row_size(row)
+            head = one.tobytes() + self.s.to_bytes(2, "little")
+            if index is None:
+                code = (row.astype(np.int32) + self.s).astype(_unsigned(self.bits))
+                frames.append(head + bytes([DENSE]) + pack(code, self.bits))
+                continue
+            kept = row[index].astype(np.int32)
+            code = ((np.abs(kept) - 1) << 1 | (kept > 0)).astype(np.uint32)
+            size = len(index).to_bytes(4, "little") + bytes([width])
+            packed = write_support(index, self.d) + pack(code, width + 1)
+            frames.append(head + bytes([SPARSE]) + size + packed)
+        return frames
+
+    @classmethod
+    def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> Message:
+        scale = source.array(dtype.newbyteorder("<").str, 1).astype(dtype, copy=False)
+        s, mode = source.number("<u2"), source.number("<u1")
+        if not 1 <= s <= MOST_LEVELS or mode > SPARSE:
+            raise PeerError(f"a frame has {s} levels in form {mode}")
+        kind = np.int8 if s <= 127 else np.int16
+        if mode == DENSE:
+            code = unpack(source, d, (2 * s).bit_length())
+            if d and code.max() > 2 * s:
+                raise PeerError(f"a frame has level {code.max()} of {2 * s}")
+            return cls((code.astype(np.int32) - s).astype(kind)[None], scale, s)
+        k, width = source.number("<u4"), source.number("<u1")
+        if width > 15:
+            raise PeerError(f"a frame has levels of {width} bits; at most 15 makes sense")
+        index = read_support(source, d, k)
+        code = unpack(source, k, width + 1).astype(np.int32)
+        level = (code >> 1) + 1
+        if k and level.max() > s:
+            raise PeerError(f"a frame has level {level.max()} of {s}")
+        levels = np.zeros(d, kind)
+        levels[index] = np.where(code & 1, level, -level)
+        return cls(levels[None], scale, s)
+
+
+def _unsigned(bits: int) -> type[np.unsignedinteger]:
+    return np.uint8 if bits <= 8 else np.uint16
+
+
+class Dithering(Compressor):
+    """Levels of a norm, rounded at random."""
+
+    def __init__(self, s: int, norm: str) -> None:
+        self.s, self.norm = s, norm
+
+    def omega(self, d: int) -> float:
+        """min(d / s^2, sqrt(d) / s); in the max-norm min((sqrt(d) - 1) / 2, d / (4 s^2))."""
+        if self.norm == "2":
+            return min(d / self.s**2, d**0.5 / self.s)
+        return min(d / (4 * self.s**2), (d**0.5 - 1) / 2)
+
+    def _compress(self, x: NDArray, rng: np.random.Generator) -> Message:
+        scale = np.abs(x).max(axis=-1)
+        y = x / np.where(scale > 0, scale, 1)[:, None]  # |y| <= 1: its norm is in [1, sqrt(d)]
+        steps = np.full(len(x), self.s, x.dtype)
+        if self.norm == "2":
+            ratio = np.sqrt(np.maximum(np.vecdot(y, y), 1))
+            scale, steps = scale * ratio, steps / ratio
+            overflow(self, scale)
+        p = np.abs(y)
+        p *= steps[:, None]  # s |x_j| / ||x||, at most s
+        level = np.floor(p)
+        p -= level  # exact; p + u might round up to the next whole number
+        level += rng.random(x.shape, x.dtype) < p
+        np.copysign(level, x, out=level)
+        return Levels(level.astype(np.int8 if self.s <= 127 else np.int16), scale, self.s)
+
+
+@COMPRESSORS.register("qsgd")
+def qsgd(
+    s: Annotated[int, Field(ge=1, le=MOST_LEVELS)] = 16, *, norm: Literal["2", "max"] = "2"
+) -> Dithering:
+    """Magnitudes rounded at random to ``s`` levels of the norm ("2" or "max"), unbiased."""
+    return Dithering(s, norm)
+
+
+@COMPRESSORS.register("terngrad")
+def terngrad() -> Dithering:
+    """-1, 0 or 1 times the largest magnitude, unbiased."""
+    return Dithering(1, "max")

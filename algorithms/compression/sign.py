@@ -1,0 +1,99 @@
+"""Signs, one bit a number: bare, or scaled so that they contract.
+
+Seide et al., 1-bit SGD, Interspeech 2014; Bernstein et al., signSGD, ICML 2018
+(arXiv:1802.04434); scaled: Karimireddy et al., ICML 2019 (arXiv:1901.09847),
+
+    C(x) = (||x||_1 / d) sign(x),  sign(0) = +1,
+    ||C(x) - x||^2 = (1 - ||x||_1^2 / (d ||x||_2^2)) ||x||^2,  so alpha >= 1 / d.
+
+A bit of 1 is non-negative.  ceil(d / 8) bytes, and the scale.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offbeat.algorithms.compression.coding import Reader
+from offbeat.algorithms.compression.contract import COMPRESSORS, Compressor, Message, codec
+
+CHUNK = 2**17
+
+# _SIGNS[byte]: its eight signs, lowest bit first
+_SIGNS = np.where(np.arange(256)[:, None] >> np.arange(8) & 1, 1, -1).astype(np.float32)
+
+
+def sign_bits(x: NDArray) -> NDArray[np.uint8]:
+    """``[n, ceil(d / 8)]``: 1 where ``x [n, d]`` is non-negative."""
+    n, d = x.shape
+    out = np.empty((n, (d + 7) // 8), np.uint8)
+    if d < CHUNK:
+        return np.packbits(x >= 0, axis=-1, bitorder="little")
+    buffer = np.empty(CHUNK, bool)
+    for row, bits in zip(x, out, strict=True):
+        for first in range(0, d, CHUNK):
+            piece = row[first : first + CHUNK]
+            packed = np.packbits(
+                np.greater_equal(piece, 0, out=buffer[: len(piece)]), bitorder="little"
+            )
+            bits[first // 8 : first // 8 + len(packed)] = packed
+    return out
+
+
+@codec(3)
+class Signs(Message):
+    """One bit a number, and one scale a row."""
+
+    def __init__(self, d: int, bits: NDArray[np.uint8], scale: NDArray) -> None:
+        super().__init__(len(bits), d, scale.dtype)
+        self.bits, self.scale = bits, scale  # [n, ceil(d / 8)], [n]
+
+    def _rows(self) -> NDArray:
+        table = _SIGNS.astype(self.dtype, copy=False)
+        if self.n == 1:  # eight numbers a look-up
+            table = table * self.scale[0]
+            return table[self.bits[0]].reshape(1, -1)[:, : self.d]
+        return table[self.bits].reshape(self.n, -1)[:, : self.d] * self.scale[:, None]
+
+    def _size(self) -> int:
+        return self.bits.nbytes + self.scale.nbytes
+
+    def _payloads(self) -> list[bytes]:
+        scale = self.scale.astype(self.dtype.newbyteorder("<"), copy=False)
+        return [s.tobytes() + b.tobytes() for s, b in zip(scale, self.bits, strict=True)]
+
+    @classmethod
+    def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> Message:
+        scale = source.array(dtype.newbyteorder("<").str, 1).astype(dtype, copy=False)
+        return cls(d, source.array("u1", (d + 7) // 8)[None], scale)
+
+
+class Sign(Compressor):
+    """sign(x), times the mean magnitude."""
+
+    draws = False
+
+    def __init__(self, scaled: bool) -> None:
+        self.scaled = scaled
+
+    def alpha(self, d: int) -> float | None:
+        """1 / d; of one x it is ||x||_1^2 / (d ||x||_2^2), 2 / pi for a Gaussian."""
+        return 1 / d if self.scaled else None
+
+    def _compress(self, x: NDArray, rng: np.random.Generator) -> Message:
+        n, d = x.shape
+        scale = np.ones(n, x.dtype)
+        if self.scaled:
+            # Divided first: the sum of large numbers could be too large.
+            scale = np.multiply(np.abs(x), 1 / d, dtype=np.float64).sum(axis=-1).astype(x.dtype)
+        return Signs(d, sign_bits(x), scale)
+
+
+@COMPRESSORS.register("sign")
+def sign() -> Sign:
+    """Bare signs, of magnitude 1: for sign descent, not contractive."""
+    return Sign(scaled=False)
+
+
+@COMPRESSORS.register("scaled-sign")
+def scaled_sign() -> Sign:
+    """Signs times the mean magnitude."""
+    return Sign(scaled=True)

@@ -1,0 +1,125 @@
+"""Messages that keep some of the coordinates, and the base of what makes them.
+
+A sparse message is a set of indices and a message of the values at them, so that any compressor
+can follow a sparsifier.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from offbeat.algorithms.compression.coding import (
+    Reader,
+    read_support,
+    subset,
+    support_plan,
+    write_support,
+)
+from offbeat.algorithms.compression.contract import (
+    Compressor,
+    Message,
+    codec,
+    nested,
+)
+from offbeat.algorithms.compression.identity import Dense
+
+Kept = (
+    Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+)  # k as a count (1) or as a share of d (0.01)
+
+
+def count(kept: int | float, d: int) -> int:
+    """k of d: at least 1, at most d."""
+    return min(kept if isinstance(kept, int) else max(1, round(kept * d)), d)
+
+
+def scatter(index: NDArray, values: NDArray, d: int) -> NDArray:
+    """``[n, d]``: zeros, and ``values [n, k]`` at ``index [n, k]``."""
+    n, _ = index.shape
+    out = np.zeros(n * d, values.dtype)
+    out[index + np.arange(n)[:, None] * d if n > 1 else index] = values
+    return out.reshape(n, d)
+
+
+@codec(1)
+class Sparse(Message):
+    """Values at sorted indices."""
+
+    def __init__(self, d: int, index: NDArray, values: Message) -> None:
+        super().__init__(len(index), d, values.dtype)
+        self.index, self.values = index, values  # [n, k], n rows of k
+
+    def _rows(self) -> NDArray:
+        return scatter(self.index, self.values._rows(), self.d)
+
+    def _size(self) -> int:
+        sizes, _ = support_plan(self.index, self.d)
+        return int(sizes.sum()) + self.values.nbytes
+
+    def _payloads(self) -> list[bytes]:
+        pairs = zip(self.index, self.values.encode(), strict=True)
+        # The inner header, which says k, comes first.
+        return [inner + write_support(index, self.d) for index, inner in pairs]
+
+    @classmethod
+    def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> Message:
+        values = nested(source, depth, dtype, d)
+        return cls(d, read_support(source, d, values.d)[None], values)
+
+
+@codec(2)
+class Seeded(Message):
+    """Values at indices that both ends draw from a seed of 8 bytes."""
+
+    def __init__(
+        self, d: int, seeds: Sequence[int], values: Message, index: NDArray | None = None
+    ) -> None:
+        super().__init__(len(seeds), d, values.dtype)
+        self.seeds, self.values, self._index = seeds, values, index
+
+    @property
+    def index(self) -> NDArray:
+        """``[n, k]``, drawn when first asked for: a short frame may stand for many."""
+        if self._index is None:
+            self._index = np.stack([subset(seed, self.d, self.values.d) for seed in self.seeds])
+        return self._index
+
+    def _rows(self) -> NDArray:
+        return scatter(self.index, self.values._rows(), self.d)
+
+    def _size(self) -> int:
+        return 8 * self.n + self.values.nbytes
+
+    def _payloads(self) -> list[bytes]:
+        pairs = zip(self.seeds, self.values.encode(), strict=True)
+        return [seed.to_bytes(8, "little") + inner for seed, inner in pairs]
+
+    @classmethod
+    def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> Message:
+        seed = source.number("<u8")
+        return cls(d, [seed], nested(source, depth, dtype, d))
+
+
+class Sparsifier(Compressor):
+    """Keeps coordinates; ``values`` says what becomes of them on the way."""
+
+    def kept(self, d: int) -> int:
+        """The most coordinates it keeps."""
+        raise NotImplementedError
+
+    def sparsify(self, x: NDArray, rng: np.random.Generator, values: Compressor | None) -> Message:
+        """The message of ``x [n, d]``, its kept values compressed in turn by ``values``."""
+        raise NotImplementedError
+
+    def _compress(self, x: NDArray, rng: np.random.Generator) -> Message:
+        return self.sparsify(x, rng, None)
+
+
+def carry(values: NDArray, by: Compressor | None, rng: np.random.Generator) -> Message:
+    """The message of kept ``values [n, k]``."""
+    if by is None or values.shape[1] == 0:
+        return Dense(values)
+    return by._compress(values, rng)

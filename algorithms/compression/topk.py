@@ -1,0 +1,92 @@
+"""Top-k: keep the k entries of largest magnitude.
+
+Stich, Cordonnier, Jaggi, Sparsified SGD with Memory, NeurIPS 2018 (arXiv:1809.07599);
+Alistarh et al., NeurIPS 2018 (arXiv:1809.10505).  alpha = k / d, attained where all magnitudes
+are equal.  Of equal magnitudes the lower index is kept.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offbeat.algorithms.compression.contract import COMPRESSORS, Compressor, Message
+from offbeat.algorithms.compression.sparse import Kept, Sparse, Sparsifier, carry, count
+
+LARGE = 2**15  # from here on, rows are searched one by one with a threshold from a sample
+SAMPLE = 2**13
+CHUNK = 2**17  # entries at a time: fits a cache
+
+
+def largest(a: NDArray, k: int) -> NDArray:
+    """Sorted indices ``[n, k]`` of the k largest of each row of ``a [n, d] >= 0``."""
+    n, d = a.shape
+    if k == d:
+        return np.tile(np.arange(d), (n, 1))
+    t = np.partition(a, d - k, axis=-1)[:, d - k, None]  # the k-th largest
+    keep = a > t
+    tied = a == t
+    missing = k - keep.sum(axis=-1, keepdims=True)
+    if not np.array_equal(tied.sum(axis=-1, keepdims=True), missing):
+        tied &= tied.cumsum(axis=-1) <= missing
+    keep |= tied
+    return np.nonzero(keep)[1].reshape(n, k)
+
+
+def largest_of_many(x: NDArray, k: int) -> NDArray:
+    """The same for one long ``x [d]``, by magnitude: ``[1, k]``.
+
+    A sample gives a threshold below the k-th largest magnitude (almost surely; else everything is
+    searched), one pass in cache-sized pieces keeps what reaches it, and these are searched.
+    """
+    d = len(x)
+    sample = np.abs(x[:: max(1, d // SAMPLE)])
+    share = len(sample) * k / d
+    rank = int(share + 4 * share**0.5 + 4)  # four standard deviations beyond the k-th
+    if rank >= len(sample) // 2:
+        return largest(np.abs(x)[None], k)
+    t = np.partition(sample, len(sample) - rank)[len(sample) - rank]
+    index, size = [], []
+    buffer, reached = np.empty(CHUNK, x.dtype), np.empty(CHUNK, bool)
+    for first in range(0, d, CHUNK):
+        piece = x[first : first + CHUNK]
+        a = np.abs(piece, out=buffer[: len(piece)])
+        at = np.flatnonzero(np.greater_equal(a, t, out=reached[: len(piece)]))
+        size.append(a[at])
+        at += first
+        index.append(at)
+    survivors = np.concatenate(index)
+    if len(survivors) < k:
+        return largest(np.abs(x)[None], k)
+    return survivors[largest(np.concatenate(size)[None], k)]
+
+
+class TopK(Sparsifier):
+    """The k largest magnitudes."""
+
+    draws = False
+
+    def __init__(self, k: int | float) -> None:
+        self.k = k
+
+    def kept(self, d: int) -> int:
+        """See ``Sparsifier``."""
+        return count(self.k, d)
+
+    def alpha(self, d: int) -> float:
+        """k / d."""
+        return self.kept(d) / d
+
+    def sparsify(self, x: NDArray, rng: np.random.Generator, values: Compressor | None) -> Message:
+        """See ``Sparsifier``."""
+        d = x.shape[1]
+        k = self.kept(d)
+        if d < LARGE:
+            index = largest(np.abs(x), k)
+        else:
+            index = np.concatenate([largest_of_many(row, k) for row in x])
+        return Sparse(d, index, carry(np.take_along_axis(x, index, axis=1), values, rng))
+
+
+@COMPRESSORS.register("topk")
+def topk(k: Kept = 0.01) -> TopK:
+    """The k largest magnitudes; k is a count or a share of d."""
+    return TopK(k)
