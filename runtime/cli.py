@@ -14,6 +14,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from offbeat.algorithms.compression import COMPRESSORS
 from offbeat.algorithms.server import ALGORITHMS
 from offbeat.runtime import api
 from offbeat.runtime.errors import ConfigError, Diverged, OffbeatError, StorageError, nearest
@@ -25,7 +26,13 @@ from offbeat.workers.tasks import TASKS
 
 INTERRUPTED = 130
 RUNS = Path("runs")
-LISTS = {"algorithms": ALGORITHMS, "tasks": TASKS, "speeds": SPEEDS, "partitions": PARTITIONS}
+LISTS = {
+    "algorithms": ALGORITHMS,
+    "tasks": TASKS,
+    "speeds": SPEEDS,
+    "partitions": PARTITIONS,
+    "compressors": COMPRESSORS,
+}
 
 app = typer.Typer(
     help="Asynchronous optimisation on fleets of unequal workers.",
@@ -126,7 +133,9 @@ def replay(folder: Annotated[Path, typer.Argument(help="The folder of a run.")])
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="algorithms, tasks, speeds, partitions or data")],
+    what: Annotated[
+        str, typer.Argument(help="algorithms, tasks, speeds, partitions, compressors or data")
+    ],
 ) -> None:
     """List what can be named."""
     if what == "data":
