@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from offbeat.algorithms.compression.coding import Reader
 from offbeat.algorithms.compression.contract import COMPRESSORS, Compressor, Message, codec
 
-CHUNK = 2**17
+CHUNK = 2**18
 
 # _SIGNS[byte]: its eight signs, lowest bit first
 _SIGNS = np.where(np.arange(256)[:, None] >> np.arange(8) & 1, 1, -1).astype(np.float32)
