@@ -3,7 +3,7 @@
 from offbeat.algorithms.compression.blocks import blocks
 from offbeat.algorithms.compression.combine import compose, contractive, induced
 from offbeat.algorithms.compression.contract import COMPRESSORS, Compressor, Message, decode
-from offbeat.algorithms.compression.dithering import qsgd, terngrad
+from offbeat.algorithms.compression.dithering import natural_dithering, qsgd, terngrad
 from offbeat.algorithms.compression.halves import bf16, fp16
 from offbeat.algorithms.compression.identity import identity
 from offbeat.algorithms.compression.natural import natural
@@ -26,6 +26,7 @@ __all__ = [
     "identity",
     "induced",
     "natural",
+    "natural_dithering",
     "qsgd",
     "randk",
     "scaled_sign",

@@ -12,6 +12,9 @@ NeurIPS 2017, arXiv:1705.07878)
 attained by one entry of 1 + sqrt(d) among ones.  More levels never add variance, and that of an
 entry is at most (m / 2 s)^2, so omega = min((sqrt(d) - 1) / 2, d / (4 s^2)).
 
+Natural dithering (Horvath et al., arXiv:1905.10988) has the levels 0, 2^(1-s), ..., 1/2, 1 of the
+2-norm, and omega = 1/8 + sqrt(d) 2^(1-s) min(1, sqrt(d) 2^(1-s)).
+
 Levels travel with ceil(log2(2 s + 1)) bits each, or as indices and signs of those that are not
 zero, whichever is shorter; the norm in x's dtype.
 """
@@ -125,6 +128,28 @@ def _unsigned(bits: int) -> type[np.unsignedinteger]:
     return np.uint8 if bits <= 8 else np.uint16
 
 
+@codec(11)
+class Powered(Levels):
+    """The same, where level l stands for sign(l) 2^(|l| - s)."""
+
+    def _rows(self) -> NDArray:
+        table = np.ldexp(self.dtype.type(1), np.arange(self.s + 1) - self.s)
+        table[0] = 0
+        out = table[np.abs(self.levels)]
+        out *= self.scale[:, None]
+        return np.copysign(out, self.levels, out=out)
+
+
+def euclidean(compressor: Compressor, x: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+    """``(y [n, d], r [n], norms [n])`` with |x| / ||x|| = |y| / r, whatever the range of x."""
+    norms = np.abs(x).max(axis=-1)
+    y = x / np.where(norms > 0, norms, 1)[:, None]  # |y| <= 1: its norm is in [1, sqrt(d)]
+    r = np.sqrt(np.maximum(np.vecdot(y, y), 1))
+    norms = norms * r
+    overflow(compressor, norms)
+    return y, r, norms
+
+
 class Dithering(Compressor):
     """Levels of a norm, rounded at random."""
 
@@ -138,13 +163,13 @@ class Dithering(Compressor):
         return min(d / (4 * self.s**2), (d**0.5 - 1) / 2)
 
     def _compress(self, x: NDArray, rng: np.random.Generator) -> Message:
-        scale = np.abs(x).max(axis=-1)
-        y = x / np.where(scale > 0, scale, 1)[:, None]  # |y| <= 1: its norm is in [1, sqrt(d)]
         steps = np.full(len(x), self.s, x.dtype)
         if self.norm == "2":
-            ratio = np.sqrt(np.maximum(np.vecdot(y, y), 1))
-            scale, steps = scale * ratio, steps / ratio
-            overflow(self, scale)
+            y, r, scale = euclidean(self, x)
+            steps /= r
+        else:
+            scale = np.abs(x).max(axis=-1)
+            y = x / np.where(scale > 0, scale, 1)[:, None]
         p = np.abs(y)
         p *= steps[:, None]  # s |x_j| / ||x||, at most s
         level = np.floor(p)
@@ -166,3 +191,32 @@ def qsgd(
 def terngrad() -> Dithering:
     """-1, 0 or 1 times the largest magnitude, unbiased."""
     return Dithering(1, "max")
+
+
+class NaturalDithering(Compressor):
+    """Levels that are powers of two of the 2-norm."""
+
+    def __init__(self, s: int) -> None:
+        self.s = s
+
+    def omega(self, d: int) -> float:
+        """1/8 + sqrt(d) 2^(1-s) min(1, sqrt(d) 2^(1-s))."""
+        lowest = d**0.5 * 2.0 ** (1 - self.s)
+        return 0.125 + lowest * min(1, lowest)
+
+    def _compress(self, x: NDArray, rng: np.random.Generator) -> Message:
+        y, r, norms = euclidean(self, x)
+        p = np.abs(y) / r[:, None]
+        fraction, e = np.frexp(p)  # p = fraction 2^e: between 2^(e-1), which is level s + e - 1,
+        level = e + (self.s - 1)  # and the next
+        above = 2 * fraction - 1
+        small = (level < 1) | (p == 0)  # between 0 and the lowest level
+        level[small], above[small] = 0, np.ldexp(p[small], self.s - 1)
+        level += rng.random(x.shape, x.dtype) < above
+        return Powered(np.where(x < 0, -level, level).astype(np.int8), norms, self.s)
+
+
+@COMPRESSORS.register("natural-dithering")
+def natural_dithering(s: Annotated[int, Field(ge=1, le=100)] = 8) -> NaturalDithering:
+    """Magnitudes rounded at random to ``s`` powers of two of the 2-norm, unbiased."""
+    return NaturalDithering(s)

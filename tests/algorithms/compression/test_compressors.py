@@ -35,6 +35,7 @@ TABLE = {
     "qsgd": ["qsgd(4)", "qsgd(300)", "qsgd(2, norm='max')"],
     "terngrad": ["terngrad"],
     "natural": ["natural"],
+    "natural-dithering": ["natural-dithering(3)", "natural-dithering(20)"],
     "bf16": ["bf16"],
     "fp16": ["fp16"],
     "contractive": ["contractive(qsgd(2))", "contractive(natural)"],
@@ -361,11 +362,12 @@ def test_payloads_are_what_the_formulas_say():
             "scaled-sign": math.ceil(d / 8) + 4,
             "natural": math.ceil(9 * d / 8),
             "qsgd(16)": math.ceil(d * 6 / 8) + 4 + 3,  # 2 bytes for s, 1 for the form
+            "natural-dithering(15)": math.ceil(d * 5 / 8) + 4 + 3,
             "blocks(scaled-sign, 1024)": math.ceil(d / 8) + 4 + 4 + HEADER,
         }
         for text, payload in formula.items():
             sent = make(text).compress(x, g()).nbytes - HEADER
-            assert sent == payload or ("qsgd" in text and sent < payload)
+            assert sent == payload or (("qsgd" in text or "dither" in text) and sent < payload)
     two = make("blocks(scaled-sign, 8)").compress(gaussian(1001, dtype=np.float32)).nbytes
     assert two == HEADER + 4 + 2 * HEADER + 126 + 4 * 126  # a byte and a scale a block
 
@@ -461,6 +463,18 @@ def test_natural_attains_an_eighth():
     assert ((y - x) ** 2).sum() / (x @ x) == pytest.approx(0.1250, abs=1e-3)
     powers = np.array([2.0**-126, -(2.0**127), 1, 0], np.float32)
     same_bits(make("natural").compress(powers, g()).dense(), powers)
+
+
+def test_natural_dithering_has_powers_of_two_of_the_norm():
+    x = gaussian(300)
+    for s, lowest in ((3, 0.25), (12, 2.0**-11)):
+        levels = np.abs(make(f"natural-dithering({s})").compress(x, g()).dense())
+        levels /= np.linalg.norm(x)
+        exponents = np.log2(levels[levels > 0])
+        np.testing.assert_allclose(exponents, np.round(exponents), atol=1e-9)
+        assert 2.0 ** exponents.min() >= lowest * (1 - 1e-9)
+    assert make("natural-dithering(8)").omega(16) == 0.125 + (4 / 128) ** 2
+    assert make("natural-dithering(2)").omega(16) == 0.125 + 2
 
 
 def test_halves_round_to_nearest_even():
