@@ -19,6 +19,7 @@ from offbeat.algorithms.compression.contract import (
     codec,
     header,
     made,
+    nest,
 )
 from offbeat.runtime.errors import PeerError
 from offbeat.runtime.registry import Count
@@ -72,7 +73,7 @@ class Blockwise(Compressor):
 
     def __init__(self, inner: Compressor, size: int) -> None:
         self.inner, self.size = inner, size
-        self.draws, self.batched = inner.draws, False
+        self.draws, self.batched, self.depth = inner.draws, False, nest(inner)
 
     def _worst(self, d: int) -> list[int]:
         """The sizes of blocks there are."""

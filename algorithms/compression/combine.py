@@ -24,6 +24,7 @@ from offbeat.algorithms.compression.contract import (
     Message,
     codec,
     made,
+    nest,
     nested,
 )
 from offbeat.algorithms.compression.sparse import Sparsifier
@@ -68,6 +69,7 @@ class Contractive(Compressor):
         if inner.omega(1) is None:
             raise ConfigError(f'"contractive" scales an unbiased compressor, and {inner} is not')
         self.inner, self.draws, self.batched = inner, inner.draws, inner.batched
+        self.depth = nest(inner)
 
     def _factor(self, d: int) -> float:
         omega = self.inner.omega(d)
@@ -95,6 +97,7 @@ class Composed(Compressor):
         self.first, self.then = first, then
         if first.omega(1) is None and then.alpha(1) is None and then.omega(1) is not None:
             self.then = Contractive(then)
+        self.depth = nest(self.then)
         self.draws = first.draws or self.then.draws
         self.batched = not (first.draws and self.then.draws) and self.then.batched
 
@@ -144,8 +147,6 @@ class Sum(Message):
 
     @classmethod
     def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> Message:
-        if depth > 2:  # each level doubles the work
-            raise PeerError("a frame nests sums too deep")
         return cls(whole(source, depth, dtype, d), whole(source, depth, dtype, d))
 
 
@@ -159,6 +160,7 @@ class Induced(Compressor):
                 f"{unbiased}"
             )
         self.biased, self.unbiased = biased, unbiased
+        self.depth = nest(biased, unbiased)
         self.draws = biased.draws or unbiased.draws
         self.batched = not (biased.draws and unbiased.draws) and (
             biased.batched and unbiased.batched

@@ -27,7 +27,7 @@ COMPRESSORS = Registry("compressor")
 
 MOST_PARAMETERS = 2**30  # a frame of a few bytes may stand for so many numbers, and no more
 MOST_ROWS = 2**20
-MOST_NESTING = 8
+MOST_NESTING = 6  # messages inside messages, of which a sum has two
 
 _HEADER = struct.Struct("<BBBBI")
 HEADER = _HEADER.size
@@ -184,6 +184,7 @@ class Compressor:
     """Base of all compressors: state-free; what is drawn comes from the caller's generator."""
 
     spec: Spec | None = None
+    depth = 0  # how deep its messages nest
     draws = True  # whether it needs a generator
     batched = True  # whether rows draw in order when many are compressed in one call
 
@@ -246,6 +247,14 @@ _NO_RNG = np.random.default_rng(0)  # stands in where nothing is drawn
 def made(what: "str | Compressor") -> Compressor:
     """A compressor, or the one a text names."""
     return COMPRESSORS.parse(what) if isinstance(what, str) else what
+
+
+def nest(*inner: Compressor) -> int:
+    """The depth of messages that hold those of ``inner``."""
+    depth = 1 + max(one.depth for one in inner)
+    if depth > MOST_NESTING:
+        raise ConfigError(f"compressors nest {depth} deep; at most {MOST_NESTING} is read")
+    return depth
 
 
 def overflow(compressor: Compressor, values: NDArray) -> None:

@@ -106,6 +106,8 @@ class Seeded(Message):
 class Sparsifier(Compressor):
     """Keeps coordinates; ``values`` says what becomes of them on the way."""
 
+    depth = 1
+
     def kept(self, d: int) -> int:
         """The most coordinates it keeps."""
         raise NotImplementedError

@@ -288,6 +288,16 @@ def test_frames_that_ask_for_too_much():
         decode([bytes([0xFB, 1, 1, 0, 255, 255, 255, 255])])
 
 
+def test_what_may_be_written_can_be_read():
+    c = make("contractive(induced(randk(0.9), natural))")
+    for size in (20, 30, 40):
+        c = COMPRESSORS["blocks"](c, size)
+    message = c.compress(gaussian(100), g())
+    same_bits(decode(message.encode()).dense(), message.dense())
+    with pytest.raises(ConfigError, match="7 deep"):
+        COMPRESSORS["blocks"](c, 5)
+
+
 @pytest.mark.parametrize("d", [7, 1000, 2**15, 300_001])
 @pytest.mark.parametrize("values", ["gaussian", "ties", "equal", "sparse"])
 def test_topk_is_a_stable_sort(d, values):
