@@ -15,7 +15,7 @@ from offbeat.algorithms.compression.coding import Reader, pack, packed_size, unp
 from offbeat.algorithms.compression.contract import COMPRESSORS, Compressor, Message, codec
 from offbeat.runtime.errors import ConfigError, PeerError
 
-_FORMS = {4: (np.uint32, 23, 9), 8: (np.uint64, 52, 12)}  # itemsize: word, mantissa, the rest
+FORMS = {4: (np.uint32, 23, 9), 8: (np.uint64, 52, 12)}  # itemsize: word, mantissa, the rest
 
 
 @codec(5)
@@ -27,19 +27,19 @@ class Powers(Message):
         self.code = code  # [n, d] uint16: the upper bits of the number
 
     def _rows(self) -> NDArray:
-        word, mantissa, _ = _FORMS[self.dtype.itemsize]
+        word, mantissa, _ = FORMS[self.dtype.itemsize]
         return (self.code.astype(word) << word(mantissa)).view(self.dtype)
 
     def _size(self) -> int:
-        return self.n * packed_size(self.d, _FORMS[self.dtype.itemsize][2])
+        return self.n * packed_size(self.d, FORMS[self.dtype.itemsize][2])
 
     def _payloads(self) -> list[bytes]:
-        bits = _FORMS[self.dtype.itemsize][2]
+        bits = FORMS[self.dtype.itemsize][2]
         return [pack(row, bits) for row in self.code]
 
     @classmethod
     def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> Message:
-        bits = _FORMS[dtype.itemsize][2]
+        bits = FORMS[dtype.itemsize][2]
         code = unpack(source, d, bits)
         highest = 2 ** (bits - 1) - 1  # this exponent means infinity
         if ((code & highest) == highest).any():
@@ -55,7 +55,7 @@ class Natural(Compressor):
         return 0.125
 
     def _compress(self, x: NDArray, rng: np.random.Generator) -> Message:
-        word, mantissa, bits = _FORMS[x.dtype.itemsize]
+        word, mantissa, bits = FORMS[x.dtype.itemsize]
         noise = rng.integers(2**mantissa, size=x.shape, dtype=word)
         noise += x.view(word)
         code = (noise >> word(mantissa)).astype(np.uint16)
