@@ -67,7 +67,7 @@ class Topology:
 
 
 def _finished(matrix: sparse.csr_array) -> sparse.csr_array:
-    matrix = sparse.csr_array(matrix, dtype=np.float64)
+    matrix = sparse.csr_array(matrix, dtype=np.float64, copy=True)
     matrix.sum_duplicates()
     matrix.eliminate_zeros()
     matrix.data.flags.writeable = False  # it is shared by all who ask

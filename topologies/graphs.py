@@ -67,7 +67,7 @@ def from_matrix(matrix: NDArray | sparse.sparray) -> Topology:
         ConfigError: W is not doubly stochastic; names the worst row.
     """
     check(matrix)
-    w = sparse.csr_array(matrix)
+    w = sparse.csr_array(matrix, copy=True)
     return Topology(w.shape[0], lambda k: w, directed=abs(w - w.T).max() > 0)
 
 
@@ -86,7 +86,9 @@ def path(n: Count, weights: Weights = "metropolis") -> Topology:
 @TOPOLOGIES.register("star")
 def star(n: Count, weights: Weights = "metropolis") -> Topology:
     """Node 0 in the middle of all others."""
-    return from_networkx(nx.star_graph(n - 1), weights)
+    graph = nx.star_graph(n - 1)
+    nx.set_node_attributes(graph, {0: (0, 0)}, "pos")
+    return from_networkx(graph, weights)
 
 
 @TOPOLOGIES.register("complete")

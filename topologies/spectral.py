@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
+from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import rng
 from offbeat.topologies.contract import Topology
 
@@ -20,7 +21,8 @@ DENSE = 2000  # nodes up to which matrices are made dense
 EXACT = 1e-12  # the largest entry of what is called zero
 CONSENSUS = 1e-6
 WINDOW = 32  # rounds from which a sequence without period is judged
-LANCZOS_RESTARTS = 300
+RESTARTS = 300  # of Lanczos, at most
+NEXT = 1e-8  # how far from an eigenvalue W is factorised
 PROBES = 4  # random columns that stand for a large identity matrix
 
 
@@ -129,13 +131,14 @@ def _deflated_norm(matrices: Sequence[sparse.csr_array]) -> float:
     n = matrices[0].shape[0]
     if n <= DENSE:
         return _two_norm(_apply(matrices, np.eye(n)))
-    (w, *more) = matrices
-    if not more and abs(w - w.T).max() <= EXACT:
-        return _large_slem(w)
-    back = [w.T for w in reversed(matrices)]
-    gram = LinearOperator((n, n), matvec=lambda x: _apply(back, _apply(matrices, x)), dtype=float)
-    squared = eigsh(gram, 1, which="LA", v0=_vector(n), return_eigenvectors=False)[0]
-    return math.sqrt(max(0.0, float(squared)))
+    try:
+        if len(matrices) == 1 and abs(matrices[0] - matrices[0].T).max() <= EXACT:
+            return _large_slem(matrices[0])
+        return _large_norm(matrices)
+    except ArpackNoConvergence:
+        raise ConfigError(
+            f"the spectral gap of this graph of {n} nodes is too small to be computed"
+        ) from None
 
 
 def _apply(matrices: Sequence[Any], y: NDArray) -> NDArray:
@@ -160,17 +163,27 @@ def _two_norm(y: NDArray) -> float:
     return float(scale) * math.sqrt(max(0.0, float(top)))
 
 
+def _large_norm(matrices: Sequence[sparse.csr_array]) -> float:
+    n, start = matrices[0].shape[0], _vector(matrices[0].shape[0])
+    if not _apply(matrices, start).any():
+        return 0.0
+    back = [w.T for w in reversed(matrices)]
+    gram = LinearOperator((n, n), matvec=lambda x: _apply(back, _apply(matrices, x)), dtype=float)
+    squared = eigsh(gram, 1, v0=start, maxiter=RESTARTS, return_eigenvectors=False)[0]
+    return math.sqrt(max(0.0, float(squared)))
+
+
 def _large_slem(w: sparse.csr_array) -> float:
     """SLEM of a large symmetric W."""
     n = w.shape[0]
     deflated = LinearOperator((n, n), matvec=lambda x: _apply([w], x), dtype=float)
-    found: dict[str, Any] = {"v0": _vector(n), "return_eigenvectors": False}
+    found: dict[str, Any] = {"v0": _vector(n), "return_eigenvectors": False, "maxiter": RESTARTS}
     try:
-        ends = eigsh(deflated, 1, which="LM", maxiter=LANCZOS_RESTARTS, **found)
-        return float(abs(ends[0]))
+        return float(abs(eigsh(deflated, 1, which="LM", **found)[0]))
     except ArpackNoConvergence:
         # A tiny gap: a ring, a path, a grid.  They have few edges, so factorising W - sigma I is
-        # cheap, and eigenvalues next to sigma come out at once.
-        second = eigsh(w.tocsc(), 2, sigma=1 + 1e-8, **found).min()
-        lowest = eigsh(w, 1, which="SA", tol=1e-6, maxiter=LANCZOS_RESTARTS, **found)[0]
-        return float(max(second, -lowest))
+        # cheap, and the eigenvalues next to sigma come out at once.
+        second = float(eigsh(w.tocsc(), 2, sigma=1 + NEXT, **found).min())
+    if 1 - 2 * w.diagonal().min() <= second:  # Gershgorin's bound on -lambda_n
+        return second
+    return max(second, -float(eigsh(w.tocsc(), 1, sigma=-1 - NEXT, **found)[0]))

@@ -42,7 +42,7 @@ def weigh(
     if isinstance(weights, str):
         return WEIGHTS.parse(weights)(graph)
     check(weights, symmetric=not graph.is_directed(), graph=graph)
-    return sparse.csr_array(weights)
+    return sparse.csr_array(weights, copy=True)
 
 
 def check_connected(graph: nx.Graph) -> None:
