@@ -152,7 +152,7 @@ def _graph(axes: Any, topology: "Topology", k: int) -> None:
     circle = np.column_stack([np.sin(angle), np.cos(angle)])
     at = np.array([graph.nodes[i].get("pos", circle[i]) for i in range(n)], float)
     edges = np.array(graph.edges, int).reshape(-1, 2)
-    weight = np.abs(topology.matrix(k)[edges[:, 1], edges[:, 0]])
+    weight = np.abs(topology.matrix(k).toarray()[edges[:, 1], edges[:, 0]])
     if topology.directed and len(edges) <= ARROWS:
         for i, j in edges:
             axes.annotate(

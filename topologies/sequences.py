@@ -125,7 +125,7 @@ def _simple(nodes: Nodes, most: int) -> list[Edges]:
         if digit:
             parts.append([nodes[at + a * power : at + (a + 1) * power] for a in range(digit)])
         at, power = at + digit * power, power // most
-    groups = [nodes_of(cut) for cut in parts]
+    groups = [_nodes(cut) for cut in parts]
 
     # Phase 1: every V_l comes to its own mean.
     own = [_hyper(group, _factors(len(group), most) or []) for group in groups]
@@ -146,7 +146,7 @@ def _simple(nodes: Nodes, most: int) -> list[Edges]:
         if r < last:
             left = sum(map(len, groups[r:]))
             weight = len(groups[r]) / (len(parts[r]) * left)
-            later = nodes_of(groups[r + 1 :])
+            later = _nodes(groups[r + 1 :])
             # The t-th later node meets the t-th node of every part: each is used once.
             edges += [(i, part[t], weight) for t, i in enumerate(later) for part in parts[r]]
         for at, mine in enumerate(inner):
@@ -157,7 +157,7 @@ def _simple(nodes: Nodes, most: int) -> list[Edges]:
     return rounds
 
 
-def nodes_of(parts: Sequence[Nodes]) -> list[int]:
+def _nodes(parts: Sequence[Nodes]) -> list[int]:
     """All nodes of several groups, in order."""
     return [node for part in parts for node in part]
 
@@ -237,7 +237,7 @@ def dropout(
     A failed edge's weight goes back to the diagonal of both its ends, or Metropolis-Hastings
     weights are computed for the edges that are left.
     """
-    whole = _undirected(of, "dropout")
+    whole = _undirected(of, seed, "dropout")
 
     def matrix(k: int) -> sparse.csr_array:
         edges = sparse.triu(whole.matrix(k), k=1, format="coo")
@@ -287,7 +287,7 @@ def b_connected(of: str | Topology, parts: Count = 2, seed: Seed = 0) -> Topolog
 
     Metropolis-Hastings weights of the round's edges.
     """
-    whole = _undirected(of, "b-connected")
+    whole = _undirected(of, seed, "b-connected")
     if whole.period != 1:
         raise ConfigError("b-connected takes the edges of a fixed graph, not of a sequence")
     i, j = sparse.triu(whole.matrix(), k=1).nonzero()
@@ -298,9 +298,9 @@ def b_connected(of: str | Topology, parts: Count = 2, seed: Seed = 0) -> Topolog
 
 
 @TOPOLOGIES.register("cycle")
-def cycle(of: list[str | Topology]) -> Topology:
+def cycle(of: list[str | Topology], seed: Seed = 0) -> Topology:
     """Several topologies in turn; each goes on, on its next turn, with its own next round."""
-    turns = [made(one) for one in of]
+    turns = [_made(one, seed) for one in of]
     if len(sizes := {one.n for one in turns}) != 1:
         raise ConfigError(f"a cycle needs topologies of one size, not of {sorted(sizes) or 'none'}")
     periods = [one.period for one in turns]
@@ -355,15 +355,15 @@ def timed(file: str, n: Count | None = None, allow_disconnected: bool = False) -
     return Topology(size, matrix, period=int(edges[-1, 0]) + 1)
 
 
-def made(of: str | Topology) -> Topology:
-    """A topology, from its text if need be."""
-    return TOPOLOGIES.parse(of) if isinstance(of, str) else of
+def _made(of: str | Topology, seed: int) -> Topology:
+    """A topology, from its text if need be; ``seed`` where the text has none."""
+    return TOPOLOGIES.parse(of, seed=seed) if isinstance(of, str) else of
 
 
-def _undirected(of: str | Topology, name: str) -> Topology:
-    whole = made(of)
+def _undirected(of: str | Topology, seed: int, name: str) -> Topology:
+    whole = _made(of, seed)
     if whole.directed:
         raise ConfigError(
-            f"{name} needs an undirected topology: one direction fails with the other"
+            f"{name} needs an undirected topology: without an edge back, columns would not sum to 1"
         )
     return whole

@@ -131,6 +131,8 @@ def _deflated_norm(matrices: Sequence[sparse.csr_array]) -> float:
     n = matrices[0].shape[0]
     if n <= DENSE:
         return _two_norm(_apply(matrices, np.eye(n)))
+    if not _apply(matrices, _vector(n)).any():
+        return 0.0
     try:
         if len(matrices) == 1 and abs(matrices[0] - matrices[0].T).max() <= EXACT:
             return _large_slem(matrices[0])
@@ -164,12 +166,10 @@ def _two_norm(y: NDArray) -> float:
 
 
 def _large_norm(matrices: Sequence[sparse.csr_array]) -> float:
-    n, start = matrices[0].shape[0], _vector(matrices[0].shape[0])
-    if not _apply(matrices, start).any():
-        return 0.0
+    n = matrices[0].shape[0]
     back = [w.T for w in reversed(matrices)]
     gram = LinearOperator((n, n), matvec=lambda x: _apply(back, _apply(matrices, x)), dtype=float)
-    squared = eigsh(gram, 1, v0=start, maxiter=RESTARTS, return_eigenvectors=False)[0]
+    squared = eigsh(gram, 1, v0=_vector(n), maxiter=RESTARTS, return_eigenvectors=False)[0]
     return math.sqrt(max(0.0, float(squared)))
 
 

@@ -87,48 +87,48 @@ def check(
     offbeat.runtime.errors.ConfigError: mixing matrix: row 1 sums to 0.9; every row and every \
 column must sum to 1
     """
-    given: Any = matrix if sparse.issparse(matrix) else np.asarray(matrix, dtype=np.float64)
-    if given.ndim != 2 or given.shape[0] != given.shape[1]:
-        raise ConfigError(f"mixing matrix: it must be square, not {list(given.shape)}")
-    if graph is not None and len(graph) != given.shape[0]:
-        raise ConfigError(f"mixing matrix: {list(given.shape)} for {len(graph)} nodes")
-    entries = sparse.coo_array(given)
-    row, column, value = entries.row, entries.col, entries.data
-    rows, columns = (np.asarray(given.sum(axis=axis)).ravel() for axis in (1, 0))
+    w: Any = matrix if sparse.issparse(matrix) else np.asarray(matrix, dtype=np.float64)
+    if w.ndim != 2 or w.shape[0] != w.shape[1]:
+        raise ConfigError(f"mixing matrix: it must be square, not {list(w.shape)}")
+    if graph is not None and len(graph) != w.shape[0]:
+        raise ConfigError(f"mixing matrix: {list(w.shape)} for {len(graph)} nodes")
+    w = sparse.csr_array(w)
+    sums = {"row": w.sum(axis=1), "column": w.sum(axis=0)}
 
-    def refuse(at: int, what: str) -> None:
-        i, j = row[at], column[at]
-        raise ConfigError(
-            f"mixing matrix: row {i} has the weight {value[at]:.6g} for node {j}, {what} "
-            f"(the row sums to {rows[i]:.6g})"
-        )
-
-    if len(bad := np.flatnonzero(~np.isfinite(value))):
-        refuse(bad[0], "which is no number")
-    if len(value) and value.min() < 0:
-        refuse(int(value.argmin()), "which is negative")
-    for name, sums in (("row", rows), ("column", columns)):
-        worst = int(np.abs(sums - 1).argmax())
-        if abs(sums[worst] - 1) > TOLERANCE:
+    def refuse(wrong: sparse.sparray, what: Callable[[int, int], str]) -> None:
+        """Name the largest entry of ``wrong``, if it has one."""
+        found = sparse.coo_array(wrong)
+        if found.nnz and found.data.max() > 0:
+            i, j = (int(place[found.data.argmax()]) for place in found.coords)
             raise ConfigError(
-                f"mixing matrix: {name} {worst} sums to {sums[worst]:.10g}; every row and every "
+                f"mixing matrix: row {i} has the weight {w[i, j]:.6g} for node {j}, {what(i, j)} "
+                f"(the row sums to {sums['row'][i]:.6g})"
+            )
+
+    bad = w.copy()
+    bad.data = (~np.isfinite(w.data)).astype(float)
+    refuse(bad, lambda i, j: "which is no number")
+    refuse(-w, lambda i, j: "which is negative")
+    for name, of in sums.items():
+        worst = int(np.abs(of - 1).argmax())
+        if abs(of[worst] - 1) > TOLERANCE:
+            raise ConfigError(
+                f"mixing matrix: {name} {worst} sums to {of[worst]:.10g}; every row and every "
                 "column must sum to 1"
             )
-    if symmetric:
-        twin = np.asarray(sparse.csr_array(given)[column, row]).ravel()
-        if np.abs(value - twin).max() > TOLERANCE:
-            worst = int(np.abs(value - twin).argmax())
-            refuse(worst, f"which has {twin[worst]:.6g} for it; here W must be symmetric")
+    if symmetric and abs(apart := w - w.T).max() > TOLERANCE:
+        refuse(apart, lambda i, j: f"which has {w[j, i]:.6g} for it; here W must be symmetric")
     if graph is not None:
-        edge = np.asarray(adjacency(graph)[row, column]).ravel() > 0
-        stray = np.flatnonzero(~edge & (row != column) & (value > 0))
-        if len(stray):
-            refuse(stray[value[stray].argmax()], "with which it shares no edge")
+        allowed = adjacency(graph) + sparse.eye_array(len(graph))
+        refuse(w - w * allowed, lambda i, j: "with which it shares no edge")
 
 
 def adjacency(graph: nx.Graph) -> sparse.csr_array:
     """``[n, n]``, 1 at (i, j) where i hears j: edge {i, j}, or j -> i."""
     edges = nx.to_scipy_sparse_array(graph, nodelist=range(len(graph)), weight=None, dtype=float)
+    edges -= sparse.diags_array(edges.diagonal())  # a loop is no neighbour
+    edges.eliminate_zeros()
+    edges.data[:] = 1  # nor are parallel edges two
     return sparse.csr_array(edges.T)
 
 

@@ -119,6 +119,7 @@ def test_list(offbeat_, what, expected):
         (["ring:16"], {"gap": "0.050747", "exact after": "never"}, "topology-ring-16.png"),
         (["ring:16", "--weights", "lazy"], {"gap": "0.0253735"}, "topology-ring-16.png"),
         (["base:6"], {"gap": "1", "exact after": "4"}, "topology-base-6.png"),
+        (["mobile:1"], {"gap": "1"}, "topology-mobile-1.png"),
         (["ring:300"], {"edges": "300", "gap": "0.000146211"}, "topology-ring-300.png"),
     ],
 )

@@ -244,7 +244,7 @@ def test_closed_forms_of_gaps_dense_and_sparse(n):
 
 def test_sparse_spectra_agree_with_dense_ones(monkeypatch):
     texts = ["grid(12, 15)", "exponential:150", "erdos-renyi(150, p=0.1)", "base:150",
-             "one-peer-exponential:100", "equidyn:100"]  # fmt: skip
+             "one-peer-exponential:100", "equidyn:100", "complete:30"]  # fmt: skip
     made = [parse(text) for text in texts]
     exact = [effective_gap(one, one.period or 5) for one in made]
     lengths = [consensus_length(one) for one in made]
@@ -437,6 +437,13 @@ def test_a_cycle_runs_each_topology_through_its_own_rounds():
     assert parse("cycle([ring(4), matching(4)])").period is None
 
 
+def test_a_seed_reaches_what_is_inside():
+    for text in ("cycle([erdos-renyi(12)])", "dropout(erdos-renyi(12), p=0.0)"):
+        inside = dense(parse("erdos-renyi:12", seed=5))
+        np.testing.assert_array_equal(dense(parse(text, seed=5)), inside)
+        assert (dense(parse(text)) != inside).any()
+
+
 def test_timed_edges_come_when_the_file_says(files):
     (files / "t.csv").write_text("# round,i,j\n0,0,1\n2,1,2\n2,3,0\n2,0,3\n")
     topology = parse("timed:t.csv")
@@ -482,6 +489,14 @@ def test_weights():
     np.testing.assert_array_equal(dense(from_matrix(given)), given)
     assert set(WEIGHTS) == {
         "attribute", "best-constant", "lazy", "max-degree", "metropolis", "uniform"}  # fmt: skip
+
+
+def test_loops_and_parallel_edges_are_no_neighbours():
+    plain = nx.path_graph(3)
+    doubled = nx.MultiGraph([(0, 1), (0, 1), (1, 2), (2, 2)])
+    for name in ("metropolis", "max-degree", "best-constant", "lazy"):
+        np.testing.assert_array_equal(weigh(doubled, name).toarray(), weigh(plain, name).toarray())
+    np.testing.assert_array_equal(dense(from_networkx(doubled)), dense(from_networkx(plain)))
 
 
 @pytest.mark.parametrize("name", [n for n in WEIGHTS if n not in ("uniform", "attribute")])
