@@ -88,8 +88,8 @@ def check(
 column must sum to 1
     """
     w: Any = matrix if sparse.issparse(matrix) else np.asarray(matrix, dtype=np.float64)
-    if w.ndim != 2 or w.shape[0] != w.shape[1]:
-        raise ConfigError(f"mixing matrix: it must be square, not {list(w.shape)}")
+    if w.ndim != 2 or w.shape[0] != w.shape[1] or not w.shape[0]:
+        raise ConfigError(f"mixing matrix: it must be n x n, not {list(w.shape)}")
     if graph is not None and len(graph) != w.shape[0]:
         raise ConfigError(f"mixing matrix: {list(w.shape)} for {len(graph)} nodes")
     w = sparse.csr_array(w)

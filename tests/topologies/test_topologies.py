@@ -537,7 +537,8 @@ def test_the_rounds_that_facts_promise_are_enough():
 
 
 BAD = [
-    ([[0.5, 0.5]], {}, "must be square, not \\[1, 2\\]"),
+    ([[0.5, 0.5]], {}, "must be n x n, not \\[1, 2\\]"),
+    (np.zeros((0, 0)), {}, "must be n x n, not \\[0, 0\\]"),
     ([[1.2, -0.2], [-0.2, 1.2]], {}, "row 0 has the weight -0.2 for node 1, which is negative"),
     ([[np.nan, 0.5], [0.5, 0.5]], {}, "row 0 has the weight nan for node 0, which is no number"),
     ([[0.5, 0.5], [0.5, 0.4]], {}, "row 1 sums to 0.9;"),
