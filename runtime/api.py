@@ -205,11 +205,11 @@ def prepare(experiment: Experiment, folder: Path) -> None:
     """Make a run folder that ``resume`` will begin."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
+        if any(path.suffix != checkpoint.PARTIAL for path in folder.iterdir()):
             raise ConfigError(f"{folder}: is not empty; give a new folder, or resume the run")
-        (folder / "experiment.toml").write_text(experiment.toml())
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written ({error.strerror})") from None
+    _write(folder / "experiment.toml", experiment.toml())
 
 
 def resume(
@@ -291,7 +291,7 @@ def load_experiment(
 
 def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(text)
+        checkpoint.write_whole(path, text.encode())
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error.strerror})") from None
 

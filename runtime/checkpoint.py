@@ -19,6 +19,7 @@ from offbeat.runtime.errors import StorageError
 
 FORMAT = "offbeat checkpoint 1"
 KEPT = 2
+PARTIAL = ".partial"
 MARK = "\0array"  # stands for an array in the tree; no field has such a name
 
 
@@ -29,25 +30,30 @@ def write(folder: Path, number: int, state: dict[str, Any]) -> None:
     header = {"format": FORMAT, "state": tree, "digest": _digest(tree, arrays)}
     data = save(arrays, header)
     folder.mkdir(parents=True, exist_ok=True)
-    for torn in folder.glob("*.partial"):  # of a process that was killed
+    for torn in folder.glob(f"*{PARTIAL}"):  # of a process that was killed
         torn.unlink()
-    temporary = folder / f"{_name(number)}.partial"
+    write_whole(folder / _name(number), data)
+    for old in _newest_first(folder)[KEPT:]:
+        old.unlink()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that, whatever happens, there is all of it or what was there before."""
+    temporary = path.with_name(path.name + PARTIAL)
     try:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(folder / _name(number))
+        temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    directory = os.open(folder, os.O_RDONLY)
+    directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:
         os.close(directory)
-    for old in _newest_first(folder)[KEPT:]:
-        old.unlink()
 
 
 def exist(folder: Path) -> bool:

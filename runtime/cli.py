@@ -17,8 +17,10 @@ from rich.table import Table
 from offbeat.algorithms.compression import COMPRESSORS
 from offbeat.algorithms.server import ALGORITHMS
 from offbeat.runtime import api
+from offbeat.runtime.checkpoint import write_whole
 from offbeat.runtime.errors import ConfigError, Diverged, OffbeatError, StorageError, nearest
 from offbeat.runtime.experiment import Experiment, apply_override, from_table, put, read
+from offbeat.topologies import TOPOLOGIES, WEIGHTS, facts
 from offbeat.workers.data import BUNDLED
 from offbeat.workers.partition import PARTITIONS
 from offbeat.workers.speeds import SPEEDS
@@ -32,6 +34,8 @@ LISTS = {
     "speeds": SPEEDS,
     "partitions": PARTITIONS,
     "compressors": COMPRESSORS,
+    "topologies": TOPOLOGIES,
+    "weights": WEIGHTS,
 }
 
 app = typer.Typer(
@@ -131,11 +135,46 @@ def replay(folder: Annotated[Path, typer.Argument(help="The folder of a run.")])
         _say(f"{part}: the replay ends at the same bits ({len(replayed)} parameters)")
 
 
+@app.command()
+def topology(
+    text: Annotated[str, typer.Argument(help='As ring:16 or "torus(4, 5)".')],
+    weights: Annotated[
+        str | None, typer.Option(help='Mixing weights, as metropolis or "lazy(best-constant)".')
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of a random graph.")] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds of a sequence to draw.", min=1)] = 8,
+    out: Annotated[
+        Path | None, typer.Option(help="The picture's file (else runs/topology-NAME-N.png).")
+    ] = None,
+) -> None:
+    """Print what is to know about a topology, and draw it."""
+    given = {k: v for k, v in {"weights": weights, "seed": seed}.items() if v is not None}
+    made = TOPOLOGIES.parse(text, **given)
+    if unused := [key for key, value in given.items() if made.spec.options.get(key) != value]:
+        raise ConfigError(f"--{unused[0]}: {made.spec} does not take it, or says it itself")
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for key, value in facts(made).items():
+        table.add_row(key.replace("_", " "), _said(value))
+    console.print(str(made.spec), style="bold", highlight=False, markup=False)
+    console.print(table)
+    from offbeat.runtime.plots import draw_topology
+
+    path = out or RUNS / f"topology-{made.spec.name}-{made.n}.png"
+    drawn = draw_topology(made, path, rounds)
+    _say(f"picture: {drawn}")
+
+
+def _said(value: Any) -> str:
+    if value is None:
+        return "never"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.6g}" if isinstance(value, float) else f"{value:,}"
+
+
 @app.command("list")
 def list_(
-    what: Annotated[
-        str, typer.Argument(help="algorithms, tasks, speeds, partitions, compressors or data")
-    ],
+    what: Annotated[str, typer.Argument(help=", ".join(LISTS) + " or data")],
 ) -> None:
     """List what can be named."""
     if what == "data":
@@ -210,11 +249,12 @@ def _prepare_all(experiments: Sequence[Experiment], folder: Path) -> dict[str, P
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise ConfigError(f"{folder}: is not empty; give a new folder, or --overwrite")
-        (folder / "runs.txt").write_text("\n".join(labels) + "\n")
+        for label, experiment in zip(labels, experiments, strict=True):
+            api.prepare(experiment, folder / label)
+        # Last: where it is, every run can be resumed.
+        write_whole(folder / "runs.txt", ("\n".join(labels) + "\n").encode())
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written ({error.strerror})") from None
-    for label, experiment in zip(labels, experiments, strict=True):
-        api.prepare(experiment, folder / label)
     return {label: folder / label for label in labels}
 
 

@@ -1,4 +1,4 @@
-"""The picture of a run or a comparison: loss against time and steps, and who worked when."""
+"""Pictures: of a run or a comparison (loss, and who worked when), and of a topology."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offbeat.runtime.errors import StorageError
+from offbeat.runtime.errors import ConfigError, StorageError
 from offbeat.runtime.records import column
 
 if TYPE_CHECKING:
     from offbeat.runtime.api import Result
+    from offbeat.topologies import Topology
 
 # A palette that readers with any colour vision can tell apart (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -19,6 +20,11 @@ TIMELINES = 6  # drawn at most
 WORKERS_DRAWN = 24
 BARS = 4000  # drawn at most in one timeline
 UNLIKE = 5.0  # ratio of run lengths from which their axis is logarithmic
+NODES_DRAWN = 200  # of a topology; beyond, its degrees and eigenvalues
+SPECTRUM_DRAWN = 2000  # nodes
+ROUNDS_DRAWN = 32
+STRIP = 8  # rounds a row
+ARROWS = 600  # drawn one by one, which is slow; more edges are lines
 
 
 def picture(results: Sequence["Result"], path: Path, labels: Sequence[str] | None = None) -> Path:
@@ -94,3 +100,94 @@ def _timeline(axes: Any, result: "Result", window: float, colour: str) -> None:
     axes.set_facecolor("#f0f0f0")
     fraction = result.final["busy"]
     axes.text(0.995, 1.02, f"busy {fraction:.0%}", transform=axes.transAxes, ha="right", fontsize=8)
+
+
+def draw_topology(topology: "Topology", path: Path, rounds: int = 8) -> Path:
+    """Draw a graph, or the first ``rounds`` rounds of a sequence side by side, to ``path``.
+
+    Beyond 200 nodes: the degrees and eigenvalues of the first round (the degrees alone where the
+    eigenvalues would take minutes).
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = 1 if topology.period == 1 else min(rounds, topology.period or rounds, ROUNDS_DRAWN)
+    large = topology.n > NODES_DRAWN
+    rows, columns = (1, 2) if large else (-(-shown // STRIP), min(shown, STRIP))
+    side = 4.5 if max(rows, columns) <= 2 else 2.6
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(side * columns, side * rows), layout="constrained", squeeze=False
+    )
+    if large:
+        _degrees(grid[0, 0], topology)
+        _spectrum(grid[0, 1], topology)
+    else:
+        for k, axes in enumerate(grid.flat):
+            axes.set_axis_off()
+            if k < shown:
+                _graph(axes, topology, k)
+                if shown > 1:
+                    axes.set_title(f"round {k}", fontsize=9)
+    figure.suptitle(str(topology.spec) + (f", {topology.n} nodes: round 0" if large else ""))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written ({error.strerror})") from None
+    except ValueError as error:  # an ending that names no format
+        raise ConfigError(f"{path}: {error}") from None
+    finally:
+        plt.close(figure)
+    return path
+
+
+def _graph(axes: Any, topology: "Topology", k: int) -> None:
+    """Nodes where they are, else on a circle from the top, clockwise; edges as thick as W."""
+    from matplotlib.collections import LineCollection
+
+    graph, n = topology.graph(k), topology.n
+    angle = 2 * np.pi * np.arange(n) / n
+    circle = np.column_stack([np.sin(angle), np.cos(angle)])
+    at = np.array([graph.nodes[i].get("pos", circle[i]) for i in range(n)], float)
+    edges = np.array(graph.edges, int).reshape(-1, 2)
+    weight = np.abs(topology.matrix(k).toarray()[edges[:, 1], edges[:, 0]])
+    if topology.directed and len(edges) <= ARROWS:
+        for i, j in edges:
+            axes.annotate(
+                "", at[j], at[i],
+                arrowprops={"arrowstyle": "-|>", "color": COLOURS[0], "lw": 0.7, "alpha": 0.7,
+                            "shrinkA": 3, "shrinkB": 3, "mutation_scale": 8},
+            )  # fmt: skip
+    else:
+        lines = LineCollection(list(at[edges]), colors=COLOURS[0], linewidths=0.4 + 2 * weight)
+        axes.add_collection(lines)
+    axes.scatter(*at.T, s=np.clip(1200 / n, 6, 60), color=COLOURS[1], zorder=3)
+    axes.set_aspect("equal")
+    axes.margins(0.08)
+
+
+def _degrees(axes: Any, topology: "Topology") -> None:
+    hears, heard = topology.matrix().nonzero()
+    degree = np.bincount(hears[hears != heard], minlength=topology.n)
+    axes.hist(degree, bins=np.arange(degree.min(), degree.max() + 2) - 0.5, color=COLOURS[0])
+    axes.set(xlabel="neighbours", ylabel="nodes")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _spectrum(axes: Any, topology: "Topology") -> None:
+    axes.set(title="eigenvalues of W")
+    if topology.n > SPECTRUM_DRAWN:
+        axes.set_axis_off()
+        said = f"not computed beyond {SPECTRUM_DRAWN} nodes"
+        axes.text(0.5, 0.5, said, ha="center", transform=axes.transAxes)
+        return
+    w = topology.matrix().toarray()
+    if topology.directed:
+        values = np.linalg.eigvals(w)
+        axes.scatter(values.real, values.imag, s=4, color=COLOURS[0])
+        axes.set(xlabel="real part", ylabel="imaginary part", aspect="equal")
+    else:
+        axes.plot(np.linalg.eigvalsh(w)[::-1], ".", ms=3, color=COLOURS[0])
+        axes.set(xlabel="number", ylabel="")

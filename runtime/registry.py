@@ -172,8 +172,8 @@ def parse_call(text: str, kind: str) -> tuple[str, list[Any], dict[str, Any]]:
 
     >>> parse_call("classes(2)", "partition")
     ('classes', [2], {})
-    >>> parse_call("logistic:digits", "task")
-    ('logistic', ['digits'], {})
+    >>> parse_call("logistic:digits", "task"), parse_call("ring:16", "topology")
+    (('logistic', ['digits'], {}), ('ring', [16], {}))
     >>> parse_call("classes(2", "partition")
     Traceback (most recent call last):
     ...
@@ -188,7 +188,8 @@ name(arguments) or name:argument
         raise unreadable
     name, inner, single = match.groups()
     if single is not None:
-        return name, [single.strip()], {}
+        word = single.strip()
+        return name, [int(word) if word.isdecimal() else word], {}
     quoted = _RANGE.sub(r'"\1"', inner or "")
     source = f"f({quoted})"
     try:

@@ -255,10 +255,11 @@ class VirtualWorkers:
 
     def _batch(self, jobs: list[Job]) -> None:
         x = np.array([job.x for job in jobs]) if len(jobs) > 1 else jobs[0].x[None]
-        worker, draw = np.array([[job.worker for job in jobs], [job.number for job in jobs]])
+        worker = np.array([job.worker for job in jobs])
+        draw = np.array([job.number for job in jobs])
         rows, payloads = self.task.gradient(x, worker, draw)
-        losses = rows.tolist()
-        if not math.isfinite(float(np.vdot(payloads, payloads)) + sum(losses)):
+        losses, flat = rows.tolist(), payloads.reshape(-1)
+        if not math.isfinite(flat.dot(flat) + sum(losses)):
             # Not a number marks the rows that are not finite; their arrival stops the run.
             good = np.isfinite(payloads).all(axis=1) & np.isfinite(rows)
             losses = np.where(good, rows, np.nan).tolist()

@@ -1,1 +1,30 @@
-"""Who talks to whom: graphs, mixing matrices, time-varying sequences."""
+"""Who talks to whom: graphs, mixing matrices, time-varying sequences, spectral facts."""
+
+from offbeat.topologies import graphs, sequences
+from offbeat.topologies.contract import TOPOLOGIES, Topology
+from offbeat.topologies.graphs import from_matrix, from_networkx
+from offbeat.topologies.spectral import (
+    consensus_length,
+    effective_gap,
+    facts,
+    slem,
+    spectral_gap,
+)
+from offbeat.topologies.weights import WEIGHTS, check, weigh
+
+__all__ = [
+    "TOPOLOGIES",
+    "WEIGHTS",
+    "Topology",
+    "check",
+    "consensus_length",
+    "effective_gap",
+    "facts",
+    "from_matrix",
+    "from_networkx",
+    "graphs",
+    "sequences",
+    "slem",
+    "spectral_gap",
+    "weigh",
+]

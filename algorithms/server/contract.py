@@ -1,5 +1,6 @@
 """What a server method is told, and what it may do."""
 
+from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 import numpy as np
@@ -64,7 +65,7 @@ class Server(Protocol):
         ...
 
 
-class Algorithm:
+class Algorithm(ABC):
     """Base of server methods: two events to answer, and two more with a plain default.
 
     All state is in fields that can be written to a checkpoint: numbers, text, arrays, lists and
@@ -73,7 +74,7 @@ class Algorithm:
 
     spec: Spec | None = None
 
-    def check(self, n: int) -> None:
+    def check(self, n: int) -> None:  # noqa: B027 - most have nothing to refuse
         """Raise ConfigError where the method cannot run on n workers."""
 
     def start(self, server: Server) -> None:
@@ -81,11 +82,11 @@ class Algorithm:
         for worker in range(server.n):
             server.assign(worker)
 
+    @abstractmethod
     def arrive(self, server: Server, update: Update) -> None:
         """A result is in."""
-        raise NotImplementedError(f"{type(self).__name__} must define arrive(server, update)")
 
-    def lost(self, server: Server, worker: int) -> None:
+    def lost(self, server: Server, worker: int) -> None:  # noqa: B027 - nor to mend
         """A job of ``worker`` is gone and will not come back; nothing by default."""
 
     def joined(self, server: Server, worker: int, lost: int) -> None:

@@ -103,6 +103,8 @@ def test_overwrite_removes_only_runs(offbeat_, tmp_path):
         ("speeds", ["markov", "trace(file)"]),
         ("partitions", ["dirichlet(alpha=0.5)"]),
         ("data", ["digits", "breast_cancer"]),
+        ("topologies", ["torus(rows, columns", "Base-(k+1)"]),
+        ("weights", ["lazy(of='metropolis')", "Metropolis-Hastings"]),
     ],
 )
 def test_list(offbeat_, what, expected):
@@ -112,7 +114,47 @@ def test_list(offbeat_, what, expected):
         assert text in out
 
 
+@pytest.mark.parametrize(
+    ("words", "facts", "picture"),
+    [
+        (["ring:16"], {"gap": "0.050747", "exact after": "never"}, "topology-ring-16.png"),
+        (["ring:16", "--weights", "lazy"], {"gap": "0.0253735"}, "topology-ring-16.png"),
+        (["base:6"], {"gap": "1", "exact after": "4"}, "topology-base-6.png"),
+        (["mobile:1"], {"gap": "1"}, "topology-mobile-1.png"),
+        (["ring:300"], {"edges": "300", "gap": "0.000146211"}, "topology-ring-300.png"),
+    ],
+)
+def test_topology_prints_facts_and_draws(offbeat_, tmp_path, words, facts, picture):
+    code, out, _ = offbeat_("topology", *words)
+    assert code == 0
+    said = {line[:19].strip(): line[19:].strip() for line in out.splitlines()}
+    assert facts.items() <= said.items()
+    assert (tmp_path / "runs" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sequence_is_a_strip_of_rounds(offbeat_, tmp_path):
+    widths = []
+    for rounds in (2, 6):
+        code, _, _ = offbeat_("topology", "matching:10", "--rounds", str(rounds), "--out", "a.png")
+        assert code == 0
+        header = (tmp_path / "a.png").read_bytes()[16:20]
+        widths.append(int.from_bytes(header, "big") / rounds)
+    assert widths == [585, 338]  # pixels a round: two are drawn larger
+    seeds = []
+    for seed in ("1", "1", "2"):
+        offbeat_("topology", "matching:10", "--seed", seed, "--out", "a.svg")
+        drawn = (tmp_path / "a.svg").read_text()
+        seeds.append([line for line in drawn.splitlines() if line.startswith("L ")])
+    assert seeds[0] == seeds[1] != seeds[2]
+
+
 MISTAKES = [
+    (["topology", "rng:16"], 'did you mean "ring"'),
+    (["topology", "ring:16", "--weights", "lzy"], 'did you mean "lazy"'),
+    (["topology", "base:6", "--weights", "lazy"], "--weights: base(n=6, peers=1) does not take it"),
+    (["topology", "ring:16", "--seed", "3"], "--seed: ring("),
+    (["topology", "star:9", "--weights", "uniform"], "take metropolis"),
+    (["topology", "ring:16", "--out", "a.nonsense"], "nonsense"),
     (["run"], "[task] is missing"),
     (["run"], "[algorithm] is missing"),  # all mistakes at once
     (["run", "--task", "logistc:digits", "--algorithm", "pure"], 'did you mean "logistic"'),

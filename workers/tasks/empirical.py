@@ -18,19 +18,24 @@ class Model(Protocol):
         """The starting parameters ``[d]``."""
         ...
 
-    def targets(self, labels: NDArray, dtype: np.dtype) -> NDArray:
-        """What ``gradient`` wants to know of the classes ``labels [N]``: ``[N]``."""
+    labelled: bool
+    """Whether it wants labels beside the inputs."""
+
+    def inputs(self, features: NDArray, labels: NDArray) -> NDArray:
+        """What it wants to be given in place of the features ``[N, f]``: ``[N, f]``."""
         ...
 
-    def gradient(self, x: NDArray, a: NDArray, y: NDArray, c: NDArray) -> tuple[NDArray, NDArray]:
+    def gradient(
+        self, x: NDArray, a: NDArray, y: NDArray | None, c: NDArray
+    ) -> tuple[NDArray, NDArray]:
         """Losses ``[k]`` and gradients ``[k, d]`` of sum_b c_b loss(x_j; a_jb, y_jb).
 
-        ``a [k, B, f]`` are features, ``y [k, B]`` targets (to overwrite), ``c [B]`` weights.
+        ``a [k, B, f]`` are inputs, ``y [k, B]`` classes, ``c [B]`` weights.
         """
         ...
 
-    def predict(self, x: NDArray, a: NDArray) -> NDArray:
-        """Classes ``[N]`` of the samples ``a [N, f]`` under parameters ``x [d]``."""
+    def hits(self, x: NDArray, a: NDArray, y: NDArray) -> NDArray:
+        """Whether x ``[d]`` classifies each sample rightly, ``[N]``; ``a [N, f]`` are inputs."""
         ...
 
 
@@ -41,7 +46,7 @@ class EmpiricalRisk:
     released experiments (their l2 has no factor 1/2).
 
     Args:
-        shards: the data and its division.
+        shards: the data and its division; the task's own from here on.
         model: the predictor.
         l2, nonconvex: weights of the regularisers.
     """
@@ -53,7 +58,7 @@ class EmpiricalRisk:
     ) -> None:
         self.shards, self.model, self.l2, self.nonconvex = shards, model, l2, nonconvex
         self.workers, self.dim = shards.workers, model.dim
-        shards.targets = model.targets(shards.labels, shards.features.dtype)
+        shards.prepare(model.inputs, model.labelled)
         self._weights = shards.weights
         self._even: dict[int, NDArray] = {}  # batch size -> [B], all 1/B
 
@@ -69,7 +74,7 @@ class EmpiricalRisk:
             losses, gradients = (np.concatenate(parts) for parts in zip(*found, strict=True))
             return losses, gradients
         a, y = self.shards.samples(worker, draw)
-        losses, gradients = self.model.gradient(x, a, y, self._mean(y.shape[1]))
+        losses, gradients = self.model.gradient(x, a, y, self._mean(a.shape[1]))
         if self.l2 or self.nonconvex:
             losses = self._regularise(x, losses, gradients)
         return losses, gradients
@@ -83,14 +88,14 @@ class EmpiricalRisk:
     def evaluate(self, x: NDArray) -> dict[str, float]:
         """loss and grad_norm of f; accuracy, on held-out samples where there are any."""
         one, s = x[None], self.shards
-        targets = s.targets[None].copy()
-        losses, gradients = self.model.gradient(one, s.features[None], targets, self._weights)
+        y = s.labels[None] if self.model.labelled else None
+        losses, gradients = self.model.gradient(one, s.features[None], y, self._weights)
         losses = self._regularise(one, losses, gradients)
-        a, y = s.test or (s.features, s.labels)
+        right = self.model.hits(x, *(s.test or (s.features, s.labels)))
         return {
             "loss": float(losses[0]),
             "grad_norm": float(np.linalg.norm(gradients[0])),
-            "accuracy": float((self.model.predict(x, a) == y).mean()),
+            "accuracy": float(right.mean()),
         }
 
     def _regularise(self, x: NDArray, losses: NDArray, gradients: NDArray) -> NDArray:
@@ -105,11 +110,12 @@ class EmpiricalRisk:
         return losses
 
 
-def cross_entropy(z: NDArray, y: NDArray, c: NDArray) -> tuple[NDArray, NDArray]:
+def cross_entropy(z: NDArray, y: NDArray | None, c: NDArray) -> tuple[NDArray, NDArray]:
     """Losses ``[k]`` and residuals ``[k, B, C]`` (the gradient in z) of logits ``z [k, B, C]``.
 
     ``y [k, B]`` are the classes, ``c [B]`` the weights of the samples.  ``z`` is overwritten.
     """
+    assert y is not None
     k, b, classes = z.shape
     z -= z.max(axis=2, keepdims=True)
     flat, mine = z.reshape(-1, classes), (np.arange(k * b), y.ravel())

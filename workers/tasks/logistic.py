@@ -11,7 +11,12 @@ from offbeat.workers.tasks.shards import BatchSize, DType, Sampling, Shards
 
 
 class Binary:
-    """log(1 + exp(-y <a, x>)), labels 0/1 read as y = -1/+1; d = features."""
+    """log(1 + exp(-y <a, x>)), labels 0/1 read as y = -1/+1; d = features.
+
+    Its inputs are -y a, which is all that loss and gradient ask for.
+    """
+
+    labelled = False
 
     def __init__(self, features: int, start: float = 0.0) -> None:
         self.dim, self.start = features, start
@@ -20,26 +25,30 @@ class Binary:
         """``start`` in every coordinate."""
         return np.full(self.dim, self.start)
 
-    def targets(self, labels: NDArray, dtype: np.dtype) -> NDArray:
-        """-y: +1 for class 0, -1 for class 1."""
-        return (1 - 2 * labels).astype(dtype)
+    def inputs(self, features: NDArray, labels: NDArray) -> NDArray:
+        """-y a."""
+        self._zero = np.zeros((), features.dtype)
+        return features * (1 - 2 * labels).astype(features.dtype)[:, None]
 
-    def gradient(self, x: NDArray, a: NDArray, y: NDArray, c: NDArray) -> tuple[NDArray, NDArray]:
+    def gradient(
+        self, x: NDArray, a: NDArray, y: NDArray | None, c: NDArray
+    ) -> tuple[NDArray, NDArray]:
         """See ``Model``."""
-        u = np.matvec(a, x)
-        u *= y  # minus the margin
-        losses = np.vecdot(np.logaddexp(0, u), c)
-        y *= expit(u)
-        y *= c
-        return losses, np.vecmat(y, a)
+        u = np.matvec(a, x)  # minus the margin
+        losses = np.vecdot(np.logaddexp(self._zero, u), c)
+        p = expit(u, out=u)
+        p *= c
+        return losses, np.vecmat(p, a)
 
-    def predict(self, x: NDArray, a: NDArray) -> NDArray:
-        """See ``Model``."""
-        return (a @ x > 0).astype(np.int64)
+    def hits(self, x: NDArray, a: NDArray, y: NDArray) -> NDArray:
+        """See ``Model``; a sample on the boundary is missed."""
+        return a @ x < 0
 
 
 class Multinomial:
     """Softmax regression; parameters ``[features, classes]``, flat."""
+
+    labelled = True
 
     def __init__(self, features: int, classes: int, start: float = 0.0) -> None:
         self.shape = features, classes
@@ -49,19 +58,21 @@ class Multinomial:
         """``start`` in every coordinate."""
         return np.full(self.dim, self.start)
 
-    def targets(self, labels: NDArray, dtype: np.dtype) -> NDArray:
-        """The classes."""
-        return labels
+    def inputs(self, features: NDArray, labels: NDArray) -> NDArray:
+        """The features."""
+        return features
 
-    def gradient(self, x: NDArray, a: NDArray, y: NDArray, c: NDArray) -> tuple[NDArray, NDArray]:
+    def gradient(
+        self, x: NDArray, a: NDArray, y: NDArray | None, c: NDArray
+    ) -> tuple[NDArray, NDArray]:
         """See ``Model``."""
         logits = np.matmul(a, x.reshape(-1, *self.shape))
         losses, residual = cross_entropy(logits, y, c)
         return losses, np.matmul(a.transpose(0, 2, 1), residual).reshape(x.shape)
 
-    def predict(self, x: NDArray, a: NDArray) -> NDArray:
+    def hits(self, x: NDArray, a: NDArray, y: NDArray) -> NDArray:
         """See ``Model``."""
-        return (a @ x.reshape(self.shape)).argmax(axis=1)
+        return (a @ x.reshape(self.shape)).argmax(axis=1) == y
 
 
 @TASKS.register("logistic")

@@ -23,6 +23,8 @@ class MLP:
         activation: "relu" or "tanh".
     """
 
+    labelled = True
+
     def __init__(self, sizes: list[int], activation: str = "relu") -> None:
         self.shapes = list(pairwise(sizes))
         self.relu = activation == "relu"
@@ -57,11 +59,13 @@ class MLP:
             values.append(z)
         return values
 
-    def targets(self, labels: NDArray, dtype: np.dtype) -> NDArray:
-        """The classes."""
-        return labels
+    def inputs(self, features: NDArray, labels: NDArray) -> NDArray:
+        """The features."""
+        return features
 
-    def gradient(self, x: NDArray, a: NDArray, y: NDArray, c: NDArray) -> tuple[NDArray, NDArray]:
+    def gradient(
+        self, x: NDArray, a: NDArray, y: NDArray | None, c: NDArray
+    ) -> tuple[NDArray, NDArray]:
         """See ``Model``."""
         layers = self._layers(x)
         *values, logits = self._forward(layers, a)
@@ -77,9 +81,9 @@ class MLP:
                 delta *= (h > 0) if self.relu else (1 - h * h)
         return losses, gradient
 
-    def predict(self, x: NDArray, a: NDArray) -> NDArray:
+    def hits(self, x: NDArray, a: NDArray, y: NDArray) -> NDArray:
         """See ``Model``."""
-        return self._forward(self._layers(x[None]), a[None])[-1][0].argmax(axis=1)
+        return self._forward(self._layers(x[None]), a[None])[-1][0].argmax(axis=1) == y
 
 
 @TASKS.register("mlp")

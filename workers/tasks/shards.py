@@ -1,5 +1,6 @@
 """A data set divided among workers, and the samples behind each of their jobs."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -111,7 +112,6 @@ class Shards:
         order = np.concatenate(parts)
         self.features = np.ascontiguousarray(features[order])
         self.labels = labels[order]
-        self.targets = self.labels  # what a model makes of the labels
         self.workers, self.width = len(parts), features.shape[1]
         self.classes = classes or int(labels.max()) + 1
         self.draws = Draws(parts, batch=batch, sampling=sampling, seed=seed)
@@ -168,10 +168,23 @@ class Shards:
         each = 1.0 / (self.workers * self.draws.sizes)
         return np.repeat(each, self.draws.sizes).astype(self.features.dtype)
 
-    def samples(self, worker: NDArray, draw: NDArray) -> tuple[NDArray, NDArray]:
-        """Features ``[k, B, f]`` and targets ``[k, B]`` of at most ``most`` jobs, as new memory."""
+    def prepare(self, inputs: Callable[[NDArray, NDArray], NDArray], labelled: bool) -> None:
+        """Keep what a model wants in place of the features, once and for all.
+
+        Args:
+            inputs: ``(features [N, f], labels [N]) -> [N, f]``.
+            labelled: whether ``samples`` shall answer labels.
+        """
+        assert not hasattr(self, "_labelled"), "shards belong to one task"
+        self._labelled = labelled
+        self.features = inputs(self.features, self.labels)
+        if self.test is not None:
+            self.test = inputs(*self.test), self.test[1]
+
+    def samples(self, worker: NDArray, draw: NDArray) -> tuple[NDArray, NDArray | None]:
+        """Inputs ``[k, B, f]`` and labels ``[k, B]``, if wanted, of at most ``most`` jobs."""
         if self.draws.batch == "full":
             mine = self.draws.share(int(worker[0]))
-            return self.features[None, mine], self.targets[None, mine].copy()
+            return self.features[None, mine], self.labels[None, mine]
         rows = self.draws.rows(worker, draw)
-        return self.features.take(rows, axis=0), self.targets[rows]
+        return self.features.take(rows, axis=0), self.labels[rows] if self._labelled else None

@@ -1,0 +1,74 @@
+"""What a topology is: for every round, who listens to whom and with what weight."""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import networkx as nx
+import numpy as np
+from scipy import sparse
+
+from offbeat.runtime.registry import Registry, Spec
+
+TOPOLOGIES = Registry("topology")
+KEPT_ROUNDS = 64  # matrices of a cyclic sequence that are kept; of a random one, the last
+
+
+class Topology:
+    """A graph with mixing weights, fixed or changing from round to round.
+
+    Round k is a pure function of k (and of the seed in ``spec``, where there is one): rounds can
+    be asked for in any order, by anyone.
+
+    Args:
+        n: nodes; they are 0..n-1.
+        matrix: round -> W ``[n, n]``; a node averages x_i <- sum_j W[i, j] x_j, rows sum to 1.
+        graph: round -> its graph; None reads it off the matrix.
+        period: rounds after which everything repeats, 1 for a fixed graph, None for never.
+        directed: whether W may be asymmetric (its columns sum to 1 all the same).
+    """
+
+    spec: Spec | None = None
+
+    def __init__(
+        self,
+        n: int,
+        matrix: Callable[[int], sparse.csr_array],
+        *,
+        graph: Callable[[int], nx.Graph] | None = None,
+        period: int | None = 1,
+        directed: bool = False,
+    ) -> None:
+        self.n, self.period, self.directed = n, period, directed
+        self._graph = graph
+        kept = min(period or 1, KEPT_ROUNDS)
+        self._matrix = lru_cache(maxsize=kept)(lambda k: _finished(matrix(k)))
+
+    def matrix(self, k: int = 0) -> sparse.csr_array:
+        """W of round ``k``, ``[n, n]``, without stored zeros; its numbers are read-only."""
+        return self._matrix(self._place(k))
+
+    def graph(self, k: int = 0) -> nx.Graph:
+        """The graph of round ``k`` on 0..n-1, without loops; an edge j -> i where i hears j.
+
+        Where positions are known they are the node attribute ``pos``; the names that nodes had
+        in a file or in another graph are the attribute ``label``.
+        """
+        if self._graph is not None:
+            return self._graph(self._place(k))
+        kind = nx.DiGraph if self.directed else nx.Graph
+        graph = nx.empty_graph(self.n, create_using=kind)
+        hears, heard = self.matrix(k).nonzero()
+        other = hears != heard
+        graph.add_edges_from(zip(heard[other].tolist(), hears[other].tolist(), strict=True))
+        return graph
+
+    def _place(self, k: int) -> int:
+        return k % self.period if self.period else k
+
+
+def _finished(matrix: sparse.csr_array) -> sparse.csr_array:
+    matrix = sparse.csr_array(matrix, dtype=np.float64, copy=True)
+    matrix.sum_duplicates()
+    matrix.eliminate_zeros()
+    matrix.data.flags.writeable = False  # it is shared by all who ask
+    return matrix

@@ -1,0 +1,239 @@
+"""Mixing weights: from a graph to a doubly stochastic W, and the check of one that is given.
+
+W[i, j] is the weight with which node i takes node j's vector: x_i <- sum_j W[i, j] x_j.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import networkx as nx
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import sparse
+
+from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.registry import Registry
+from offbeat.topologies.spectral import laplacian_ends
+
+WEIGHTS = Registry("weights")
+TOLERANCE = 1e-9  # of sums of rows and columns, and of symmetry
+NAMED = 5  # members of a component that an error names
+
+Rule = Callable[[nx.Graph], sparse.csr_array]
+Weights: TypeAlias = str | np.ndarray | sparse.sparray  # a rule's text, or a matrix
+
+
+def weigh(
+    graph: nx.Graph, weights: Weights = "metropolis", *, allow_disconnected: bool = False
+) -> sparse.csr_array:
+    """W ``[n, n]`` for ``graph`` on nodes 0..n-1.
+
+    Args:
+        graph: undirected or directed.
+        weights: the text of a rule, as ``"lazy(best-constant)"``, or W itself.
+        allow_disconnected: else a graph in several pieces is an error.
+
+    Raises:
+        ConfigError: pieces, an unknown rule, a rule that does not suit the graph, a W that is
+            not doubly stochastic or has weight where there is no edge.
+    """
+    if not allow_disconnected:
+        check_connected(graph)
+    if isinstance(weights, str):
+        return WEIGHTS.parse(weights)(graph)
+    check(weights, symmetric=not graph.is_directed(), graph=graph)
+    return sparse.csr_array(weights, copy=True)
+
+
+def check_connected(graph: nx.Graph) -> None:
+    """Refuse a graph in several pieces.
+
+    Raises:
+        ConfigError: names their sizes and a few members of the smaller ones.
+    """
+    find = nx.strongly_connected_components if graph.is_directed() else nx.connected_components
+    pieces = sorted(map(sorted, find(graph)), key=len, reverse=True)
+    if len(pieces) <= 1:
+        return
+    sizes = ", ".join(str(len(piece)) for piece in pieces[:NAMED])
+    apart = "; ".join(
+        ", ".join(map(str, piece[:NAMED])) + (", ..." if len(piece) > NAMED else "")
+        for piece in pieces[1 : 1 + NAMED]
+    )
+    more = ", ..." if len(pieces) > NAMED else ""
+    raise ConfigError(
+        f"the graph is in {len(pieces)} components, of {sizes}{more} nodes; cut off from the "
+        f"largest: {apart}; add edges, or pass allow_disconnected=True"
+    )
+
+
+def check(
+    matrix: ArrayLike | sparse.sparray, *, symmetric: bool = False, graph: nx.Graph | None = None
+) -> None:
+    """Refuse a matrix that is not doubly stochastic.
+
+    Args:
+        matrix: W ``[n, n]``.
+        symmetric: whether it must equal its transpose.
+        graph: where given, weight is allowed on its edges and the diagonal only.
+
+    Raises:
+        ConfigError: a sentence with the worst row (or column) and its sum.
+
+    >>> check([[0.5, 0.5], [0.5, 0.5]], symmetric=True)
+    >>> check([[0.5, 0.5], [0.1, 0.8]])
+    Traceback (most recent call last):
+    ...
+    offbeat.runtime.errors.ConfigError: mixing matrix: row 1 sums to 0.9; every row and every \
+column must sum to 1
+    """
+    w: Any = matrix if sparse.issparse(matrix) else np.asarray(matrix, dtype=np.float64)
+    if w.ndim != 2 or w.shape[0] != w.shape[1] or not w.shape[0]:
+        raise ConfigError(f"mixing matrix: it must be n x n, not {list(w.shape)}")
+    if graph is not None and len(graph) != w.shape[0]:
+        raise ConfigError(f"mixing matrix: {list(w.shape)} for {len(graph)} nodes")
+    w = sparse.csr_array(w)
+    sums = {"row": w.sum(axis=1), "column": w.sum(axis=0)}
+
+    def refuse(wrong: sparse.sparray, what: Callable[[int, int], str]) -> None:
+        """Name the largest entry of ``wrong``, if it has one."""
+        found = sparse.coo_array(wrong)
+        if found.nnz and found.data.max() > 0:
+            i, j = (int(place[found.data.argmax()]) for place in found.coords)
+            raise ConfigError(
+                f"mixing matrix: row {i} has the weight {w[i, j]:.6g} for node {j}, {what(i, j)} "
+                f"(the row sums to {sums['row'][i]:.6g})"
+            )
+
+    bad = w.copy()
+    bad.data = (~np.isfinite(w.data)).astype(float)
+    refuse(bad, lambda i, j: "which is no number")
+    refuse(-w, lambda i, j: "which is negative")
+    for name, of in sums.items():
+        worst = int(np.abs(of - 1).argmax())
+        if abs(of[worst] - 1) > TOLERANCE:
+            raise ConfigError(
+                f"mixing matrix: {name} {worst} sums to {of[worst]:.10g}; every row and every "
+                "column must sum to 1"
+            )
+    if symmetric and abs(apart := w - w.T).max() > TOLERANCE:
+        refuse(apart, lambda i, j: f"which has {w[j, i]:.6g} for it; here W must be symmetric")
+    if graph is not None:
+        allowed = adjacency(graph) + sparse.eye_array(len(graph))
+        refuse(w - w * allowed, lambda i, j: "with which it shares no edge")
+
+
+def adjacency(graph: nx.Graph) -> sparse.csr_array:
+    """``[n, n]``, 1 at (i, j) where i hears j: edge {i, j}, or j -> i."""
+    edges = nx.to_scipy_sparse_array(graph, nodelist=range(len(graph)), weight=None, dtype=float)
+    edges -= sparse.diags_array(edges.diagonal())  # a loop is no neighbour
+    edges.eliminate_zeros()
+    edges.data[:] = 1  # nor are parallel edges two
+    return sparse.csr_array(edges.T)
+
+
+def with_diagonal(off: sparse.sparray) -> sparse.csr_array:
+    """``off [n, n]`` with the diagonal that makes rows sum to 1."""
+    return sparse.csr_array(off + sparse.diags_array(1 - np.asarray(off.sum(axis=1)).ravel()))
+
+
+def pairwise(n: int, i: NDArray, j: NDArray, w: ArrayLike) -> sparse.csr_array:
+    """Symmetric W ``[n, n]`` with the weights ``w [m]`` on the edges {``i [m]``, ``j [m]``}."""
+    w = np.broadcast_to(np.asarray(w, float), np.shape(i))
+    both = np.concatenate([i, j]), np.concatenate([j, i])
+    return with_diagonal(sparse.coo_array((np.concatenate([w, w]), both), shape=(n, n)))
+
+
+def metropolis_pairs(n: int, i: NDArray, j: NDArray) -> sparse.csr_array:
+    """Metropolis-Hastings weights of the edges {``i [m]``, ``j [m]``} of n nodes."""
+    degree = np.bincount(np.concatenate([i, j]), minlength=n)
+    return pairwise(n, i, j, 1 / (1 + np.maximum(degree[i], degree[j])))
+
+
+@WEIGHTS.register("metropolis")
+def metropolis() -> Rule:
+    """Metropolis-Hastings: 1/(1 + the larger degree); suits every undirected graph."""
+
+    def rule(graph: nx.Graph) -> sparse.csr_array:
+        i, j = sparse.triu(_undirected(graph, "metropolis"), k=1).nonzero()
+        return metropolis_pairs(len(graph), i, j)
+
+    return rule
+
+
+@WEIGHTS.register("max-degree")
+def max_degree() -> Rule:
+    """1/(1 + the largest degree of all) on every edge."""
+
+    def rule(graph: nx.Graph) -> sparse.csr_array:
+        a = _undirected(graph, "max-degree")
+        return with_diagonal(a / (1 + a.sum(axis=1).max()))
+
+    return rule
+
+
+@WEIGHTS.register("best-constant")
+def best_constant() -> Rule:
+    """The equal weight of all edges with the largest gap; a hub's own weight may be negative.
+
+    W = I - 2/(mu_2 + mu_n) L, mu the eigenvalues of the Laplacian L (Xiao and Boyd, Systems &
+    Control Letters 2004).
+    """
+
+    def rule(graph: nx.Graph) -> sparse.csr_array:
+        a = _undirected(graph, "best-constant")
+        if a.nnz == 0:
+            return with_diagonal(a)
+        low, high = laplacian_ends(sparse.diags_array(a.sum(axis=1)) - a)
+        return with_diagonal(a * (2 / (low + high)))
+
+    return rule
+
+
+@WEIGHTS.register("uniform")
+def uniform() -> Rule:
+    """1/(1 + degree); for graphs whose nodes all have the same degree, directed ones too."""
+
+    def rule(graph: nx.Graph) -> sparse.csr_array:
+        a = adjacency(graph)
+        hears, heard = a.sum(axis=1), a.sum(axis=0)
+        if (ends := (min(hears.min(), heard.min()), max(hears.max(), heard.max())))[0] != ends[1]:
+            raise ConfigError(
+                f"uniform weights are doubly stochastic only where all degrees are equal, and "
+                f"here they go from {ends[0]:.0f} to {ends[1]:.0f}; take metropolis"
+            )
+        return with_diagonal(a / (1 + ends[0]))
+
+    return rule
+
+
+@WEIGHTS.register("attribute")
+def attribute(name: str = "weight") -> Rule:
+    """The edges' attribute of this name; the diagonal takes what is missing to 1."""
+
+    def rule(graph: nx.Graph) -> sparse.csr_array:
+        for i, j, value in graph.edges(data=name):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ConfigError(
+                    f'weights: edge {i}, {j} has {value!r} as its "{name}", which is no number'
+                )
+        nodes = range(len(graph))
+        edges = nx.to_scipy_sparse_array(graph, nodelist=nodes, weight=name, dtype=float)
+        matrix = with_diagonal(sparse.csr_array(edges.T))
+        check(matrix, symmetric=not graph.is_directed())
+        return matrix
+
+    return rule
+
+
+@WEIGHTS.register("lazy")
+def lazy(of: str = "metropolis") -> Rule:
+    """(I + W)/2 of another rule's W: no negative eigenvalue, about half the gap."""
+    inner = WEIGHTS.parse(of)
+    return lambda graph: sparse.csr_array((sparse.eye_array(len(graph)) + inner(graph)) / 2)
+
+
+def _undirected(graph: nx.Graph, rule: str) -> sparse.csr_array:
+    if graph.is_directed():
+        raise ConfigError(f"{rule} weights need an undirected graph; take uniform or lazy(uniform)")
+    return adjacency(graph)
