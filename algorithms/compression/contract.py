@@ -13,6 +13,7 @@ codec writes.  Messages nest: a sparse message holds a message of its values.
 """
 
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -180,7 +181,7 @@ def decode(frames: Sequence[Frame], d: int | None = None) -> Message:
     return rows[0]
 
 
-class Compressor:
+class Compressor(ABC):
     """Base of all compressors: state-free; what is drawn comes from the caller's generator."""
 
     spec: Spec | None = None
@@ -233,9 +234,9 @@ class Compressor:
         message.lead = tuple(lead)
         return message
 
+    @abstractmethod
     def _compress(self, x: NDArray, rng: np.random.Generator) -> Message:
         """C of ``x [n, d]``, finite and contiguous; must not keep a view of it."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         return str(self.spec or type(self).__name__)

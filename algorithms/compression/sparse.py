@@ -4,6 +4,7 @@ A sparse message is a set of indices and a message of the values at them, so tha
 can follow a sparsifier.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -108,13 +109,13 @@ class Sparsifier(Compressor):
 
     depth = 1
 
+    @abstractmethod
     def kept(self, d: int) -> int:
         """The most coordinates it keeps."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sparsify(self, x: NDArray, rng: np.random.Generator, values: Compressor | None) -> Message:
         """The message of ``x [n, d]``, its kept values compressed in turn by ``values``."""
-        raise NotImplementedError
 
     def _compress(self, x: NDArray, rng: np.random.Generator) -> Message:
         return self.sparsify(x, rng, None)
