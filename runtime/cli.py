@@ -1,6 +1,7 @@
 """The command line."""
 
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from threadpoolctl import threadpool_limits
 
 from offbeat.algorithms.compression import COMPRESSORS
 from offbeat.algorithms.server import ALGORITHMS
@@ -27,6 +29,7 @@ from offbeat.workers.speeds import SPEEDS
 from offbeat.workers.tasks import TASKS
 
 INTERRUPTED = 130
+THREADS = {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"}  # the user's word on it
 RUNS = Path("runs")
 LISTS = {
     "algorithms": ALGORITHMS,
@@ -355,6 +358,8 @@ def _say(text: str) -> None:
 
 def main() -> None:
     """Entry point: one sentence and an exit code for every mistake."""
+    if not THREADS & os.environ.keys():  # small products gain nothing from threads, and spin
+        threadpool_limits(1)
     logging.basicConfig(
         level="WARNING",
         format="%(message)s",
