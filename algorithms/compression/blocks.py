@@ -13,6 +13,7 @@ from offbeat.algorithms.compression.contract import (
     COMPRESSORS,
     HEADER,
     MOST_NESTING,
+    Coded,
     Compressor,
     Message,
     Stack,
@@ -26,7 +27,7 @@ from offbeat.runtime.registry import Count
 
 
 @codec(10)
-class Blocks(Message):
+class Blocks(Coded):
     """Messages of consecutive blocks of one row."""
 
     def __init__(self, parts: list[Message]) -> None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from offbeat.algorithms.compression.coding import Reader
 from offbeat.algorithms.compression.contract import (
     COMPRESSORS,
+    Coded,
     Compressor,
     Message,
     codec,
@@ -40,7 +41,7 @@ def whole(source: Reader, depth: int, dtype: np.dtype, d: int) -> Message:
 
 
 @codec(8)
-class Scaled(Message):
+class Scaled(Coded):
     """A factor times a message."""
 
     def __init__(self, factor: float, inner: Message) -> None:
@@ -129,7 +130,7 @@ def compose(first: str | Compressor, then: str | Compressor) -> Composed:
 
 
 @codec(9)
-class Sum(Message):
+class Sum(Coded):
     """Two messages, added."""
 
     def __init__(self, one: Message, two: Message) -> None:

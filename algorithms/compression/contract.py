@@ -39,10 +39,9 @@ Frame = bytes | bytearray | memoryview
 Random = np.random.Generator | Sequence[np.random.Generator]
 
 
-class Message:
-    """n compressed rows of d numbers; subclasses are the codecs."""
+class Message(ABC):
+    """n compressed rows of d numbers."""
 
-    codec: ClassVar[int]
     n: int
     d: int
     dtype: np.dtype
@@ -58,40 +57,55 @@ class Message:
             return self._rows().reshape(*self.lead, self.d)
 
     @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes that travel: the sum of the lengths of ``encode()``."""
+
+    @abstractmethod
+    def encode(self) -> list[bytes]:
+        """One frame a row."""
+
+    @abstractmethod
+    def _rows(self) -> NDArray:
+        """``[n, d]``, dense."""
+
+
+class Coded(Message):
+    """A message whose rows all travel under one codec: the subclasses."""
+
+    codec: ClassVar[int]
+
+    @property
+    def nbytes(self) -> int:
+        """See ``Message``."""
         return self.n * HEADER + self._size()
 
     def encode(self) -> list[bytes]:
-        """One frame a row."""
+        """See ``Message``."""
         head = _HEADER.pack(MAGIC, VERSION, self.codec, _DTYPES.index(self.dtype), self.d)
         return [head + payload for payload in self._payloads()]
 
-    def _rows(self) -> NDArray:
-        """``[n, d]``, dense."""
-        raise NotImplementedError
-
+    @abstractmethod
     def _size(self) -> int:
         """Bytes of all payloads."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _payloads(self) -> list[bytes]:
         """What follows the header, for each row."""
-        raise NotImplementedError
 
     @classmethod
-    def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> "Message":
+    @abstractmethod
+    def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> Message:
         """One row from what follows the header."""
-        raise NotImplementedError
 
 
-CODECS: dict[int, type[Message]] = {}
+CODECS: dict[int, type[Coded]] = {}
 
 
 def codec(number: int):  # type: ignore[no-untyped-def]
     """Class decorator: messages of this class travel under ``number``."""
 
-    def decorate(cls: type[Message]) -> type[Message]:
+    def decorate(cls: type[Coded]) -> type[Coded]:
         assert number not in CODECS
         cls.codec, CODECS[number] = number, cls
         return cls
@@ -119,7 +133,7 @@ class Stack(Message):
         return [frame for row in self.rows for frame in row.encode()]
 
 
-def header(source: Reader, most: int) -> tuple[type[Message], np.dtype, int]:
+def header(source: Reader, most: int) -> tuple[type[Coded], np.dtype, int]:
     """``(codec, dtype, d)`` of what follows, d at most ``most``."""
     magic, version, number, kind, d = _HEADER.unpack(source.take(HEADER))
     if (magic, version) != (MAGIC, VERSION):

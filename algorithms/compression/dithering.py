@@ -36,6 +36,7 @@ from offbeat.algorithms.compression.coding import (
 )
 from offbeat.algorithms.compression.contract import (
     COMPRESSORS,
+    Coded,
     Compressor,
     Message,
     codec,
@@ -49,7 +50,7 @@ DENSE, SPARSE = 0, 1
 
 
 @codec(4)
-class Levels(Message):
+class Levels(Coded):
     """A scale a row, and signed levels -s..s."""
 
     def __init__(self, levels: NDArray, scale: NDArray, s: int) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from offbeat.algorithms.compression.coding import Reader
 from offbeat.algorithms.compression.contract import (
     COMPRESSORS,
+    Coded,
     Compressor,
     Message,
     codec,
@@ -24,7 +25,7 @@ _LARGEST = 0x7F7F  # of bfloat16, as bits
 
 
 @codec(6)
-class BFloat(Message):
+class BFloat(Coded):
     """The upper halves of float32."""
 
     def __init__(self, upper: NDArray[np.uint16], dtype: np.dtype) -> None:
@@ -77,7 +78,7 @@ def bf16() -> BF16:
 
 
 @codec(7)
-class Half(Message):
+class Half(Coded):
     """float16 numbers times a power of two a row."""
 
     def __init__(self, half: NDArray[np.float16], exponent: NDArray, dtype: np.dtype) -> None:

@@ -4,11 +4,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.algorithms.compression.coding import Reader
-from offbeat.algorithms.compression.contract import COMPRESSORS, Compressor, Message, codec
+from offbeat.algorithms.compression.contract import COMPRESSORS, Coded, Compressor, Message, codec
 
 
 @codec(0)
-class Dense(Message):
+class Dense(Coded):
     """Numbers as they are."""
 
     def __init__(self, values: NDArray) -> None:

@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.algorithms.compression.coding import Reader, pack, packed_size, unpack
-from offbeat.algorithms.compression.contract import COMPRESSORS, Compressor, Message, codec
+from offbeat.algorithms.compression.contract import COMPRESSORS, Coded, Compressor, Message, codec
 from offbeat.runtime.errors import ConfigError, PeerError
 
 FORMS = {4: (np.uint32, 23, 9), 8: (np.uint64, 52, 12)}  # itemsize: word, mantissa, the rest
 
 
 @codec(5)
-class Powers(Message):
+class Powers(Coded):
     """Sign and exponent of every number."""
 
     def __init__(self, code: NDArray, dtype: np.dtype) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.algorithms.compression.coding import Reader
-from offbeat.algorithms.compression.contract import COMPRESSORS, Compressor, Message, codec
+from offbeat.algorithms.compression.contract import COMPRESSORS, Coded, Compressor, Message, codec
 
 CHUNK = 2**18
 
@@ -39,7 +39,7 @@ def sign_bits(x: NDArray) -> NDArray[np.uint8]:
 
 
 @codec(3)
-class Signs(Message):
+class Signs(Coded):
     """One bit a number, and one scale a row."""
 
     def __init__(self, d: int, bits: NDArray[np.uint8], scale: NDArray) -> None:

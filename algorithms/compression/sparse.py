@@ -20,6 +20,7 @@ from offbeat.algorithms.compression.coding import (
     write_support,
 )
 from offbeat.algorithms.compression.contract import (
+    Coded,
     Compressor,
     Message,
     codec,
@@ -46,7 +47,7 @@ def scatter(index: NDArray, values: NDArray, d: int) -> NDArray:
 
 
 @codec(1)
-class Sparse(Message):
+class Sparse(Coded):
     """Values at sorted indices."""
 
     def __init__(self, d: int, index: NDArray, values: Message) -> None:
@@ -72,7 +73,7 @@ class Sparse(Message):
 
 
 @codec(2)
-class Seeded(Message):
+class Seeded(Coded):
     """Values at indices that both ends draw from a seed of 8 bytes."""
 
     def __init__(

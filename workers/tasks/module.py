@@ -137,7 +137,7 @@ class TorchTask:
             inputs, targets = self._samples(self._order[self._draws.rows(worker, draw)])
             try:
                 found = torch.func.vmap(self._grad)(self._tensor(x), inputs, targets)
-            except (RuntimeError, NotImplementedError, ValueError) as error:
+            except (RuntimeError, ValueError) as error:  # a real mistake comes back in the loop
                 self._vmaps = False
                 log.warning("this module cannot be vmapped (%s); jobs are computed singly", error)
             else:
