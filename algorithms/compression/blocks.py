@@ -37,10 +37,10 @@ class Blocks(Coded):
     def _rows(self) -> NDArray:
         return np.concatenate([part._rows().ravel() for part in self.parts])[None]
 
-    def _size(self) -> int:
-        sizes = {part.d for part in self.parts}
+    def _sizes(self) -> int:
+        kinds = {part.d for part in self.parts}
         bare = sum(part.nbytes - part.n * HEADER for part in self.parts)
-        return 4 + len(sizes) * HEADER + bare  # one header for all blocks of a size
+        return 4 + len(kinds) * HEADER + bare  # one header for all blocks of a size
 
     def _payloads(self) -> list[bytes]:
         out = [self.parts[0].d.to_bytes(4, "little")]

@@ -51,9 +51,9 @@ class Reader:
             raise PeerError(f"a frame has {self.left} byte(s) too many")
 
 
-def packed_size(count: int, bits: int) -> int:
-    """Bytes of ``count`` numbers of ``bits`` bits: ceil(count bits / 8)."""
-    return count * (bits // 8) + (count * (bits % 8) + 7) // 8
+def packed_size(count: Any, bits: Any) -> Any:
+    """Bytes of ``count`` numbers of ``bits`` bits: ceil(count bits / 8).  Of arrays too."""
+    return (count * bits + 7) // 8
 
 
 def pack(values: NDArray, bits: int) -> bytes:
@@ -91,15 +91,17 @@ def entropy_bits(d: int, k: int) -> float:
     return (math.lgamma(d + 1) - math.lgamma(k + 1) - math.lgamma(d - k + 1)) / math.log(2)
 
 
-def rice_parameter(d: int, k: int) -> int:
+def rice_parameter(d: int, k: NDArray) -> NDArray[np.int64]:
     """floor(log2(ln 2 d / k)), the best for gaps of mean d / k (Golomb 1966, Rice 1979)."""
-    return max(0, math.floor(math.log2(math.log(2) * d / k)))
+    return np.maximum(0, np.floor(np.log2(math.log(2) * d / k))).astype(np.int64)
 
 
-def _gaps(index: NDArray) -> NDArray:
-    """Indices left out before each of ``index [..., k]``."""
-    gaps = np.diff(index, axis=-1, prepend=-1)
+def _gaps(index: NDArray, starts: NDArray) -> NDArray:
+    """Indices left out before each of ``index``, which starts anew at ``starts``."""
+    gaps = np.empty_like(index)
+    np.subtract(index[1:], index[:-1], out=gaps[1:])
     gaps -= 1
+    gaps[starts] = index[starts]
     return gaps
 
 
@@ -107,35 +109,43 @@ def _width(d: int) -> int:
     return max(1, (d - 1).bit_length())
 
 
-def support_plan(index: NDArray, d: int) -> tuple[NDArray, NDArray]:
-    """How to write each row of sorted ``index [n, k]``: ``(bytes [n], tags [n])``.
+def support_plan(index: NDArray, k: NDArray, d: int) -> tuple[NDArray, NDArray]:
+    """How to write each of n sets of indices below d: ``(bytes [n], tags [n])``.
 
     The shortest of Rice, fixed width and bitmap, and one byte for the tag (two bits which, six
-    bits the parameter of Rice); all of d cost the tag alone.
+    bits the parameter of Rice); none or all of d cost the tag alone.
+
+    Args:
+        index: ``[sum k]``, one sorted set after another.
+        k: ``[n]``, the size of each.
     """
-    n, k = index.shape
-    if k in (0, d):
-        return np.full(n, 1), np.full(n, ALL if k else FIXED)
-    b = rice_parameter(d, k)
-    # sum of gaps >> b: the unary part
-    unary = (_gaps(index) >> b).sum(axis=-1) + k
+    some = k > 0
+    starts = (np.cumsum(k) - k)[some]
+    b = rice_parameter(d, np.maximum(k, 1))
+    unary = k.copy()  # gap g costs g >> b zeros and a one
+    if len(starts):
+        quotient = _gaps(index, starts)
+        quotient >>= b[0] if (b == b[0]).all() else np.repeat(b, k)
+        unary[some] += np.add.reduceat(quotient, starts)
     rice = (unary + 7) // 8 + packed_size(k, b)
     fixed, bitmap = packed_size(k, _width(d)), (d + 7) // 8
-    other = min(fixed, bitmap)
-    tag = FIXED if fixed <= bitmap else BITMAP
-    return 1 + np.minimum(rice, other), np.where(rice <= other, RICE | b << 2, tag)
+    other = np.minimum(fixed, bitmap)
+    size = np.where(some & (k < d), np.minimum(rice, other), 0)
+    tag = np.where(rice <= other, RICE | b << 2, np.where(fixed <= bitmap, FIXED, BITMAP))
+    tag[~some], tag[k == d] = FIXED, ALL
+    return 1 + size, tag
 
 
 def write_support(index: NDArray, d: int) -> bytes:
     """Sorted ``index [k]`` of 0..d-1, the shortest way."""
     k = len(index)
-    _, (tag,) = support_plan(index[None], d)
+    _, (tag,) = support_plan(index, np.array([k]), d)
     head = bytes([tag])
     if k in (0, d):
         return head
     if tag & 3 == RICE:
         b = int(tag) >> 2
-        gaps = _gaps(index)
+        gaps = _gaps(index, np.array([0]))
         ends = np.cumsum((gaps >> b) + 1) - 1  # gap q: q zeros, then a one
         unary = np.zeros(int(ends[-1]) + 1, np.uint8)
         unary[ends] = 1

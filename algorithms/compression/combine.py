@@ -51,8 +51,8 @@ class Scaled(Coded):
     def _rows(self) -> NDArray:
         return self.inner._rows() * self.dtype.type(self.factor)
 
-    def _size(self) -> int:
-        return 8 * self.n + self.inner.nbytes
+    def _sizes(self) -> NDArray[np.int64]:
+        return 8 + self.inner.sizes
 
     def _payloads(self) -> list[bytes]:
         return [struct.pack("<d", self.factor) + frame for frame in self.inner.encode()]
@@ -140,8 +140,8 @@ class Sum(Coded):
     def _rows(self) -> NDArray:
         return self.one._rows() + self.two._rows()
 
-    def _size(self) -> int:
-        return self.one.nbytes + self.two.nbytes
+    def _sizes(self) -> NDArray[np.int64]:
+        return self.one.sizes + self.two.sizes
 
     def _payloads(self) -> list[bytes]:
         return [a + b for a, b in zip(self.one.encode(), self.two.encode(), strict=True)]

@@ -57,9 +57,14 @@ class Message(ABC):
             return self._rows().reshape(*self.lead, self.d)
 
     @property
-    @abstractmethod
     def nbytes(self) -> int:
-        """Bytes that travel: the sum of the lengths of ``encode()``."""
+        """Bytes that travel: the sum of ``sizes``."""
+        return int(self.sizes.sum())
+
+    @property
+    @abstractmethod
+    def sizes(self) -> NDArray[np.int64]:
+        """``[n]``: the length of each frame that ``encode()`` gives, without encoding."""
 
     @abstractmethod
     def encode(self) -> list[bytes]:
@@ -76,9 +81,9 @@ class Coded(Message):
     codec: ClassVar[int]
 
     @property
-    def nbytes(self) -> int:
+    def sizes(self) -> NDArray[np.int64]:
         """See ``Message``."""
-        return self.n * HEADER + self._size()
+        return np.full(self.n, HEADER + self._sizes())
 
     def encode(self) -> list[bytes]:
         """See ``Message``."""
@@ -86,8 +91,8 @@ class Coded(Message):
         return [head + payload for payload in self._payloads()]
 
     @abstractmethod
-    def _size(self) -> int:
-        """Bytes of all payloads."""
+    def _sizes(self) -> int | NDArray[np.int64]:
+        """Bytes of each payload, ``[n]``, or of each alike."""
 
     @abstractmethod
     def _payloads(self) -> list[bytes]:
@@ -124,9 +129,9 @@ class Stack(Message):
         return np.concatenate([row._rows() for row in self.rows])
 
     @property
-    def nbytes(self) -> int:
+    def sizes(self) -> NDArray[np.int64]:
         """See ``Message``."""
-        return sum(row.nbytes for row in self.rows)
+        return np.concatenate([row.sizes for row in self.rows])
 
     def encode(self) -> list[bytes]:
         """See ``Message``."""

@@ -68,32 +68,36 @@ class Levels(Coded):
         out *= self.scale[:, None]
         return out
 
-    def _row_size(self, row: NDArray) -> tuple[int, NDArray | None, int]:
-        """Bytes of the levels; for the sparse form, where they are and the bits of l - 1."""
+    def _plan(self) -> tuple[NDArray, NDArray]:
+        """Bytes of the levels, ``[n]``; bits of l - 1 in the sparse form, -1 in the dense one."""
         dense = packed_size(self.d, self.bits)
-        some = int(np.count_nonzero(row))
-        if 4 + some // 4 > dense:  # sign and index cost two bits at least
-            return dense, None, 0
-        index = np.flatnonzero(row)
-        width = int(np.abs(row).max() - 1).bit_length() if some else 0
-        (support,), _ = support_plan(index[None], self.d)
-        sparse = 5 + int(support) + packed_size(some, width + 1)
-        return (sparse, index, width) if sparse < 0.9 * dense else (dense, None, 0)
+        sizes, widths = np.full(self.n, dense), np.full(self.n, -1)
+        some = np.count_nonzero(self.levels, axis=-1)
+        few = np.flatnonzero(4 + some // 4 <= dense)  # sign and index cost two bits at least
+        rows = self.levels[few]
+        at = np.flatnonzero(rows)
+        at %= self.d
+        most = np.maximum(rows.max(axis=-1), -rows.min(axis=-1)).astype(np.int64)
+        width = np.ceil(np.log2(np.maximum(most, 1))).astype(np.int64)  # (l - 1).bit_length()
+        support, _ = support_plan(at, some[few], self.d)
+        sparse = 5 + support + packed_size(some[few], width + 1)
+        better = sparse < 0.9 * dense
+        sizes[few[better]], widths[few[better]] = sparse[better], width[better]
+        return sizes, widths
 
-    def _size(self) -> int:
-        plans = (self._row_size(row)[0] for row in self.levels)
-        return self.n * 3 + self.scale.nbytes + sum(plans)
+    def _sizes(self) -> NDArray[np.int64]:
+        return self.dtype.itemsize + 3 + self._plan()[0]
 
     def _payloads(self) -> list[bytes]:
         scale = self.scale.astype(self.dtype.newbyteorder("<"), copy=False)
         frames = []
-        for row, one in zip(self.levels, scale, strict=True):
-            _, index, width = self._row_size(row)
+        for row, one, width in zip(self.levels, scale, self._plan()[1].tolist(), strict=True):
             head = one.tobytes() + self.s.to_bytes(2, "little")
-            if index is None:
+            if width < 0:
                 code = (row.astype(np.int32) + self.s).astype(_unsigned(self.bits))
                 frames.append(head + bytes([DENSE]) + pack(code, self.bits))
                 continue
+            index = np.flatnonzero(row)
             kept = row[index].astype(np.int32)
             code = ((np.abs(kept) - 1) << 1 | (kept > 0)).astype(np.uint32)
             size = len(index).to_bytes(4, "little") + bytes([width])

@@ -35,8 +35,8 @@ class BFloat(Coded):
     def _rows(self) -> NDArray:
         return (self.upper.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(self.dtype)
 
-    def _size(self) -> int:
-        return self.upper.nbytes
+    def _sizes(self) -> int:
+        return 2 * self.d
 
     def _payloads(self) -> list[bytes]:
         return [row.astype("<u2").tobytes() for row in self.upper]
@@ -88,8 +88,8 @@ class Half(Coded):
     def _rows(self) -> NDArray:
         return np.ldexp(self.half.astype(self.dtype), self.exponent[:, None].astype(np.int32))
 
-    def _size(self) -> int:
-        return self.half.nbytes + 2 * self.n
+    def _sizes(self) -> int:
+        return 2 * self.d + 2
 
     def _payloads(self) -> list[bytes]:
         return [

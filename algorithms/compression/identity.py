@@ -18,8 +18,8 @@ class Dense(Coded):
     def _rows(self) -> NDArray:
         return self.values.copy()
 
-    def _size(self) -> int:
-        return self.values.nbytes
+    def _sizes(self) -> int:
+        return self.d * self.dtype.itemsize
 
     def _payloads(self) -> list[bytes]:
         wire = self.values.astype(self.dtype.newbyteorder("<"), copy=False)

@@ -30,8 +30,8 @@ class Powers(Coded):
         word, mantissa, _ = FORMS[self.dtype.itemsize]
         return (self.code.astype(word) << word(mantissa)).view(self.dtype)
 
-    def _size(self) -> int:
-        return self.n * packed_size(self.d, FORMS[self.dtype.itemsize][2])
+    def _sizes(self) -> int:
+        return packed_size(self.d, FORMS[self.dtype.itemsize][2])
 
     def _payloads(self) -> list[bytes]:
         bits = FORMS[self.dtype.itemsize][2]

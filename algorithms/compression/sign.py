@@ -53,8 +53,8 @@ class Signs(Coded):
             return table[self.bits[0]].reshape(1, -1)[:, : self.d]
         return table[self.bits].reshape(self.n, -1)[:, : self.d] * self.scale[:, None]
 
-    def _size(self) -> int:
-        return self.bits.nbytes + self.scale.nbytes
+    def _sizes(self) -> int:
+        return self.dtype.itemsize + (self.d + 7) // 8
 
     def _payloads(self) -> list[bytes]:
         scale = self.scale.astype(self.dtype.newbyteorder("<"), copy=False)

@@ -57,9 +57,10 @@ class Sparse(Coded):
     def _rows(self) -> NDArray:
         return scatter(self.index, self.values._rows(), self.d)
 
-    def _size(self) -> int:
-        sizes, _ = support_plan(self.index, self.d)
-        return int(sizes.sum()) + self.values.nbytes
+    def _sizes(self) -> NDArray[np.int64]:
+        n, k = self.index.shape
+        sizes, _ = support_plan(self.index.ravel(), np.full(n, k), self.d)
+        return sizes + self.values.sizes
 
     def _payloads(self) -> list[bytes]:
         pairs = zip(self.index, self.values.encode(), strict=True)
@@ -92,8 +93,8 @@ class Seeded(Coded):
     def _rows(self) -> NDArray:
         return scatter(self.index, self.values._rows(), self.d)
 
-    def _size(self) -> int:
-        return 8 * self.n + self.values.nbytes
+    def _sizes(self) -> NDArray[np.int64]:
+        return 8 + self.values.sizes
 
     def _payloads(self) -> list[bytes]:
         pairs = zip(self.seeds, self.values.encode(), strict=True)

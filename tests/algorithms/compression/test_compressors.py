@@ -104,7 +104,10 @@ def test_what_is_read_is_what_was_meant(text, x, seed):
     before = x.copy()
     message = make(text).compress(x, g(seed))
     frames = message.encode()
-    assert message.nbytes == sum(map(len, frames))
+    lengths = [len(frame) for frame in frames]
+    assert message.sizes.tolist() == decode(frames).sizes.tolist() == lengths
+    assert message.sizes.dtype == np.int64
+    assert message.nbytes == sum(lengths)
     same_bits(decode(frames).dense(), message.dense())
     same_bits(decode(frames, d=len(x)).dense(), message.dense())
     assert decode(frames).nbytes == message.nbytes
@@ -139,6 +142,7 @@ def test_rows_do_not_depend_on_their_batch(text, dtype):
         same_bits(row, message.dense())
     frames = whole.encode()
     assert frames == [frame for message in alone for frame in message.encode()]
+    assert whole.sizes.tolist() == [len(frame) for frame in frames]
     assert whole.nbytes == sum(map(len, frames))
     same_bits(decode(frames).dense().reshape(x.shape), whole.dense())
     addressed = c.compress(rows, [g(i) for i in range(6)])
@@ -356,7 +360,7 @@ def test_a_hundredth_of_a_million():
 )
 def test_bits_an_index(d, k, bits):
     index = np.sort(np.stack([g(i).choice(d, k, replace=False) for i in range(30)]), axis=1)
-    sizes, tags = support_plan(index, d)
+    sizes, tags = support_plan(index.ravel(), np.full(30, k), d)
     assert (tags & 3 == 0).mean() > 0.9  # Rice
     assert 8 * (sizes.mean() - 1) / k == pytest.approx(bits, abs=8.5 / k + 0.02)
     assert 8 * (sizes.mean() - 1) / k >= entropy_bits(d, k) / k
@@ -388,7 +392,10 @@ def test_supports_and_packed_numbers_survive(data):
     chosen = data.draw(st.sets(st.integers(0, d - 1)))
     index = np.array(sorted(chosen), np.int64)
     written = write_support(index, d)
-    (size,), _ = support_plan(index[None], d)
+    others = [np.arange(d), index, index[:0], index[:1], index]
+    counts = np.array([len(other) for other in others])
+    _, size, *_ = sizes = support_plan(np.concatenate(others), counts, d)[0]
+    assert sizes.tolist() == [len(write_support(other, d)) for other in others]
     assert len(written) == size <= 1 + (d + 7) // 8
     source = Reader(written)
     np.testing.assert_array_equal(read_support(source, d, len(index)), index)
