@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from offbeat.algorithms.compression.coding import subset
 from offbeat.algorithms.compression.contract import COMPRESSORS, Compressor, Message, overflow
-from offbeat.algorithms.compression.sparse import Kept, Seeded, Sparsifier, carry, count
+from offbeat.algorithms.compression.sparse import Kept, Seeded, Sparsifier, carry, count, gather
 
 
 class RandK(Sparsifier):
@@ -37,7 +37,7 @@ class RandK(Sparsifier):
         k = self.kept(d)
         seeds = [int(rng.integers(2**64, dtype=np.uint64)) for _ in range(n)]
         index = np.stack([subset(seed, d, k) for seed in seeds])
-        chosen = np.take_along_axis(x, index, axis=1)
+        chosen = gather(x, index)
         if self.unbiased:
             chosen *= x.dtype.type(d / k)
             overflow(self, chosen)

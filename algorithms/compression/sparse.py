@@ -38,11 +38,21 @@ def count(kept: int | float, d: int) -> int:
     return min(kept if isinstance(kept, int) else max(1, round(kept * d)), d)
 
 
+def _flat(index: NDArray, d: int) -> NDArray:
+    n = len(index)
+    return index + np.arange(0, n * d, d)[:, None] if n > 1 else index
+
+
+def gather(x: NDArray, index: NDArray) -> NDArray:
+    """The values ``[n, k]`` of ``x [n, d]`` at ``index [n, k]``."""
+    return np.take(x, _flat(index, x.shape[1]))
+
+
 def scatter(index: NDArray, values: NDArray, d: int) -> NDArray:
     """``[n, d]``: zeros, and ``values [n, k]`` at ``index [n, k]``."""
     n, _ = index.shape
     out = np.zeros(n * d, values.dtype)
-    out[index + np.arange(n)[:, None] * d if n > 1 else index] = values
+    out[_flat(index, d)] = values
     return out.reshape(n, d)
 
 

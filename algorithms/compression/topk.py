@@ -9,26 +9,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.algorithms.compression.contract import COMPRESSORS, Compressor, Message
-from offbeat.algorithms.compression.sparse import Kept, Sparse, Sparsifier, carry, count
+from offbeat.algorithms.compression.sparse import Kept, Sparse, Sparsifier, carry, count, gather
 
 LARGE = 2**15  # from here on, rows are searched one by one with a threshold from a sample
 SAMPLE = 2**13
 CHUNK = 2**17  # entries at a time: fits a cache
 
 
-def largest(a: NDArray, k: int) -> NDArray:
-    """Sorted indices ``[n, k]`` of the k largest of each row of ``a [n, d] >= 0``."""
-    n, d = a.shape
+def largest(x: NDArray, k: int) -> NDArray:
+    """Sorted indices ``[n, k]`` of the k largest magnitudes of each row of ``x [n, d]``."""
+    n, d = x.shape
     if k == d:
         return np.tile(np.arange(d), (n, 1))
-    t = np.partition(a, d - k, axis=-1)[:, d - k, None]  # the k-th largest
-    keep = a > t
-    tied = a == t
-    missing = k - keep.sum(axis=-1, keepdims=True)
-    if not np.array_equal(tied.sum(axis=-1, keepdims=True), missing):
-        tied &= tied.cumsum(axis=-1) <= missing
-    keep |= tied
-    return np.nonzero(keep)[1].reshape(n, k)
+    index = np.empty((n, k), np.int64)
+    step = max(1, CHUNK // d)
+    for first in range(0, n, step):
+        # The bits of a magnitude, as a whole number, are in the same order and sooner compared.
+        a = np.abs(x[first : first + step]).view(f"i{x.itemsize}")
+        t = np.partition(a, d - k, axis=-1)[:, d - k, None]  # the k-th largest
+        keep = a >= t
+        at = np.flatnonzero(keep)
+        if len(at) > len(a) * k:
+            surplus = np.count_nonzero(keep, axis=-1) - k
+            rows = np.flatnonzero(surplus)
+            tied = a[rows] == t[rows]
+            order = tied.cumsum(axis=-1)
+            keep[rows] &= ~tied | (order <= order[:, -1:] - surplus[rows, None])
+            at = np.flatnonzero(keep)
+        index[first : first + step] = at.reshape(-1, k)
+        index[first : first + step] -= np.arange(0, a.size, d)[:, None]
+    return index
 
 
 def largest_of_many(x: NDArray, k: int) -> NDArray:
@@ -42,7 +52,7 @@ def largest_of_many(x: NDArray, k: int) -> NDArray:
     share = len(sample) * k / d
     rank = int(share + 4 * share**0.5 + 4)  # four standard deviations beyond the k-th
     if rank >= len(sample) // 2:
-        return largest(np.abs(x)[None], k)
+        return largest(x[None], k)
     t = np.partition(sample, len(sample) - rank)[len(sample) - rank]
     index, size = [], []
     buffer, reached = np.empty(CHUNK, x.dtype), np.empty(CHUNK, bool)
@@ -55,7 +65,7 @@ def largest_of_many(x: NDArray, k: int) -> NDArray:
         index.append(at)
     survivors = np.concatenate(index)
     if len(survivors) < k:
-        return largest(np.abs(x)[None], k)
+        return largest(x[None], k)
     return survivors[largest(np.concatenate(size)[None], k)]
 
 
@@ -80,10 +90,10 @@ class TopK(Sparsifier):
         d = x.shape[1]
         k = self.kept(d)
         if d < LARGE:
-            index = largest(np.abs(x), k)
+            index = largest(x, k)
         else:
             index = np.concatenate([largest_of_many(row, k) for row in x])
-        return Sparse(d, index, carry(np.take_along_axis(x, index, axis=1), values, rng))
+        return Sparse(d, index, carry(gather(x, index), values, rng))
 
 
 @COMPRESSORS.register("topk")
