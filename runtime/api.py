@@ -340,24 +340,23 @@ def _finish(
     notes: list[str] | None = None,
 ) -> Result:
     """Run the engine to its end, from ``state`` if there is one, and gather the result."""
-    records, workers, server = engine.records, engine.workers, engine.server
+    records = engine.records
     try:
         if state is not None:
             engine.restore(state)
         reason, final = engine.run()
     finally:
         records.close()
-    facts = {"concurrency": workers.peak}
-    facts |= {key: getattr(workers, key) for key in ("lost", "reassigned", "cancelled")}
+    facts = engine.facts()
     result = Result(
         experiment=experiment,
         reason=reason,
-        x=server.x,
+        x=engine.x,
         metrics=records.metrics,
         final=final,
         histogram=records.histogram,
         facts=facts,
-        outstanding=[job.step for job in workers.jobs()],
+        outstanding=[job.step for job in engine.workers.jobs()],
         events=records.events,
         notes=notes or [],
         folder=folder,

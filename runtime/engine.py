@@ -3,18 +3,13 @@
     algorithm.start(server)
     for update in workers: algorithm.arrive(server, update)
 
-The rest is what a run needs around it: evaluations and stop rules between arrivals, records,
-checkpoints, outages.
+The rest is what a run needs around it: stop rules between arrivals, records, checkpoints, outages.
 """
 
 import copy
 import math
 import operator
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,15 +18,13 @@ from numpy.typing import NDArray
 from offbeat.algorithms.server import Algorithm, Update
 from offbeat.runtime import trees
 from offbeat.runtime.errors import ConfigError, Diverged
+from offbeat.runtime.loop import Loop
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.records import ROWS_HELD, Records
-from offbeat.runtime.settings import Evaluate, Stop
 from offbeat.runtime.virtual import Job, Joined, Left, VirtualWorkers
 from offbeat.workers.tasks.contract import Task
 
-PROGRESS_EVERY_S = 0.1
 MOST_AT_ONCE = 1_000_000  # arrivals without virtual time going on
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class ServerState:
@@ -80,17 +73,13 @@ class ServerState:
         return rng(self._seed, purpose, 0, index)
 
 
-class Engine:
-    """One run.
+class Engine(Loop):
+    """One run of a server method.
 
     Args:
         task, algorithm, workers, records: the parts; the algorithm's state is changed.
-        stop: when to end.
-        evaluate: when to evaluate.
         seed: of the run.
-        save: called with the state of the run to write a checkpoint, or None.
-        save_every_s: wall seconds between checkpoints.
-        progress: called now and then with the fraction of the run that is done.
+        around: see ``Loop``.
     """
 
     def __init__(
@@ -100,49 +89,48 @@ class Engine:
         workers: VirtualWorkers,
         records: Records,
         *,
-        stop: Stop,
-        evaluate: Evaluate,
         seed: int,
-        save: Callable[[dict[str, Any]], None] | None = None,
-        save_every_s: float = math.inf,
-        progress: Callable[[float], None] | None = None,
+        **around: Any,
     ) -> None:
-        self.task, self.algorithm, self.workers, self.records = task, algorithm, workers, records
-        self.stop, self.evaluate = stop, evaluate
+        super().__init__(task, records, **around)
+        self.algorithm, self.workers = algorithm, workers
         self.server = ServerState(task.initial(seed), workers, records, seed)
-        self._save, self._save_every_s = save, save_every_s
-        self._progress = progress
-        self._started = False
         self._blank = copy.deepcopy(algorithm)  # what a resumed run would fill with the state
         self._lost: dict[int, int] = {}  # worker that is away -> jobs it lost
-        self._next_step = self._next_s = math.inf  # of evaluation
-        self._alarm_s = math.inf  # wall clock: look up from the work
-        self._interrupted = False
 
     # -- The loop -----------------------------------------------------------------------------
 
-    def run(self) -> tuple[str, dict[str, float]]:
-        """Run to the end; answers why it ended, and a row of metrics measured there."""
-        # Overflow is told in one sentence, at the arrival it spoils, instead of in warnings.
-        with self._interruptible(), np.errstate(over="ignore", invalid="ignore"):
-            if not self._started:
-                self._started = True
-                self.algorithm.start(self.server)
-                self._look()
-                self._checkpoint()
-            reason = self._loop()
-            final = self._measured()
-            self._checkpoint()
-        return reason, final
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return self.server.step
+
+    @property
+    def time_s(self) -> float:
+        """Virtual seconds so far."""
+        return self.workers.now_s
+
+    @property
+    def x(self) -> NDArray:
+        """The model ``[d]``."""
+        return self.server.x
+
+    def facts(self) -> dict[str, Any]:
+        """See ``Loop``: concurrency, and what became of jobs; who is still out."""
+        workers = self.workers
+        counts = {key: getattr(workers, key) for key in ("lost", "reassigned", "cancelled")}
+        return {"concurrency": workers.peak, **counts}
+
+    def _start(self) -> None:
+        self.algorithm.start(self.server)
+
+    def _advance(self) -> bool:
+        raise NotImplementedError  # this engine's own loop is faster
 
     def _loop(self) -> str:
         server, workers, records = self.server, self.workers, self.records
         arrive, rows, clock = self.algorithm.arrive, records.rows, time.monotonic
         pop = workers.pop
-        began_s = clock()
-        wall_end_s = began_s + (self.stop.wall_s or math.inf)
-        next_save_s = began_s + self._save_every_s
-        self._alarm_s = began_s
         stuck = workers.now_s, records.arrivals  # when it was last seen that time goes on
         while True:
             if reason := self._reached():
@@ -183,62 +171,12 @@ class Engine:
                         "took no time; give the fleet a speed law with positive times"
                     )
                 stuck = workers.now_s, records.arrivals
-            now_s = clock()
-            if now_s >= self._alarm_s:
-                if self._interrupted:
-                    return "interrupted"
-                if now_s >= wall_end_s:
-                    return "wall time"
-                if now_s >= next_save_s:
-                    self._checkpoint()
-                    next_save_s = clock() + self._save_every_s
-                if self._progress is not None:
-                    self._progress(self._fraction())
-                self._alarm_s = min(next_save_s, wall_end_s, now_s + PROGRESS_EVERY_S)
-
-    def _reached(self) -> str | None:
-        """The stop rule that is met, if any."""
-        stop = self.stop
-        if stop.loss is not None and self.records.metrics[-1]["loss"] <= stop.loss:
-            return "target loss"
-        if stop.steps is not None and self.server.step >= stop.steps:
-            return "steps"
-        if stop.seconds is not None and self.workers.now_s >= stop.seconds:
-            return "seconds"
-        if stop.gradients is not None and self.records.arrivals >= stop.gradients:
-            return "gradients"
-        return None
-
-    def _fraction(self) -> float:
-        parts = [
-            self.server.step / (self.stop.steps or math.inf),
-            self.workers.now_s / (self.stop.seconds or math.inf),
-            self.records.arrivals / (self.stop.gradients or math.inf),
-        ]
-        return min(1.0, max(parts))
-
-    def _look(self) -> None:
-        """Evaluate, record, and set the next time to do so."""
-        every, every_s = self.evaluate.steps, self.evaluate.seconds
-        self.records.add(self._measured())
-        if every is not None:
-            self._next_step = (self.server.step // every + 1) * every
-        if every_s is not None:
-            now_s = self.workers.now_s
-            count = int(now_s / every_s)
-            while (next_s := count * every_s) <= now_s:  # rounding may need one more
-                count += 1
-            self._next_s = next_s
+            if clock() >= self._alarm_s and (reason := self._alarm()):
+                return reason
 
     def _measured(self) -> dict[str, float]:
         """A row of metrics of this moment."""
-        facts = self.task.evaluate(self.server.x)
-        if not math.isfinite(facts["loss"]):
-            raise Diverged(
-                f"the loss is not finite at step {self.server.step} ({self.workers.now_s:.6g} s); "
-                "take a smaller step size or clip"
-            )
-        return self.records.row(self.workers, self.server.step, facts)
+        return self.records.row(self.workers, self.step, self._evaluated(self.x))
 
     def _outage(self, event: Left | Joined) -> None:
         workers, server = self.workers, self.server
@@ -266,35 +204,15 @@ class Engine:
             f"{job.step}; take a smaller step size or clip"
         )
 
-    # -- Interruption and checkpoints ----------------------------------------------------------
+    # -- Checkpoints ---------------------------------------------------------------------------
 
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Ctrl-C or SIGTERM ends the loop after the current arrival; a second one at once."""
-        if self._save is None or threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def interrupt(number: int, frame: Any) -> None:
-            self._interrupted, self._alarm_s = True, 0.0
-            restore()
-
-        before = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
-
-        def restore() -> None:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-        try:
-            yield
-        finally:
-            restore()
+    def _sound(self) -> bool:
+        return bool(np.isfinite(self.server.x).all())
 
     def _checkpoint(self) -> None:
-        if self._save is not None and np.isfinite(self.server.x).all():
-            state = self.state()
-            trees.load(self._blank, state["algorithm"])  # could it be read back?
-            self._save(state)
+        if self._save is not None and self._sound():
+            trees.load(self._blank, trees.dump(self.algorithm))  # could it be read back?
+        super()._checkpoint()
 
     def state(self) -> dict[str, Any]:
         """The whole run as a tree of plain values and arrays."""

@@ -79,12 +79,33 @@ class Records:
         self.rows.clear()
         self._counted = 0
 
+    def round(
+        self, step: int, number: int, workers: NDArray, start: NDArray, end: NDArray, rows: bool
+    ) -> None:
+        """Job ``number`` of each of ``workers [m]``, from ``start`` to ``end``, both ``[n]``.
+
+        Args:
+            rows: whether each is recorded, or only counted.
+        """
+        if rows:
+            spans = zip(workers.tolist(), start[workers].tolist(), end[workers].tolist(),
+                        strict=True)  # fmt: skip
+            self.rows += [(to_s, w, number, step, step, from_s, to_s) for w, from_s, to_s in spans]
+            if len(self.rows) >= ROWS_HELD:
+                self.flush()
+        else:
+            self._spend(workers, start[workers], end[workers])
+            self.histogram[0] += len(workers)
+            self.flushed += len(workers)
+
     def _count(self) -> None:
         """Add the rows that are new to the workers' counts."""
         table = _table(self.rows[self._counted :])
         self._counted = len(self.rows)
         worker = column(table, "worker").astype(np.int64)
-        start, end = column(table, "start_s"), column(table, "end_s")
+        self._spend(worker, column(table, "start_s"), column(table, "end_s"))
+
+    def _spend(self, worker: NDArray, start: NDArray, end: NDArray) -> None:
         spent = end - start
         for paused, windows in self._pauses.items():
             mine = worker == paused

@@ -31,6 +31,7 @@ Natural = Annotated[int, Field(ge=0)]
 MOST_SEEDS = 2**32
 Seed = Annotated[int, Field(ge=0, lt=MOST_SEEDS)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 MADE_BY_HAND = "python:"  # how a file names what it cannot hold
 

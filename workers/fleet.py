@@ -10,8 +10,8 @@ from pydantic import Field
 
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import rng
-from offbeat.runtime.registry import Count, Natural, NonNegative, Positive, settings
-from offbeat.workers.speeds import BLOCK, Clock, Law, Paused, parse
+from offbeat.runtime.registry import Count, Fraction, Natural, NonNegative, Positive, settings
+from offbeat.workers.speeds import BLOCK, Clock, Constant, Law, Paused, parse
 
 
 @settings
@@ -35,6 +35,7 @@ class Fleet:
         latency_s: seconds a message takes, each way.
         bandwidth: bytes a second of each worker's link; None is infinite.
         jitter_s: mean of an exponential delay on top, each way.
+        loss: probability that a message is lost, of gossip.
         outages: when workers are away.
         on_outage: what becomes of the jobs of a worker that goes away.  "pause": they wait and
             go on; "lose": they are gone, and the worker gets a job when it is back; "reassign":
@@ -47,6 +48,7 @@ class Fleet:
     latency_s: NonNegative = 0.0
     bandwidth: Positive | None = None
     jitter_s: NonNegative = 0.0
+    loss: Fraction = 0.0
     outages: list[Outage] = Field(default_factory=list)
     on_outage: Literal["pause", "lose", "reassign"] = "pause"
 
@@ -130,7 +132,7 @@ class Fleet:
     def __str__(self) -> str:
         law = self.law()
         words = [str(self.workers), str(law.spec) if law is self.speeds else str(self.speeds)]
-        for key in ("stragglers", "latency_s", "bandwidth", "jitter_s"):
+        for key in ("stragglers", "latency_s", "bandwidth", "jitter_s", "loss"):
             if value := getattr(self, key):
                 words.append(f"{key}={value}")
         if self.outages:
@@ -166,6 +168,20 @@ class Timing:
         start = max(assigned_s + down, free_s)
         end = self.clock.finish(worker, number, start)
         return start, end, end + up
+
+    def finish_all(self, number: int, start_s: NDArray) -> NDArray:
+        """``[n]``: when each worker ends its job ``number`` begun at ``start_s [n]``."""
+        if isinstance(self.clock, Constant):
+            return start_s + self.clock.means
+        finish = self.clock.finish
+        ends = [finish(worker, number, s) for worker, s in enumerate(start_s.tolist())]
+        return np.array(ends, float)
+
+    def jitters(self, number: int) -> NDArray:
+        """``[n]`` extra seconds of what each worker sends after its job ``number``."""
+        if not self.jitter_s:
+            return np.zeros(self.workers)
+        return np.array([self._jitter(worker, number)[1] for worker in range(self.workers)])
 
     def _jitter(self, worker: int, number: int) -> list[float]:
         block, at = divmod(number, BLOCK)

@@ -85,7 +85,7 @@ class Constant(Clock):
     """The same time for every job."""
 
     def __init__(self, means: NDArray) -> None:
-        self._means = means.tolist()
+        self.means, self._means = means, means.tolist()
 
     def finish(self, worker: int, number: int, start_s: float) -> float:
         """See ``Clock``."""

@@ -6,9 +6,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from offbeat.runtime.registry import Registry, Spec
-
-ALGORITHMS = Registry("algorithm")
+from offbeat.algorithms.base import ALGORITHMS as ALGORITHMS  # for the methods' files
+from offbeat.runtime.registry import Spec
 
 
 class Update(Protocol):

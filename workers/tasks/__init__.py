@@ -2,6 +2,7 @@
 
 from offbeat.workers.tasks.contract import TASKS, Task
 from offbeat.workers.tasks.empirical import EmpiricalRisk
+from offbeat.workers.tasks.least_squares import LeastSquares, least_squares
 from offbeat.workers.tasks.logistic import logistic
 from offbeat.workers.tasks.mlp import mlp
 from offbeat.workers.tasks.module import TorchTask
@@ -10,9 +11,11 @@ from offbeat.workers.tasks.quadratic import Quadratic, quadratic
 __all__ = [
     "TASKS",
     "EmpiricalRisk",
+    "LeastSquares",
     "Quadratic",
     "Task",
     "TorchTask",
+    "least_squares",
     "logistic",
     "mlp",
     "quadratic",

@@ -1,0 +1,213 @@
+"""What every run needs around its events: stop rules, evaluations, checkpoints, signals."""
+
+import math
+import signal
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from offbeat.runtime.errors import Diverged
+from offbeat.runtime.records import Records
+from offbeat.runtime.settings import Evaluate, Stop
+from offbeat.workers.tasks.contract import Task
+
+PROGRESS_EVERY_S = 0.1
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+Save = Callable[[dict[str, Any]], None]
+
+
+class Loop(ABC):
+    """One run, whatever makes its events.
+
+    Args:
+        task: what is evaluated.
+        records: where everything is written.
+        stop: when to end.
+        evaluate: when to evaluate.
+        save: called with the state of the run to write a checkpoint, or None.
+        save_every_s: wall seconds between checkpoints.
+        progress: called now and then with the fraction of the run that is done.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        records: Records,
+        *,
+        stop: Stop,
+        evaluate: Evaluate,
+        save: Save | None = None,
+        save_every_s: float = math.inf,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
+        self.task, self.records, self.stop, self.evaluate = task, records, stop, evaluate
+        self._save, self._save_every_s, self._progress = save, save_every_s, progress
+        self._started = False
+        self._next_step = self._next_s = math.inf  # of evaluation
+        self._alarm_s = self._next_save_s = self._wall_end_s = math.inf  # wall clock
+        self._interrupted = False
+
+    @property
+    @abstractmethod
+    def step(self) -> int:
+        """Steps or rounds done."""
+
+    @property
+    @abstractmethod
+    def time_s(self) -> float:
+        """Virtual seconds so far."""
+
+    @property
+    @abstractmethod
+    def x(self) -> np.ndarray:
+        """The model ``[d]``."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """Facts about the run for its summary."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """The whole run as a tree of plain values and arrays."""
+
+    @abstractmethod
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from what ``state`` answered."""
+
+    @abstractmethod
+    def _start(self) -> None:
+        """What comes before the first event."""
+
+    @abstractmethod
+    def _advance(self) -> bool:
+        """The next event; False if there is none."""
+
+    @abstractmethod
+    def _measured(self) -> dict[str, float]:
+        """A row of metrics of this moment."""
+
+    @abstractmethod
+    def _sound(self) -> bool:
+        """Whether the state is finite and worth a checkpoint."""
+
+    def run(self) -> tuple[str, dict[str, float]]:
+        """Run to the end; answers why it ended, and a row of metrics measured there."""
+        # Overflow is told in one sentence, at the arrival it spoils, instead of in warnings.
+        with self._interruptible(), np.errstate(over="ignore", invalid="ignore"):
+            if not self._started:
+                self._started = True
+                self._start()
+                self._look()
+                self._checkpoint()
+            began_s = time.monotonic()
+            self._alarm_s = began_s
+            self._wall_end_s = began_s + (self.stop.wall_s or math.inf)
+            self._next_save_s = began_s + self._save_every_s
+            reason = self._loop()
+            final = self._measured()
+            self._checkpoint()
+        return reason, final
+
+    def _loop(self) -> str:
+        while True:
+            if reason := self._reached():
+                return reason
+            if not self._advance():
+                return "idle"
+            if self.step >= self._next_step or self.time_s >= self._next_s:
+                self._look()
+            if time.monotonic() >= self._alarm_s and (reason := self._alarm()):
+                return reason
+
+    def _alarm(self) -> str | None:
+        """Look up from the work: at the wall clock, at signals, at the checkpoint that is due."""
+        now_s = time.monotonic()
+        if self._interrupted:
+            return "interrupted"
+        if now_s >= self._wall_end_s:
+            return "wall time"
+        if now_s >= self._next_save_s:
+            self._checkpoint()
+            self._next_save_s = time.monotonic() + self._save_every_s
+        if self._progress is not None:
+            self._progress(self._fraction())
+        self._alarm_s = min(self._next_save_s, self._wall_end_s, now_s + PROGRESS_EVERY_S)
+        return None
+
+    def _reached(self) -> str | None:
+        """The stop rule that is met, if any."""
+        stop = self.stop
+        if stop.loss is not None and self.records.metrics[-1]["loss"] <= stop.loss:
+            return "target loss"
+        if stop.steps is not None and self.step >= stop.steps:
+            return "steps"
+        if stop.seconds is not None and self.time_s >= stop.seconds:
+            return "seconds"
+        if stop.gradients is not None and self.records.arrivals >= stop.gradients:
+            return "gradients"
+        return None
+
+    def _fraction(self) -> float:
+        parts = [
+            self.step / (self.stop.steps or math.inf),
+            self.time_s / (self.stop.seconds or math.inf),
+            self.records.arrivals / (self.stop.gradients or math.inf),
+        ]
+        return min(1.0, max(parts))
+
+    def _look(self) -> None:
+        """Evaluate, record, and set the next time to do so."""
+        every, every_s = self.evaluate.steps, self.evaluate.seconds
+        self.records.add(self._measured())
+        if every is not None:
+            self._next_step = (self.step // every + 1) * every
+        if every_s is not None:
+            now_s = self.time_s
+            count = int(now_s / every_s)
+            while (next_s := count * every_s) <= now_s:  # rounding may need one more
+                count += 1
+            self._next_s = next_s
+
+    def _evaluated(self, x: np.ndarray) -> dict[str, float]:
+        """The task's facts at ``x [d]``, which are finite."""
+        facts = self.task.evaluate(x)
+        if not math.isfinite(facts["loss"]):
+            raise Diverged(
+                f"the loss is not finite at step {self.step} ({self.time_s:.6g} s); "
+                "take a smaller step size or clip"
+            )
+        return facts
+
+    # -- Interruption and checkpoints ----------------------------------------------------------
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Ctrl-C or SIGTERM ends the loop after the current event; a second one at once."""
+        if self._save is None or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def interrupt(number: int, frame: Any) -> None:
+            self._interrupted, self._alarm_s = True, 0.0
+            restore()
+
+        before = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        try:
+            yield
+        finally:
+            restore()
+
+    def _checkpoint(self) -> None:
+        if self._save is not None and self._sound():
+            self._save(self.state())

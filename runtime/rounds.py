@@ -1,0 +1,269 @@
+"""Synchronous gossip under a virtual clock: all nodes do every round, as one stacked computation.
+
+A node waits for its neighbours only.  It begins a round when it has done the last one and has the
+messages of all whom it hears in this one:
+
+    start_i(k) = max(end_i(k-1), max_j end_j(k-1) + delay_j) ;  end_i(k) = start_i(k) + work_i(k)
+
+so a slow node slows its neighbours at once, and those at distance r after r rounds.  Methods whose
+messages travel during the gradient wait for them at its end instead.  A message that is lost is
+missed when it would have come.  A node's link sends to its neighbours one after the other:
+delay_j = latency + all its bytes / bandwidth + jitter.
+"""
+
+import math
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offbeat.algorithms.gossip import Gossip, Points
+from offbeat.runtime.errors import ConfigError, Diverged
+from offbeat.runtime.loop import Loop
+from offbeat.runtime.network import Network, Round
+from offbeat.runtime.records import Records
+from offbeat.runtime.stacked import Broadcast, Links, Shares, Stacked, Wire
+from offbeat.topologies import Topology
+from offbeat.workers.fleet import Fleet, Timing
+from offbeat.workers.tasks.contract import Task
+
+MOST_TRACED = 1024  # nodes up to which every job is recorded
+CHUNK = 2**20  # numbers looked at together where all nodes' models are measured
+
+Replicas = Literal["links", "global"]
+
+
+class Rounds(Loop):
+    """One synchronous run of a gossip method.
+
+    Args:
+        task, method, topology, fleet, timing, records: the parts.
+        seed: of the run.
+        replicas: what stands behind compressed differences where the graph changes: copies kept by
+            the two ends of every link, or "global": every message reaches all who are ever
+            neighbours, in every round.
+        initial: ``[n, d]``, where the nodes start; None: all at the task's initial point.
+        around: see ``Loop``.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        method: Gossip,
+        topology: Topology,
+        fleet: Fleet,
+        timing: Timing,
+        records: Records,
+        *,
+        seed: int,
+        replicas: Replicas = "links",
+        initial: NDArray | None = None,
+        **around: Any,
+    ) -> None:
+        super().__init__(task, records, **around)
+        self.method, self.fleet, self.timing, self.n = method, fleet, timing, fleet.workers
+        self.network = Network(topology, fleet, method, seed)
+        self._windows = fleet.windows() if self.network.dropping else {}
+        self._reach: NDArray | None = None  # [n], who must hear every message
+        if replicas == "global" and not self.network.fixed and not method.exact:
+            if self.network.loss or self.network.dropping:
+                raise ConfigError(
+                    'gossip.replicas = "global" needs every message to reach everybody; with lost '
+                    'messages or nodes that are away, take "links"'
+                )
+            self._reach = _reach(topology)
+        wires = {name: self._wire(name, seed) for name in method.channels}
+        start = task.initial(seed)
+        x = np.repeat(start[None], self.n, axis=0) if initial is None else np.array(initial)
+        self.node = Stacked(x, wires, common=initial is None)
+        self.round = 0
+        self.bytes = 0  # sent by all
+        self.messages = 0  # links used, summed over rounds
+        self.end_s = np.zeros(self.n)  # of each node's last round
+        self.free_s = np.zeros(self.n)  # when what it sent then has arrived, but for the bytes
+        self._sent = np.zeros(self.n)  # seconds its bytes took
+        self._all = np.arange(self.n)
+
+    def _wire(self, name: str, seed: int) -> Wire:
+        method, n = self.method, self.n
+        channel = method.channels[name]
+        if method.pushes:
+            return Shares(n, lossy=self.network.loss > 0)
+        still = self.network.fixed or self._reach is not None or not channel.memory
+        if method.exact or still:
+            return Broadcast(method.compressor, channel, n, method.exact, seed, name)
+        return Links(method.compressor, n, seed, name)
+
+    @property
+    def step(self) -> int:
+        """Rounds done."""
+        return self.round
+
+    @property
+    def time_s(self) -> float:
+        """When the last node was done with the last round."""
+        return float(self.end_s.max())
+
+    @property
+    def x(self) -> NDArray:
+        """The nodes' mean ``[d]``."""
+        return self.method.models(self.node).mean(axis=0)
+
+    def facts(self) -> dict[str, Any]:
+        """See ``Loop``."""
+        return {"bytes": self.bytes, "messages": self.messages}
+
+    # -- Rounds --------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        wanted = self.method.init(self.node)
+        if wanted is not None:
+            self.node._starting = False
+            self.method.begin(self.node, self._gradients(wanted, 0))
+            self._spend(0, np.zeros(self.n), None)
+
+    def _advance(self) -> bool:
+        node, k = self.node, self.round
+        present = self._present(k)
+        if present is not None and not present.any():
+            back_s = min(self._returns(self.time_s), default=math.inf)
+            self.end_s = np.full(self.n, back_s)
+            return back_s < math.inf
+        now = self.network.round(k, present)
+        self._send(now)
+        before = node.snapshot() if present is not None else None
+        try:
+            wanted = self.method.ask(node)
+            self.method.tell(node, self._gradients(wanted, k + 1))
+        except ConfigError:
+            if self._sound():
+                raise
+            raise Diverged(
+                f"a node's model is not finite after round {k}; take a smaller step size"
+            ) from None
+        self._spend(k + 1, self._ready(now), present)
+        if before is not None and present is not None:
+            node.keep(before, ~present)
+        self.round += 1
+        return True
+
+    def _gradients(self, wanted: Points, draw: int) -> Any:
+        draws = np.full(self.n, draw)
+        points = wanted if isinstance(wanted, tuple) else (wanted,)
+        found = []
+        for x in points:
+            losses, gradients = self.task.gradient(x, self._all, draws)
+            if not math.isfinite(float(losses.sum() + gradients.sum())):
+                good = np.isfinite(losses) & np.isfinite(gradients).all(axis=1)
+                if not good.all():
+                    raise Diverged(
+                        f"the gradient or loss of node {int(good.argmin())} is not finite in round "
+                        f"{self.round} ({self.time_s:.6g} s); take a smaller step size"
+                    )
+            found.append(gradients)
+        return tuple(found) if isinstance(wanted, tuple) else found[0]
+
+    def _send(self, now: Round) -> None:
+        """The messages of the last round travel."""
+        sizes = self.node.exchange(now)
+        src, links = now.src, len(now.src)
+        sent = np.bincount(src, sizes, self.n)
+        if self._reach is not None:  # whoever may ever need it hears it
+            degree = np.bincount(src, minlength=self.n)
+            sent = sent / np.maximum(degree, 1) * self._reach
+            links = int(self._reach.sum())
+        self.bytes += int(sent.sum())
+        self.messages += links
+        self._sent = sent / (self.fleet.bandwidth or math.inf)
+
+    def _ready(self, now: Round) -> NDArray:
+        """``[n]``: when each node has what it needs for this round."""
+        ready = self.end_s.copy()
+        np.maximum.at(ready, now.dst, (self.free_s + self._sent)[now.src])
+        return ready
+
+    def _spend(self, number: int, ready: NDArray, present: NDArray | None) -> None:
+        """Job ``number`` of every node that is there takes its time."""
+        start = self.end_s if self.method.overlap else ready
+        end = self.timing.finish_all(number, start)
+        there = self._all
+        if present is not None:
+            there = np.flatnonzero(present)
+            end = np.where(present, end, ready[present].max())
+        self.records.round(self.round, number, there, start, end, self.n <= MOST_TRACED)
+        if self.method.overlap:
+            end = np.maximum(end, ready)
+        self.end_s = end
+        self.free_s = end + self.fleet.latency_s + self.timing.jitters(number)
+
+    def _present(self, k: int) -> NDArray | None:
+        """Who takes part in round ``k``, ``[n]``; None for all."""
+        if not self._windows:
+            return None
+        ready = self._ready(self.network.round(k))
+        present = np.ones(self.n, bool)
+        for node, windows in self._windows.items():
+            present[node] = not any(begin <= ready[node] < end for begin, end in windows)
+        return None if present.all() else present
+
+    def _returns(self, now_s: float) -> list[float]:
+        return [end for windows in self._windows.values() for _, end in windows if end > now_s]
+
+    # -- Records -------------------------------------------------------------------------------
+
+    def _measured(self) -> dict[str, float]:
+        self.records.flush()
+        models = self.method.models(self.node)
+        mean = models.mean(axis=0)
+        apart = distances2(models, mean)
+        worst = int(apart.argmax())
+        row = {"time_s": self.time_s, "step": self.round, "gradients": self.records.arrivals}
+        row |= self._evaluated(mean)
+        row["loss_worst"] = self._evaluated(models[worst])["loss"]
+        row["consensus"] = math.sqrt(float(apart.mean()))
+        row["bytes"], row["bytes_edge"] = self.bytes, self.bytes / max(self.messages, 1)
+        busy_s = float(self.records.busy_s.sum())
+        row["busy"] = busy_s / (self.n * self.time_s) if self.time_s else 0.0
+        return row
+
+    def _sound(self) -> bool:
+        return bool(np.isfinite(self.node.x).all())
+
+    _COUNTERS = ("round", "bytes", "messages", "_next_step", "_next_s")
+
+    def state(self) -> dict[str, Any]:
+        """See ``Loop``."""
+        return {
+            "x": self.x,
+            "step": self.round,
+            "node": self.node.state(),
+            "times": [self.end_s, self.free_s],
+            "counters": {key: getattr(self, key) for key in self._COUNTERS},
+            "records": self.records.state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """See ``Loop``."""
+        self._started = True
+        self.node.restore(state["node"])
+        self.end_s, self.free_s = state["times"]
+        for key, value in state["counters"].items():
+            setattr(self, key, value)
+        self.records.restore(state["records"])
+
+
+def distances2(models: NDArray, mean: NDArray) -> NDArray:
+    """``[n]`` squared distances of ``models [n, d]`` from ``mean [d]``, in little memory."""
+    rows = max(1, CHUNK // len(mean))
+    pieces = [models[at : at + rows] - mean for at in range(0, len(models), rows)]
+    return np.concatenate([np.vecdot(piece, piece) for piece in pieces]).astype(float)
+
+
+def _reach(topology: Topology) -> NDArray:
+    """``[n]``: to how many others each node's messages must go, if they must reach all in time."""
+    if topology.period is None:
+        return np.full(topology.n, topology.n - 1)
+    union = sum(abs(topology.matrix(k)) for k in range(topology.period))
+    union.setdiag(0)
+    union.eliminate_zeros()
+    return np.bincount(union.nonzero()[1], minlength=topology.n)
