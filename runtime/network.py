@@ -71,7 +71,7 @@ class Network:
 
     def round(self, k: int, present: NDArray | None = None) -> Round:
         """Round ``k`` among the nodes ``present [n]`` (a mask; None for all)."""
-        whole = self._whole(k if self.topology.period is None else k % self.topology.period)
+        whole = self.whole(k)
         if not self.loss and present is None:
             return whole if whole.k == k else Round(k, *_rest(whole))
         n, src, dst, weight = self.topology.n, whole.src, whole.dst, whole.weight
@@ -95,6 +95,14 @@ class Network:
         values = np.concatenate([weight[through], diagonal])
         matrix = sparse.csr_array(sparse.coo_array((values, place), shape=(n, n)))
         return Round(k, matrix, src, dst, weight, through)
+
+    def whole(self, k: int) -> Round:
+        """Round ``k`` if nothing is lost and nobody away, up to its number."""
+        return self._whole(k if self.topology.period is None else k % self.topology.period)
+
+    def arrives(self, k: int, src: int, dst: int) -> bool:
+        """Whether message ``k`` from ``src`` to ``dst`` is not lost."""
+        return not self.loss or bool(self._arrives(k, np.array([src]), np.array([dst]))[0])
 
     def _round(self, k: int) -> Round:
         matrix = self.topology.matrix(k)

@@ -12,6 +12,7 @@ delay_j = latency + all its bytes / bandwidth + jitter.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -213,14 +214,8 @@ class Rounds(Loop):
 
     def _measured(self) -> dict[str, float]:
         self.records.flush()
-        models = self.method.models(self.node)
-        mean = models.mean(axis=0)
-        apart = distances2(models, mean)
-        worst = int(apart.argmax())
         row = {"time_s": self.time_s, "step": self.round, "gradients": self.records.arrivals}
-        row |= self._evaluated(mean)
-        row["loss_worst"] = self._evaluated(models[worst])["loss"]
-        row["consensus"] = math.sqrt(float(apart.mean()))
+        row |= measure(self.method.models(self.node), self._evaluated)
         row["bytes"], row["bytes_edge"] = self.bytes, self.bytes / max(self.messages, 1)
         busy_s = float(self.records.busy_s.sum())
         row["busy"] = busy_s / (self.n * self.time_s) if self.time_s else 0.0
@@ -250,6 +245,20 @@ class Rounds(Loop):
         for key, value in state["counters"].items():
             setattr(self, key, value)
         self.records.restore(state["records"])
+
+
+def measure(models: NDArray, evaluated: Callable[[NDArray], dict[str, float]]) -> dict[str, float]:
+    """The task's facts at the mean of ``models [n, d]``, and how far the nodes are from it.
+
+    ``consensus`` is the root of the mean squared distance to the mean; ``loss_worst`` the loss of
+    the node that is farthest away.
+    """
+    mean = models.mean(axis=0)
+    apart = distances2(models, mean)
+    row = evaluated(mean)
+    row["loss_worst"] = evaluated(models[apart.argmax()])["loss"]
+    row["consensus"] = math.sqrt(float(apart.mean()))
+    return row
 
 
 def distances2(models: NDArray, mean: NDArray) -> NDArray:

@@ -62,7 +62,7 @@ class Node(Protocol):
         """sum_j w_ij (h_j - h_i) of the public copies, as the last messages left them."""
         ...
 
-    def push(self, channel: str, value: NDArray) -> None:
+    def push(self, channel: str, value: NDArray) -> object:
         """Give ``value`` away: a share a_ji to every node j that hears this one, a_ii to itself."""
         ...
 
