@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from offbeat.algorithms.gossip import Gossip
 from offbeat.algorithms.server import ALGORITHMS, Algorithm
 from offbeat.runtime import checkpoint
 from offbeat.runtime.engine import Engine
@@ -24,10 +25,15 @@ from offbeat.runtime.experiment import (
     read,
     with_more,
 )
+from offbeat.runtime.loop import Loop
+from offbeat.runtime.pairs import Pairs
 from offbeat.runtime.records import TRACE_COLUMNS, Records, column, read_trace
+from offbeat.runtime.rounds import Rounds
 from offbeat.runtime.settings import DEFAULT_STEPS, Evaluate, Stop
 from offbeat.runtime.virtual import VirtualWorkers
+from offbeat.topologies import TOPOLOGIES, Topology
 from offbeat.workers.fleet import Fleet, Timing
+from offbeat.workers.speeds import Clock
 from offbeat.workers.tasks import TASKS, Task
 
 Progress = Callable[[float], None]
@@ -103,22 +109,29 @@ class Result:
         return f"{self.name}: {shown} ({self.reason})"
 
 
+def _times(trace: NDArray) -> dict[tuple[int, int], tuple[float, float, float]]:
+    """(worker, job) -> start, end, arrival."""
+    whole = (column(trace, name).astype(int).tolist() for name in ("worker", "job"))
+    times = (column(trace, name).tolist() for name in ("start_s", "end_s", "time_s"))
+    return dict(zip(zip(*whole, strict=True), zip(*times, strict=True), strict=True))
+
+
+class RecordedClock(Clock):
+    """Jobs end when a trace says so; a job it does not have never does."""
+
+    def __init__(self, trace: NDArray) -> None:
+        self._times = _times(trace)
+
+    def finish(self, worker: int, number: int, start_s: float) -> float:
+        """See ``Clock``."""
+        return self._times.get((worker, number), (0.0, np.inf, 0.0))[1]
+
+
 class RecordedTiming(Timing):
     """Times of jobs as a trace has them; a job it does not have never ends."""
 
     def __init__(self, trace: NDArray) -> None:
-        keys = zip(
-            column(trace, "worker").astype(int).tolist(),
-            column(trace, "job").astype(int).tolist(),
-            strict=True,
-        )
-        times = zip(
-            column(trace, "start_s").tolist(),
-            column(trace, "end_s").tolist(),
-            column(trace, "time_s").tolist(),
-            strict=True,
-        )
-        self._times = dict(zip(keys, times, strict=True))
+        self._times = _times(trace)
         self.finish = None
 
     def plan(
@@ -131,9 +144,12 @@ class RecordedTiming(Timing):
 
 def run(
     task: Task | str | Mapping[str, Any],
-    algorithm: Algorithm | str | Mapping[str, Any],
+    algorithm: Algorithm | Gossip | str | Mapping[str, Any],
     fleet: Fleet | str | Mapping[str, Any] | None = None,
+    topology: Topology | str | Mapping[str, Any] | None = None,
     *,
+    mode: str | None = None,
+    replicas: str = "links",
     stop: Stop | Mapping[str, Any] | None = None,
     evaluate: Evaluate | Mapping[str, Any] | None = None,
     record: Record | Mapping[str, Any] | None = None,
@@ -149,7 +165,9 @@ def run(
         algorithm: a method, its text ("shuffled(lr=0.5)") or its table; it is not changed.
         fleet: a fleet, its text ("16 lognormal(1.0)") or its table; one worker a share of the
             task, all equally fast, if absent.
-        stop: when to end; 5000 steps if absent.
+        topology: of a gossip method, its text ("ring") or its table.
+        mode, replicas: of gossip; see ``Experiment``.
+        stop: when to end; 5000 steps (rounds of gossip) if absent.
         evaluate: how often to evaluate; about a hundred times if absent.
         record: what to keep.
         seed: of everything that is drawn.
@@ -174,11 +192,19 @@ def run(
         made_fleet = Fleet(workers=workers)
     else:
         made_fleet = make_fleet(fleet)
+    made_topology = None
+    if topology is not None:
+        made_topology = make_part(TOPOLOGIES, topology, n=made_fleet.workers, seed=seed)
+        if fleet is None and isinstance(task, str | Mapping):
+            made_fleet = Fleet(workers=made_topology.n)
     made_stop = make_settings(Stop, stop or {"steps": DEFAULT_STEPS})
     experiment = Experiment(
         task=make_part(TASKS, task, workers=made_fleet.workers, seed=seed),
         algorithm=make_part(ALGORITHMS, algorithm),
         fleet=made_fleet,
+        topology=made_topology,
+        mode=mode,
+        replicas=replicas,
         stop=made_stop,
         evaluate=make_settings(Evaluate, evaluate)
         if evaluate is not None
@@ -268,7 +294,7 @@ def replay(
     state = checkpointed(folder)
     arrivals = state["records"]["flushed"]
     trace = read_trace(folder / "trace.jsonl")[:arrivals]
-    engine = _engine(experiment, None, None, RecordedTiming(trace))
+    engine = _engine(experiment, None, None, trace)
     engine.stop = Stop(gradients=max(1, arrivals))
     return _finish(engine, experiment, None)
 
@@ -300,11 +326,10 @@ def _engine(
     experiment: Experiment,
     folder: Path | None,
     progress: Progress | None,
-    timing: Timing | None = None,
-) -> Engine:
+    trace: NDArray | None = None,
+) -> Loop:
+    """What runs ``experiment``; with its jobs timed as in ``trace``, if there is one."""
     e = experiment
-    model_bytes = int(e.task.initial(e.seed).nbytes)
-    workers = VirtualWorkers(e.task, e.fleet, timing or e.fleet.timing(e.seed, model_bytes))
 
     def save(state: dict[str, Any]) -> None:
         assert folder is not None
@@ -318,22 +343,32 @@ def _engine(
                 + ": make room or mend the rights, then resume the run"
             ) from None
 
-    return Engine(
-        e.task,
-        copy.deepcopy(e.algorithm),
-        workers,
-        Records(e.fleet, folder, e.record.trace),
-        stop=e.stop,
-        evaluate=e.evaluate,
-        seed=e.seed,
-        save=None if folder is None else save,
-        save_every_s=e.record.save_every_s,
-        progress=progress,
-    )
+    records = Records(e.fleet, folder, e.record.trace)
+    around: dict[str, Any] = {
+        "stop": e.stop,
+        "evaluate": e.evaluate,
+        "seed": e.seed,
+        "save": None if folder is None else save,
+        "save_every_s": e.record.save_every_s,
+        "progress": progress,
+    }
+    if isinstance(e.algorithm, Gossip):
+        assert e.topology is not None
+        parts = e.task, e.algorithm, e.topology, e.fleet
+        timing = e.fleet.timing(e.seed, 0)
+        if trace is not None:
+            timing.clock = RecordedClock(trace)
+        if e.asynchronous:
+            return Pairs(*parts, timing, records, **around)
+        return Rounds(*parts, timing, records, replicas=e.replicas, **around)
+    model_bytes = int(e.task.initial(e.seed).nbytes)
+    timing = e.fleet.timing(e.seed, model_bytes) if trace is None else RecordedTiming(trace)
+    workers = VirtualWorkers(e.task, e.fleet, timing)
+    return Engine(e.task, copy.deepcopy(e.algorithm), workers, records, **around)
 
 
 def _finish(
-    engine: Engine,
+    engine: Loop,
     experiment: Experiment,
     folder: Path | None,
     state: dict[str, Any] | None = None,
@@ -356,7 +391,7 @@ def _finish(
         final=final,
         histogram=records.histogram,
         facts=facts,
-        outstanding=[job.step for job in engine.workers.jobs()],
+        outstanding=engine.outstanding(),
         events=records.events,
         notes=notes or [],
         folder=folder,

@@ -17,11 +17,12 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits
 
 from offbeat.algorithms.compression import COMPRESSORS
-from offbeat.algorithms.server import ALGORITHMS
+from offbeat.algorithms.gossip import ALGORITHMS
 from offbeat.runtime import api
 from offbeat.runtime.checkpoint import write_whole
 from offbeat.runtime.errors import ConfigError, Diverged, OffbeatError, StorageError, nearest
 from offbeat.runtime.experiment import Experiment, apply_override, from_table, put, read
+from offbeat.runtime.registry import Spec
 from offbeat.topologies import TOPOLOGIES, WEIGHTS, facts
 from offbeat.workers.data import BUNDLED
 from offbeat.workers.partition import PARTITIONS
@@ -42,12 +43,13 @@ LISTS = {
 }
 
 app = typer.Typer(
-    help="Asynchronous optimisation on fleets of unequal workers.",
+    help="Asynchronous and decentralised optimisation on fleets of unequal workers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
+WIDE = 140  # characters a line, where no terminal says
+console = Console(width=None if sys.stdout.isatty() else WIDE)
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, as fleet.workers=20."),
@@ -62,6 +64,12 @@ def run(
         typer.Option(help='A method, as shuffled or "pure(lr=0.5)"; several are compared.'),
     ] = None,
     task: Annotated[str | None, typer.Option(help="As logistic:digits or quadratic(5).")] = None,
+    topology: Annotated[
+        list[str] | None, typer.Option(help="Of gossip, as ring:16; several are compared.")
+    ] = None,
+    mode: Annotated[
+        list[str] | None, typer.Option(help="Of gossip: synchronous, asynchronous, or both.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="How many workers.")] = None,
     speeds: Annotated[
         str | None, typer.Option(help='Seconds a job: "lognormal(1.0)", 1..10, ...')
@@ -84,6 +92,8 @@ def run(
     named = {
         "task": task,
         "algorithm": algorithm,
+        "topology": topology,
+        "mode": mode,
         "fleet.workers": workers,
         "fleet.speeds": speeds,
         "fleet.stragglers": stragglers,
@@ -100,7 +110,7 @@ def run(
             apply_override(table, override)
         experiments, stem = from_table(table), "run"
     else:
-        if clash := [key for key in ("task", "algorithm") if key in given]:
+        if clash := [key for key in ("task", "algorithm", "topology", "mode") if key in given]:
             raise ConfigError(
                 f"{file} has its own {clash[0]}; change a key with --set {clash[0]}.KEY=VALUE"
             )
@@ -226,23 +236,40 @@ def _parts(folder: Path) -> list[Path]:
         return []
 
 
+def _told_apart(specs: Sequence[Spec]) -> list[str]:
+    """The names in ``specs``, with the options that tell apart those of one name."""
+    return [
+        " ".join(
+            [spec.name]
+            + [
+                f"{key}={value}"
+                for key, value in spec.options.items()
+                if any(o.name == spec.name and o.options.get(key) != value for o in specs)
+            ]
+        )
+        for spec in specs
+    ]
+
+
 def _labels(experiments: Sequence[Experiment]) -> list[str]:
-    """The methods' names, with what tells apart those of one name."""
-    specs = [experiment.algorithm.spec for experiment in experiments]
+    """What each run is called: its method, and what else differs."""
+    columns = [_told_apart([_spec(e.algorithm) for e in experiments])]
+    if all(e.topology is not None for e in experiments):
+        columns.append(_told_apart([_spec(e.topology) for e in experiments]))
+    columns.append(["asynchronous" if e.asynchronous else "synchronous" for e in experiments])
+    telling = columns[:1] + [column for column in columns[1:] if len(set(column)) > 1]
     labels: list[str] = []
-    for spec in specs:
-        assert spec is not None
-        same = [other for other in specs if other is not None and other.name == spec.name]
-        differ = [
-            f"{key}={value}"
-            for key, value in spec.options.items()
-            if any(other.options.get(key) != value for other in same)
-        ]
-        label = " ".join([spec.name, *differ])
+    for words in zip(*telling, strict=True):
+        label = " ".join(words)
         while label in labels:
             label += "'"
         labels.append(label)
     return labels
+
+
+def _spec(part: Any) -> Spec:
+    assert part.spec is not None
+    return part.spec
 
 
 def _prepare_all(experiments: Sequence[Experiment], folder: Path) -> dict[str, Path]:
@@ -311,6 +338,7 @@ class _bar:
         self._progress.stop()
 
 
+JOBS = ("lost", "reassigned", "cancelled")
 COLUMNS = {
     "time_s": ("virtual s", "{:,.0f}"),
     "step": ("steps", "{:,.0f}"),
@@ -318,6 +346,9 @@ COLUMNS = {
     "grad_norm": ("grad norm", "{:.3g}"),
     "accuracy": ("accuracy", "{:.3f}"),
     "distance2": ("distance²", "{:.3g}"),
+    "consensus": ("consensus", "{:.3g}"),
+    "loss_worst": ("worst node", "{:.4g}"),
+    "bytes": ("MB sent", "{:,.1f}"),
     "staleness_mean": ("staleness", "{:.1f}"),
     "staleness_max": ("max", "{:.0f}"),
     "busy": ("busy", "{:.0%}"),
@@ -328,22 +359,29 @@ def _report(results: dict[str, api.Result], folder: Path) -> None:
     """The table, the picture, and where things are."""
     from offbeat.runtime.plots import picture
 
+    gossip = any("bytes" in result.final for result in results.values())
     columns = [key for key in COLUMNS if any(key in r.final for r in results.values())]
+    if gossip:
+        columns = [key for key in columns if key not in ("grad_norm", "staleness_max")]
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("method", no_wrap=True)
     for key in columns:
-        table.add_column(COLUMNS[key][0], justify="right")
+        title = "rounds" if gossip and key == "step" else COLUMNS[key][0]
+        table.add_column(title, justify="right", no_wrap=True)
     for label, result in results.items():
         final = result.final
+        final = {**final, "bytes": final.get("bytes", 0) / 1e6}
         cells = [COLUMNS[key][1].format(final[key]) if key in final else "" for key in columns]
         table.add_row(label, *cells)
     console.print(table)
     for label, result in results.items():
         if result.reason == "idle":
             _say(f"{label}: ended early, no job is left that will ever come back")
-        counts = [f"{v} {k}" for k, v in result.facts.items() if v and k != "concurrency"]
+        counts = [f"{result.facts[k]} {k}" for k in JOBS if result.facts.get(k)]
         if counts:
             _say(f"{label}: jobs {', '.join(counts)}")
+        if lost := result.facts.get("messages_lost"):
+            _say(f"{label}: {lost:,} of {result.facts['messages']:,} messages lost")
     if any(result.reason == "interrupted" for result in results.values()):
         _say(f"interrupted; go on with: offbeat resume {folder}")
         raise typer.Exit(INTERRUPTED)

@@ -121,6 +121,10 @@ class Engine(Loop):
         counts = {key: getattr(workers, key) for key in ("lost", "reassigned", "cancelled")}
         return {"concurrency": workers.peak, **counts}
 
+    def outstanding(self) -> list[int]:
+        """See ``Loop``."""
+        return [job.step for job in self.workers.jobs()]
+
     def _start(self) -> None:
         self.algorithm.start(self.server)
 

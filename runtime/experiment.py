@@ -3,15 +3,19 @@
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tomli_w
 
+from offbeat.algorithms.gossip import Gossip
 from offbeat.algorithms.server import ALGORITHMS, Algorithm
 from offbeat.runtime.errors import ConfigError, nearest
+from offbeat.runtime.network import Network
 from offbeat.runtime.registry import MADE_BY_HAND, MOST_SEEDS, Positive, Registry, settings
 from offbeat.runtime.settings import DEFAULT_STEPS, Evaluate, Stop
+from offbeat.topologies import TOPOLOGIES, Topology
 from offbeat.workers.fleet import Fleet, Outage
 from offbeat.workers.tasks import TASKS, Task
 
@@ -39,14 +43,20 @@ class Experiment:
         task: what is minimised.
         algorithm: by which method.
         fleet: by which workers.
+        topology: who talks to whom, where the method is one of gossip.
+        mode: "synchronous" or "asynchronous" gossip; None: as the method can, synchronous first.
+        replicas: see ``Rounds``.
         stop, evaluate, record: see there.
         seed: of sampling, durations, permutations and the initial model.
         engine: where gradients are computed and what orders arrivals; "virtual".
     """
 
     task: Task
-    algorithm: Algorithm
+    algorithm: Algorithm | Gossip
     fleet: Fleet
+    topology: Topology | None = None
+    mode: str | None = None
+    replicas: str = "links"
     stop: Stop
     evaluate: Evaluate
     record: Record = field(default_factory=Record)
@@ -66,13 +76,42 @@ class Experiment:
             raise ConfigError(f"seed must be a whole number, not {self.seed!r}")
         if not 0 <= self.seed < MOST_SEEDS:
             raise ConfigError(f"seed must be from 0 to {MOST_SEEDS - 1}, not {self.seed}")
+        if isinstance(self.algorithm, Gossip):
+            self._check_gossip(self.algorithm)
+        elif self.topology is not None or self.mode is not None:
+            raise ConfigError("a method with a server has no topology and no mode; remove them")
+        elif self.fleet.loss:
+            raise ConfigError("fleet.loss is for gossip; a server's messages are not lost")
         self.algorithm.check(self.fleet.workers)
+
+    def _check_gossip(self, method: Gossip) -> None:
+        name = method.spec.name if method.spec else type(method).__name__
+        if self.topology is None:
+            raise ConfigError(f'{name} is a gossip method: give a topology, as topology = "ring"')
+        if self.mode not in (None, *MODES):
+            raise ConfigError(f'mode must be one of {", ".join(MODES)}, not "{self.mode}"')
+        if self.replicas not in REPLICAS:
+            raise ConfigError(f"replicas must be one of {', '.join(REPLICAS)}")
+        if self.mode == "synchronous" and not method.synchronous:
+            raise ConfigError(f"{name} is asynchronous by its nature; leave mode out")
+        Network(self.topology, self.fleet, method, self.seed, self.asynchronous)
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether a gossip run has no rounds."""
+        natural = isinstance(self.algorithm, Gossip) and not self.algorithm.synchronous
+        return natural if self.mode is None else self.mode == "asynchronous"
 
     def table(self) -> dict[str, Any]:
         """The TOML form, complete; parts made by hand are named, but cannot be read back."""
+        gossip = {}
+        if self.topology is not None:
+            gossip = {"replicas": self.replicas, "topology": _part(self.topology)}
+            gossip |= {"mode": self.mode} if self.mode is not None else {}
         return {
             "seed": self.seed,
             "engine": self.engine,
+            **gossip,
             "task": _part(self.task),
             "algorithm": _part(self.algorithm),
             "fleet": _fleet_table(self.fleet),
@@ -84,14 +123,17 @@ class Experiment:
         return tomli_w.dumps(self.table())
 
 
-NEEDED = {"task": "gradient", "algorithm": "arrive"}  # by which an object is known
+# By which an object is known.
+NEEDED = {"task": ("gradient",), "algorithm": ("arrive", "ask"), "topology": ("matrix",)}
+MODES = ("synchronous", "asynchronous")
+REPLICAS = ("links", "global")
 KEYS = [entry.name for entry in fields(Experiment)]
 
 
 def read(
     path: Path, given: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
 ) -> list[Experiment]:
-    """The experiments of a TOML file, one for each algorithm in it.
+    """The experiments of a TOML file: one for each algorithm, topology and mode in it.
 
     Args:
         path: the file.
@@ -173,13 +215,19 @@ def from_table(table: Mapping[str, Any]) -> list[Experiment]:
     stop = attempt(make_settings, Stop, table.get("stop", {"steps": DEFAULT_STEPS}))
     evaluate = attempt(make_settings, Evaluate, table["evaluate"]) if "evaluate" in table else None
     record = attempt(make_settings, Record, table.get("record", {}))
-    given = table.get("algorithm", [])
-    if given == [] and "algorithm" in table:
-        mistakes.append("algorithm: an empty list; name at least one")
-    algorithms = [
-        attempt(make_part, ALGORITHMS, one)
-        for one in (given if isinstance(given, list) else [given])
-    ]
+    for key in ("algorithm", "topology", "mode"):
+        if table.get(key) == []:
+            mistakes.append(f"{key}: an empty list; name at least one")
+    algorithms = [attempt(make_part, ALGORITHMS, one) for one in _several(table, "algorithm", [])]
+    topologies: list[Any] = [None]
+    if "topology" in table and fleet is not None:
+        extra = {"n": fleet.workers, "seed": seed}
+        topologies = [
+            attempt(make_part, TOPOLOGIES, one, **extra) for one in _several(table, "topology", [])
+        ]
+        sizes = {topology.n for topology in topologies if topology is not None}
+        if "workers" not in table.get("fleet", {}) and len(sizes) == 1:
+            fleet = attempt(make_fleet, {**table.get("fleet", {}), "workers": sizes.pop()})
     task: Any = None
     if "task" in table and fleet is not None:
         task = attempt(make_part, TASKS, table["task"], workers=fleet.workers, seed=seed)
@@ -190,23 +238,34 @@ def from_table(table: Mapping[str, Any]) -> list[Experiment]:
             task=task,
             algorithm=algorithm,
             fleet=fleet,
+            topology=topology,
+            mode=mode,
+            replicas=table.get("replicas", "links"),
             stop=stop,
             evaluate=evaluate or Evaluate.sensible(stop),
             record=record,
             seed=seed,
             engine=table.get("engine", "virtual"),
         )
-        for algorithm in algorithms
+        for topology, algorithm, mode in product(
+            topologies, algorithms, _several(table, "mode", None)
+        )
     ]
 
 
+def _several(table: Mapping[str, Any], key: str, default: Any) -> list[Any]:
+    given = table.get(key, default)
+    return given if isinstance(given, list) else [given]
+
+
 def make_part(registry: Registry, given: Any, **extra: Any) -> Any:
-    """A task or algorithm from its text or table; anything else is taken as it is."""
+    """A task, algorithm or topology from its text or table; else it is taken as it is."""
     if isinstance(given, str):
         return registry.parse(given, **extra)
     if isinstance(given, Mapping):
         return registry.table(given, **extra)
-    if isinstance(given, type) or not hasattr(given, NEEDED[registry.kind]):
+    known = any(hasattr(given, method) for method in NEEDED[registry.kind])
+    if isinstance(given, type) or not known:
         raise ConfigError(
             f"{given!r} is no {registry.kind}; give its name, a table, or an object "
             "(a factory needs its brackets, as in pure())"

@@ -72,6 +72,10 @@ class Loop(ABC):
     def facts(self) -> dict[str, Any]:
         """Facts about the run for its summary."""
 
+    def outstanding(self) -> list[int]:
+        """The step that each job still out was given."""
+        return []
+
     @abstractmethod
     def state(self) -> dict[str, Any]:
         """The whole run as a tree of plain values and arrays."""

@@ -25,20 +25,28 @@ class Network:
         fleet: how many messages are lost, and whether nodes sit rounds out.
         method: what has to bear it.
         seed: of the losses.
+        asynchronous: whether nodes exchange in pairs, at their own pace.
 
     Raises:
         ConfigError: the method does not suit the topology, or cannot bear the losses.
     """
 
-    def __init__(self, topology: Topology, fleet: Fleet, method: Gossip, seed: int) -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        fleet: Fleet,
+        method: Gossip,
+        seed: int,
+        asynchronous: bool = False,
+    ) -> None:
         self.topology, self.loss, self._pushes = topology, fleet.loss, method.pushes
         self.dropping = fleet.on_outage != "pause" and bool(fleet.outages)
         self.fixed = topology.period == 1 and not self.loss and not self.dropping
         self._streams = Streams(seed, "loss", topology.n)
         self._whole = lru_cache(maxsize=min(topology.period or 1, KEPT_ROUNDS))(self._round)
-        self._check(fleet, method)
+        self._check(fleet, method, asynchronous)
 
-    def _check(self, fleet: Fleet, method: Gossip) -> None:
+    def _check(self, fleet: Fleet, method: Gossip, asynchronous: bool) -> None:
         name = method.spec.name if method.spec else type(method).__name__
         n, topology = fleet.workers, self.topology
         if topology.n != n:
@@ -47,6 +55,16 @@ class Network:
             raise ConfigError(
                 'on_outage = "reassign" is for methods with a server; a gossip node can "pause", '
                 'or "lose" the rounds it is away'
+            )
+        if asynchronous and not method.asynchronous:
+            raise ConfigError(
+                f"{name} needs nodes that do equally many rounds; run it synchronously, or take "
+                "dsgd, ad-psgd, dsgt, choco, beer or motef"
+            )
+        if asynchronous and topology.directed and not method.pushes:
+            raise ConfigError(
+                f"{name} exchanges both ways when asynchronous, and this graph is directed; take "
+                "an undirected one, or gradient-push"
             )
         troubles = [
             (self.loss, "messages are lost"),

@@ -8,8 +8,8 @@ them, one at a time.  An exchange over {i, j} of weight w moves
 whatever either is doing: what a node gets while it computes waits for its next ``mix``, and counts
 at once in what it says to others.  So the sum over all nodes (and what is under way) is kept, of
 models and of tracked gradients alike, at any speeds; AD-PSGD is the case of one neighbour and
-w = 1/2.  With all its neighbours a node exchanges at half their weight: each link is used from both
-ends.  Both ends keep what went over a compressed link, in either direction.
+w = 1/2.  Both ends keep what went over a compressed link, in either direction.  Each link is used
+from both ends: per round there is twice the mixing, and twice the messages, of a synchronous run.
 
 An exchange takes a message there and one back; meanwhile the link is busy, and a node that would
 use it again goes on without.  Where either message is lost, neither end changes.  Methods that push
@@ -36,7 +36,7 @@ from offbeat.runtime.network import Network
 from offbeat.runtime.peer import Links
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.records import ROWS_HELD, Records
-from offbeat.runtime.rounds import measure
+from offbeat.runtime.rounds import COUNTS, measure
 from offbeat.runtime.virtual import ALONE_BYTES, STACK_BYTES
 from offbeat.topologies import Topology
 from offbeat.workers.fleet import Fleet, Timing
@@ -118,18 +118,7 @@ class Pairs(Loop):
         super().__init__(task, records, **around)
         self.method, self.fleet, self.timing, self.n = method, fleet, timing, fleet.workers
         self.seed, self.topology = seed, topology
-        self.network = Network(topology, fleet, method, seed)
-        name = method.spec.name if method.spec else type(method).__name__
-        if not method.asynchronous:
-            raise ConfigError(
-                f"{name} needs nodes that do equally many rounds; run it synchronously, or take "
-                "dsgd, ad-psgd, dsgt, choco, beer or motef"
-            )
-        if topology.directed and not method.pushes:
-            raise ConfigError(
-                f"{name} exchanges both ways when asynchronous, and this graph is directed; take "
-                "an undirected one, or gradient-push"
-            )
+        self.network = Network(topology, fleet, method, seed, asynchronous=True)
         x = np.broadcast_to(task.initial(seed) if initial is None else initial, (self.n, task.dim))
         self.channels = [Channels(method.channels) for _ in range(self.n)]
         self.nodes = [
@@ -138,7 +127,7 @@ class Pairs(Loop):
         ]
         self.now_s = 0.0
         self.told = 0  # gradients, of all nodes
-        self.bytes = self.messages = self.lost = 0
+        self.bytes = self.messages = self.messages_lost = 0
         self.order = 0  # of events
         self.heap: list[Event] = []
         self.jobs: dict[int, dict[str, Any]] = {}  # node -> what it computes
@@ -169,7 +158,7 @@ class Pairs(Loop):
 
     def facts(self) -> dict[str, Any]:
         """See ``Loop``."""
-        told: dict[str, Any] = {"bytes": self.bytes, "messages": self.messages, "lost": self.lost}
+        told: dict[str, Any] = {key: getattr(self, key) for key in COUNTS}
         if len(self.ages) <= MOST_EDGES:
             told["edges"] = [
                 [*divmod(link, self.n), count, total / count, most]
@@ -285,11 +274,11 @@ class Pairs(Loop):
             generator = rng(self.seed, "partner", i, self.rounds[i])
             chances = np.abs(list(weights.values()))
             j = generator.choice(list(weights), p=chances / chances.sum())
-            weights = {int(j): 1.0}
+            weights = {int(j): 0.5}
         for j, weight in weights.items():
             link = min(i, j) * self.n + max(i, j)
             if not self._away(j) and self.busy.get(link, -math.inf) <= self.now_s:
-                self._offer(i, j, weight / 2, link)
+                self._offer(i, j, weight, link)
 
     def _away(self, i: int) -> bool:
         return any(begin <= self.now_s < end for begin, end in self._windows.get(i, []))
@@ -300,7 +289,7 @@ class Pairs(Loop):
         delay_s = self._sent(i, size)
         arrives = self.network.arrives(self.count, i, j) and self.network.arrives(self.count, j, i)
         if not arrives:  # paired: both ways, or neither
-            self.lost += 1
+            self.messages_lost += 1
             self.busy[link] = self.now_s + 2 * delay_s
         elif delay_s:
             self.busy[link] = math.inf
@@ -382,7 +371,7 @@ class Pairs(Loop):
         for j, total in totals.items():
             delay_s = self._sent(i, size)
             if self._away(j) or not self.network.arrives(self.count, i, j):
-                self.lost += 1
+                self.messages_lost += 1
             elif delay_s:
                 self._later(self.now_s + delay_s, SHARES, j, i, self.rounds[i], total)
             else:
@@ -457,7 +446,7 @@ class Pairs(Loop):
         return all(np.isfinite(node.x).all() for node in self.nodes)
 
     _STATE = (
-        *("now_s", "told", "bytes", "messages", "lost", "order", "heap", "jobs", "begun"),
+        *("now_s", "told", "bytes", "messages", "messages_lost", "order", "heap", "jobs", "begun"),
         *("rounds", "numbers", "count", "busy", "seen", "ages", "channels"),
         *("_next_step", "_next_s"),
     )

@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 
 # A palette that readers with any colour vision can tell apart (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-TIMELINES = 6  # drawn at most
+DASHES = ("-", "--", ":", "-.")
+# What loss is drawn against: a column, what it is called, and its unit.
+AXES = (("time_s", "virtual seconds", 1), ("step", "server steps", 1))
+GOSSIP_AXES = (
+    ("step", "rounds", 1), ("bytes", "megabytes sent", 1e6), ("time_s", "virtual seconds", 1)
+)  # fmt: skip
+TIMELINES = 6  # more are not drawn
 WORKERS_DRAWN = 24
 BARS = 4000  # drawn at most in one timeline
 UNLIKE = 5.0  # ratio of run lengths from which their axis is logarithmic
@@ -35,28 +41,33 @@ def picture(results: Sequence["Result"], path: Path, labels: Sequence[str] | Non
     import matplotlib.pyplot as plt
 
     names = list(labels or [result.name for result in results])
-    shown = [r for r in results if len(r.trace)][:TIMELINES]
+    shown = [r for r in results if len(r.trace)]
+    shown = shown[:TIMELINES] if len(shown) <= TIMELINES else []
     rows = (len(shown) + 1) // 2
-    figure = plt.figure(figsize=(11, 3.6 + 2.1 * rows), layout="constrained")
-    grid = figure.add_gridspec(1 + rows, 2, height_ratios=[1.7] + [1] * rows)
-    for at, (key, label) in enumerate((("time_s", "virtual seconds"), ("step", "server steps"))):
-        axes = figure.add_subplot(grid[0, at])
-        for result, name, colour in zip(results, names, _cycle(), strict=False):
-            axes.plot(result.column(key), result.column("loss"), label=name, color=colour, lw=1.6)
+    gossip = all("bytes" in result.final for result in results)
+    across = GOSSIP_AXES if gossip else AXES
+    lines = _lines(results)
+    width = 15 if gossip else 11
+    figure = plt.figure(figsize=(width, 3.6 + 2.1 * rows), layout="constrained")
+    parts: Any = [figure] if not rows else figure.subfigures(2, 1, height_ratios=[1.7, rows])
+    above = parts[0].add_gridspec(1, len(across))
+    for at, (key, label, unit) in enumerate(across):
+        axes = parts[0].add_subplot(above[0, at])
+        for result, name, line in zip(results, names, lines, strict=True):
+            axes.plot(result.column(key) / unit, result.column("loss"), label=name, lw=1.6, **line)
         losses = np.concatenate([result.column("loss") for result in results])
         axes.set_yscale("log" if losses.min() > 0 else "linear")
-        ends = [result.column(key)[-1] for result in results]
+        ends = [result.column(key)[-1] / unit for result in results]
         if max(ends) > UNLIKE * min(ends) > 0:  # else the shortest run is a stub at the edge
-            axes.set_xscale("symlog", linthresh=max(1.0, min(ends) / UNLIKE))
+            axes.set_xscale("symlog", linthresh=max(1.0 / unit, min(ends) / UNLIKE))
             axes.set_xlim(left=0)
         axes.set(xlabel=label, ylabel="loss" if at == 0 else "")
         axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize=8 if len(results) > TIMELINES else None)
     window = _window([result.trace for result in shown]) if shown else 0.0
     for at, result in enumerate(shown):
-        axes = figure.add_subplot(grid[1 + at // 2, at % 2])
-        colour = COLOURS[list(results).index(result) % len(COLOURS)]
-        _timeline(axes, result, window, colour)
+        axes = parts[1].add_subplot(rows, 2, at + 1)
+        _timeline(axes, result, window, lines[list(results).index(result)]["color"])
         axes.set_title(f"{names[list(results).index(result)]}: who computed when", fontsize=9)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,8 +79,19 @@ def picture(results: Sequence["Result"], path: Path, labels: Sequence[str] | Non
     return path
 
 
-def _cycle() -> list[str]:
-    return list(COLOURS) * 4
+def _lines(results: Sequence["Result"]) -> list[dict[str, Any]]:
+    """A colour for each method, a dash for each topology and mode."""
+    methods = [str(result.experiment.algorithm.spec or id(result)) for result in results]
+    places = [f"{r.experiment.topology and r.experiment.topology.spec} {r.experiment.mode}"
+              for r in results]  # fmt: skip
+    colours, dashes = list(dict.fromkeys(methods)), list(dict.fromkeys(places))
+    return [
+        {
+            "color": COLOURS[colours.index(method) % len(COLOURS)],
+            "linestyle": DASHES[dashes.index(place) % len(DASHES)],
+        }
+        for method, place in zip(methods, places, strict=True)
+    ]
 
 
 def _window(traces: Sequence[NDArray]) -> float:

@@ -13,7 +13,7 @@ delay_j = latency + all its bytes / bandwidth + jitter.
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +29,8 @@ from offbeat.workers.fleet import Fleet, Timing
 from offbeat.workers.tasks.contract import Task
 
 MOST_TRACED = 1024  # nodes up to which every job is recorded
+COUNTS = ("bytes", "messages", "messages_lost")  # of all nodes
 CHUNK = 2**20  # numbers looked at together where all nodes' models are measured
-
-Replicas = Literal["links", "global"]
 
 
 class Rounds(Loop):
@@ -57,7 +56,7 @@ class Rounds(Loop):
         records: Records,
         *,
         seed: int,
-        replicas: Replicas = "links",
+        replicas: str = "links",
         initial: NDArray | None = None,
         **around: Any,
     ) -> None:
@@ -79,7 +78,7 @@ class Rounds(Loop):
         self.node = Stacked(x, wires, common=initial is None)
         self.round = 0
         self.bytes = 0  # sent by all
-        self.messages = 0  # links used, summed over rounds
+        self.messages = self.messages_lost = 0  # over one link in one round, all channels
         self.end_s = np.zeros(self.n)  # of each node's last round
         self.free_s = np.zeros(self.n)  # when what it sent then has arrived, but for the bytes
         self._sent = np.zeros(self.n)  # seconds its bytes took
@@ -112,7 +111,7 @@ class Rounds(Loop):
 
     def facts(self) -> dict[str, Any]:
         """See ``Loop``."""
-        return {"bytes": self.bytes, "messages": self.messages}
+        return {key: getattr(self, key) for key in COUNTS}
 
     # -- Rounds --------------------------------------------------------------------------------
 
@@ -168,6 +167,8 @@ class Rounds(Loop):
         """The messages of the last round travel."""
         sizes = self.node.exchange(now)
         src, links = now.src, len(now.src)
+        if now.through is not None:
+            self.messages_lost += links - int(now.through.sum())
         sent = np.bincount(src, sizes, self.n)
         if self._reach is not None:  # whoever may ever need it hears it
             degree = np.bincount(src, minlength=self.n)
@@ -224,7 +225,7 @@ class Rounds(Loop):
     def _sound(self) -> bool:
         return bool(np.isfinite(self.node.x).all())
 
-    _COUNTERS = ("round", "bytes", "messages", "_next_step", "_next_s")
+    _COUNTERS = ("round", *COUNTS, "_next_step", "_next_s")
 
     def state(self) -> dict[str, Any]:
         """See ``Loop``."""

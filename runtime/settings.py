@@ -12,7 +12,7 @@ class Stop:
     """A run ends at the first rule that is met.
 
     Args:
-        steps: server steps.
+        steps: server steps; rounds of gossip, on average over the nodes.
         seconds: virtual seconds.
         gradients: results that arrived.
         loss: the full objective, looked at when the run evaluates.

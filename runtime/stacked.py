@@ -27,7 +27,7 @@ from offbeat.runtime.randomness import rng
 
 DENSE = 16  # nodes up to which a dense product is faster than a sparse one
 OWN_STREAM = 256  # nodes up to which each has generators of its own; beyond, one draws for all
-NOTHING = np.zeros(())  # what is mixed on a channel before anything is published
+NOTHING: Any = 0.0  # what is mixed on a channel before anything is published
 MOST_LINKS_BYTES = 2**33  # of the copies that one channel's links keep
 
 
