@@ -125,6 +125,7 @@ class Pairs(Loop):
             PairNode(x[i].copy(), channels, self._sayer(i))
             for i, channels in enumerate(self.channels)
         ]
+        self._apart = initial is not None
         self.now_s = 0.0
         self.told = 0  # gradients, of all nodes
         self.bytes = self.messages = self.messages_lost = 0
@@ -173,7 +174,8 @@ class Pairs(Loop):
         self.begun = [wanted is None for wanted in first]
         for i, wanted in enumerate(first):
             if wanted is None:
-                self._exchange(i)
+                if self._apart or self.method.pushes:
+                    self._exchange(i)
                 wanted = self.method.ask(self.nodes[i])
             self._begin(i, wanted)
 

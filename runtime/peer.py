@@ -34,13 +34,19 @@ class Links:
         self.k = now.k
         self.hears: list[int] = now.dst[out].tolist()
         """To whom messages are sent, whether they arrive or not."""
-        self.gives = dict(zip(now.dst[out & got].tolist(), now.weight[out & got], strict=True))
+        # Plain numbers: numpy's own would make single precision double.
+        weight = now.weight
+        self.gives = _pairs(now.dst, weight, out & got)
         """The weights with which others take this node's vector."""
-        self.shares = dict(zip(now.dst[out].tolist(), now.weight[out], strict=True))
+        self.shares = _pairs(now.dst, weight, out)
         """The same, of messages that are lost, too."""
-        self.takes = dict(zip(now.src[back & got].tolist(), now.weight[back & got], strict=True))
+        self.takes = _pairs(now.src, weight, back & got)
         """The weights with which this node takes theirs."""
         self.own = float(now.matrix.diagonal()[node])
+
+
+def _pairs(node: NDArray, weight: NDArray, which: NDArray) -> dict[int, float]:
+    return dict(zip(node[which].tolist(), weight[which].tolist(), strict=True))
 
 
 class End(ABC):

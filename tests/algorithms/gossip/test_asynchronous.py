@@ -1,0 +1,110 @@
+"""Nodes at their own pace: what every asynchronous gossip run promises."""
+
+import numpy as np
+import pytest
+from canonical import METHODS, canonical, pairs
+
+import offbeat
+from offbeat.algorithms.gossip import ad_psgd, beer, dsgd, dsgt, momentum_tracking, motef
+from offbeat.runtime.errors import ConfigError
+from offbeat.workers.fleet import Fleet, Outage
+
+EXACT = canonical()
+L = EXACT.smoothness
+TRACKING = [
+    dsgt(lr=0.1 / L),
+    dsgt(lr=0.1 / L, order="combine-then-adapt"),
+    momentum_tracking(lr=0.02 / L),
+    beer(lr=0.1 / L, gamma=0.2, compressor="topk(4)"),
+    motef(lr=0.1 / L, gamma=0.2, lam=0.2, compressor="topk(4)"),
+]
+
+
+@pytest.mark.parametrize(
+    "fleet", ["8 1..8", "8 lognormal(0.5) loss=0.3", "8 1..4 latency_s=0.3 jitter_s=0.2"]
+)
+@pytest.mark.parametrize("method", TRACKING, ids=lambda method: str(method.spec))
+def test_tracking_finds_the_optimum_at_any_speeds(method, fleet):
+    made = pairs(EXACT, method, "ring", fleet, steps=900, every=900)
+    made.run()
+    assert np.linalg.norm(made._models() - EXACT.optimum) / 8**0.5 < 2e-4
+
+
+def test_without_tracking_fast_nodes_count_more():
+    for method in (dsgd(lr=0.1 / L, order="combine-then-adapt"), ad_psgd(lr=0.1 / L)):
+        ends = {}
+        for fleet in ("8", "8 1..8"):
+            made = pairs(EXACT, method, "complete", fleet, steps=1000, every=1000)
+            made.run()
+            ends[fleet] = np.linalg.norm(made.x - EXACT.optimum)
+        assert ends["8"] < 0.2 < 0.8 < ends["8 1..8"]
+        # Their end is where the nodes' gradients balance, weighed by speed.
+        rates = 1 / np.arange(1.0, 9.0)
+        hessian = np.einsum("n,nmi,nmj->ij", rates, EXACT.a, EXACT.a)
+        biased = np.linalg.solve(hessian, np.einsum("n,nmi,nm->i", rates, EXACT.a, EXACT.b))
+        assert np.linalg.norm(made.x - biased) < 0.2
+
+
+def test_nobody_waits_for_a_straggler():
+    slow = Fleet.parse("8 stragglers=1x10")
+    made = pairs(EXACT, dsgd(lr=0.01), "ring", slow, steps=200, every=200)
+    _, final = made.run()
+    assert final["busy"] == pytest.approx(1.0)
+    done = made.records.done
+    assert done.sum() == final["gradients"] == 1600
+    assert set(done[:7].tolist()) <= {225, 226}
+    assert done[7] == 22
+    # The neighbours of the straggler meet it unchanged nine times of ten.
+    of_straggler = [age for i, j, _, _, age in made.facts()["edges"] if j == 7]
+    assert max(of_straggler) == 9
+    assert max(age for i, j, _, _, age in made.facts()["edges"] if 7 not in (i, j)) == 0
+
+
+def test_a_node_that_is_away_loses_its_work_and_comes_back():
+    fleet = Fleet(
+        workers=8,
+        outages=[Outage(worker=1, from_s=10.5, to_s=30), Outage(worker=2, from_s=50.5)],
+        on_outage="lose",
+    )
+    made = pairs(EXACT, dsgt(lr=0.1 / L), "ring", fleet, steps=100, every=100)
+    made.run()
+    done = made.records.done
+    assert done[2] == 50
+    assert done[0] - done[1] == pytest.approx(19.5, abs=0.6)
+    assert [event["worker"] for event in made.records.events] == [1, 2]
+    before = made.nodes[2].x
+    assert not np.array_equal(before, made.nodes[1].x)
+
+
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if not m.asynchronous])
+def test_methods_with_duals_refuse(name):
+    with pytest.raises(ConfigError, match="equally many rounds"):
+        pairs(EXACT, METHODS[name], "ring")
+
+
+def test_directed_graphs_are_for_pushing():
+    with pytest.raises(ConfigError, match="directed"):
+        pairs(EXACT, dsgd(), "exponential")
+    made = pairs(EXACT, METHODS["gradient-push"], "exponential", "8 1..8", steps=50, every=50)
+    assert made.run()[0] == "steps"
+
+
+def test_ad_psgd_is_asynchronous_without_being_told():
+    result = offbeat.run("quadratic(5)", "ad-psgd", "8 1..4", "ring", stop={"steps": 20})
+    assert result.experiment.asynchronous
+    assert result.final["staleness_mean"] > 1
+
+
+def test_an_exchange_with_one_neighbour_is_the_average():
+    """AD-PSGD's step: both at (x_i + x_j)/2, and the gradient of before."""
+    start = np.arange(2.0)[:, None] * np.ones(20)
+    task = canonical(n=2)
+    made = pairs(task, ad_psgd(lr=0.1), "complete", "2 1..3", steps=10**6, initial=start)
+    made._start()
+    made._advance()  # node 0 is done first
+    g = task.gradient(start[:1], np.array([0]), np.array([0]))[1][0]
+    told = 0.5 - 0.1 * g  # they had met before they began
+    mean = (told + 0.5) / 2
+    np.testing.assert_allclose(made.nodes[0].x, told, atol=1e-14)  # mixed in at its next step
+    np.testing.assert_allclose(made.channels[0].got["x"], mean - told, atol=1e-14)
+    np.testing.assert_allclose(start[1] + made.channels[1].got["x"], mean, atol=1e-14)

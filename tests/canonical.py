@@ -1,0 +1,139 @@
+"""The canonical problem on which gossip methods are compared, and ways to run them on it."""
+
+import numpy as np
+
+from offbeat.algorithms.gossip import (
+    beer,
+    cedas,
+    choco,
+    deepsqueeze,
+    dsgd,
+    dsgt,
+    exact_diffusion,
+    gradient_push,
+    momentum_tracking,
+    motef,
+    motef_vr,
+)
+from offbeat.runtime.network import Network
+from offbeat.runtime.pairs import Pairs
+from offbeat.runtime.peer import Links, Peer
+from offbeat.runtime.records import Records
+from offbeat.runtime.rounds import Rounds
+from offbeat.runtime.settings import Evaluate, Stop
+from offbeat.topologies import TOPOLOGIES
+from offbeat.workers.fleet import Fleet
+from offbeat.workers.tasks import LeastSquares
+
+N, D = 8, 20
+
+
+def canonical(n=N, d=D, m=30, seed=0, het=1.0, noise=0.0):
+    r = np.random.RandomState(seed)
+    xs = r.randn(d)
+    a = r.randn(n, m, d) / np.sqrt(m)
+    b = np.empty((n, m))
+    for i in range(n):
+        xi = xs + het * r.randn(d)
+        b[i] = a[i] @ xi + 0.1 * r.randn(m)
+    return LeastSquares(a, b, noise)
+
+
+L = canonical().smoothness
+
+
+def ctad(lr, **more):
+    return dsgd(lr=lr, order="combine-then-adapt", **more)
+
+
+# One of each, stable on the canonical problem with noise 0.1.
+METHODS = {
+    "dsgd": dsgd(lr=0.03),
+    "dsgd, combine first": ctad(0.03, momentum=0.9),
+    "dsgt": dsgt(lr=0.03),
+    "dsgt, combine first": dsgt(lr=0.02, order="combine-then-adapt"),
+    "momentum-tracking": momentum_tracking(lr=0.005),
+    "exact-diffusion": exact_diffusion(lr=0.03),
+    "cedas": cedas(lr=0.03),
+    "choco": choco(lr=0.03, compressor="topk(4)"),
+    "choco, overlapped": choco(lr=0.03, order="overlapped"),
+    "deepsqueeze": deepsqueeze(lr=0.03, compressor="qsgd(8)"),
+    "beer": beer(lr=0.02, compressor="topk(4)"),
+    "motef": motef(lr=0.02, gamma=0.3, compressor="qsgd(8)"),
+    "motef-vr": motef_vr(lr=0.02, compressor="randk(0.3)"),
+    "gradient-push": gradient_push(lr=0.03),
+}
+GRAPHS = (
+    *("ring", "star", "complete", "exponential", "random-regular", "one-peer-exponential"),
+    *("base", "matching", "random-edge", "equidyn", "dropout(ring(8))", "mobile"),
+)
+
+
+def engine(kind, task, method, topology="ring", fleet="8", steps=10**6, every=None, **more):
+    made = TOPOLOGIES.parse(topology, n=task.workers) if isinstance(topology, str) else topology
+    fleet = Fleet.parse(fleet) if isinstance(fleet, str) else fleet
+    return kind(
+        task, method, made, fleet, fleet.timing(0, 0), Records(fleet, None),
+        seed=0, stop=Stop(steps=steps), evaluate=Evaluate(steps=every), **more,
+    )  # fmt: skip
+
+
+def rounds(task, method, topology="ring", fleet=None, **more):
+    """A synchronous engine, begun."""
+    made = engine(Rounds, task, method, topology, fleet or f"{task.workers}", **more)
+    made._start()
+    return made
+
+
+def pairs(task, method, topology="ring", fleet=None, **more):
+    return engine(Pairs, task, method, topology, fleet or f"{task.workers}", **more)
+
+
+def mixed(made):
+    """X of a run as papers count it: after the messages of the last round are mixed in."""
+    node, (name, channel) = made.node, next(iter(made.method.channels.items()))
+    late = made.method.spec.options.get("order") in ("adapt-then-combine", "paper")
+    if not late and made.method.spec.name != "deepsqueeze":
+        return node.x
+    node.exchange(made.network.round(made.round))
+    return node.x + channel.gain * node.mix(name)
+
+
+class Peers:
+    """All nodes of a run, each on its own, with messages carried between them."""
+
+    def __init__(self, task, method, topology="ring", loss=0.0, initial=None):
+        n = task.workers
+        made = TOPOLOGIES.parse(topology, n=n) if isinstance(topology, str) else topology
+        self.task, self.method, self.k = task, method, 0
+        self.network = Network(made, Fleet(workers=n, loss=loss), method, 0)
+        start = np.repeat(task.initial(0)[None], n, axis=0) if initial is None else initial
+        self.nodes = [
+            Peer(i, n, method, start[i], fixed=self.network.fixed, common=initial is None, seed=0)
+            for i in range(n)
+        ]
+        for i, node in enumerate(self.nodes):
+            wanted = method.init(node)
+            node.begun()
+            if wanted is not None:
+                method.begin(node, self.gradient(i, wanted))
+
+    def gradient(self, i, points):
+        def one(x):
+            return self.task.gradient(x[None], np.array([i]), np.array([self.k]))[1][0]
+
+        return tuple(map(one, points)) if isinstance(points, tuple) else one(points)
+
+    def advance(self):
+        now = self.network.round(self.k)
+        self.k += 1  # of the draw
+        links = [Links(now, i) for i in range(len(self.nodes))]
+        sent = [node.outbox(mine) for node, mine in zip(self.nodes, links, strict=True)]
+        for i, node in enumerate(self.nodes):
+            node.inbox(links[i], {j: mail[i] for j, mail in enumerate(sent) if i in mail})
+        for i, node in enumerate(self.nodes):
+            self.method.tell(node, self.gradient(i, self.method.ask(node)))
+
+    @property
+    def x(self):
+        return np.stack([self.method.models(node) for node in self.nodes])

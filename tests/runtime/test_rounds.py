@@ -1,0 +1,156 @@
+"""Synchronous gossip under the virtual clock: who waits for whom, and for how long."""
+
+import numpy as np
+import pytest
+from canonical import canonical, ctad, rounds
+
+import offbeat
+from offbeat.algorithms.gossip import choco, dsgd, dsgt
+from offbeat.runtime.errors import ConfigError, Diverged
+from offbeat.topologies import TOPOLOGIES
+from offbeat.workers.fleet import Fleet, Outage
+from offbeat.workers.tasks import Quadratic
+
+TASK = canonical()
+
+
+def ends(method, topology, fleet, steps=30):
+    """``[steps, n]``: when each node ends each round."""
+    made, found = rounds(TASK, method, topology, fleet), []
+    for _ in range(steps):
+        made._advance()
+        found.append(made.end_s)
+    return np.array(found)
+
+
+def test_a_straggler_slows_its_neighbours_then_theirs():
+    """start_i(k) = max of the ends of i and of whom it hears, one round before."""
+    found = ends(dsgd(), "path", "8 1..1 stragglers=1x5", steps=8)
+    # Node 7 takes 5 s a round; a node at distance r is held up from round r on.
+    for k in range(8):
+        for i in range(8):
+            distance = 7 - i
+            late = max(0, k + 1 - distance) if distance <= k else 0
+            waited = 5.0 * late + (k + 1 - late) if late else k + 1.0
+            assert found[k, i] == pytest.approx(waited)
+
+
+def test_the_recursion_by_hand():
+    fleet = Fleet.parse("8 lognormal(1.0) latency_s=0.2 bandwidth=1000.0 jitter_s=0.1")
+    found = ends(dsgd(), "random-regular", fleet)
+    timing = fleet.timing(0, 0)
+    w = TOPOLOGIES.parse("random-regular", n=8).matrix(0).toarray()
+    end, arrives = np.zeros(8), np.zeros(8)
+    for k in range(30):
+        start = np.array([max(end[i], *arrives[(w[i] > 0) & (np.arange(8) != i)])
+                          for i in range(8)])  # fmt: skip
+        end = np.array([timing.clock.finish(i, k + 1, start[i]) for i in range(8)])
+        np.testing.assert_allclose(found[k], end, rtol=1e-12)
+        bytes_ = 3 * (8 + 20 * 8)  # one dense message to each of three neighbours
+        arrives = end + 0.2 + timing.jitters(k + 1) + bytes_ / 1000.0
+
+
+def test_messages_travel_during_the_gradient_where_the_method_lets_them():
+    fleet = "8 latency_s=0.8"
+    assert ends(dsgd(), "ring", fleet)[-1].max() == pytest.approx(30 + 29 * 0.8)
+    assert ends(ctad(0.01), "ring", fleet)[-1].max() == pytest.approx(30.0)
+    assert ends(choco(order="overlapped"), "ring", fleet)[-1].max() == pytest.approx(30.0)
+
+
+def test_the_first_gradient_takes_time():
+    assert ends(dsgt(), "ring", "8")[0].tolist() == [2.0] * 8
+
+
+def test_nodes_sit_rounds_out():
+    away = [Outage(worker=3, from_s=4.5, to_s=10.5), Outage(worker=0, from_s=20.5)]
+    fleet = Fleet(workers=8, outages=away, on_outage="lose")
+    made = rounds(TASK, dsgd(lr=0.01), "ring", fleet)
+    for _ in range(30):
+        before = made.node.x
+        made._advance()
+        stood = (made.node.x == before).all(axis=1)
+        assert stood[3] == (5 <= made.round - 1 <= 10)
+        assert stood[0] == (made.round - 1 >= 21)
+        assert not stood[[1, 2, 4, 5, 6, 7]].any()
+    assert made.end_s[1] == 30.0  # nobody waited
+    made.records.flush()
+    assert made.records.done.tolist() == [21, 30, 30, 24, 30, 30, 30, 30]
+
+
+def test_everybody_away_at_once_is_waited_out():
+    away = [Outage(worker=i, from_s=4.5, to_s=9.0 + i) for i in range(8)]
+    fleet = Fleet(workers=8, outages=away, on_outage="lose")
+    made = rounds(TASK, dsgd(lr=0.01), "ring", fleet)
+    while made.time_s < 20:
+        assert made._advance()
+    gone = Fleet(workers=8, outages=[Outage(worker=i, from_s=4.5) for i in range(8)],
+                 on_outage="lose")  # fmt: skip
+    made = rounds(TASK, dsgd(lr=0.01), "ring", gone)
+    assert [made._advance() for _ in range(6)] == [True] * 5 + [False]
+
+
+def test_paused_nodes_are_waited_for():
+    fleet = Fleet(workers=8, outages=[Outage(worker=3, from_s=4.5, to_s=10.5)])
+    found = ends(dsgd(), "complete", fleet)
+    assert found[4].max() == 11.0
+    assert found[-1].max() == 36.0
+
+
+def test_metrics_are_of_the_mean_and_the_worst():
+    made = rounds(TASK, dsgd(lr=0.02), "ring")
+    for _ in range(20):
+        made._advance()
+    row, x = made._measured(), made.node.x
+    mean = x.mean(axis=0)
+    assert row["loss"] == pytest.approx(TASK.evaluate(mean)["loss"])
+    worst = x[np.linalg.norm(x - mean, axis=1).argmax()]
+    assert row["loss_worst"] == pytest.approx(TASK.evaluate(worst)["loss"])
+    assert row["consensus"] ** 2 == pytest.approx(((x - mean) ** 2).sum(axis=1).mean())
+    assert row["bytes_edge"] == pytest.approx(row["bytes"] / (20 * 16))
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "asynchronous"])
+@pytest.mark.parametrize("method", ["dsgd(lr=50.0)", "motef(lr=50.0)"])
+def test_too_large_steps_are_one_sentence(method, mode):
+    with pytest.raises(Diverged, match="take a smaller step size"):
+        offbeat.run("quadratic(4, spread=1.0)", method, "6", "ring", mode=mode)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"algorithm": "dsgd"}, "give a topology"),
+        ({"algorithm": "pure", "topology": "ring"}, "no topology"),
+        ({"algorithm": "pure", "mode": "synchronous"}, "no mode"),
+        ({"algorithm": "pure", "fleet": "8 loss=0.1"}, "loss is for gossip"),
+        ({"algorithm": "dsgd", "topology": "ring:7"}, "7 nodes, but the fleet has 8"),
+        ({"algorithm": "dsgd", "topology": "ring", "mode": "sync"}, "mode must be one of"),
+        ({"algorithm": "dsgd", "topology": "ring", "replicas": "sum"}, "replicas must be one of"),
+        ({"algorithm": "ad-psgd", "topology": "ring", "mode": "synchronous"}, "by its nature"),
+        ({"algorithm": "cedas", "topology": "base"}, "here the graph does"),
+        ({"algorithm": "cedas", "topology": "ring", "fleet": "8 loss=0.1"}, "messages are lost"),
+        ({"algorithm": "motef", "topology": "base", "replicas": "global", "fleet": "8 loss=0.1"},
+         "needs every message"),
+        ({"algorithm": "dsgd", "topology": "exponential", "fleet": "8 loss=0.1"}, "directed"),
+        ({"algorithm": "motef(lam=1.5)", "topology": "ring"}, "lam"),
+        ({"algorithm": "choco(compressor='topkk')", "topology": "ring"}, 'mean "topk"'),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_sentence(wrong, said):
+    given = {"fleet": "8", **wrong}
+    with pytest.raises(ConfigError, match=said):
+        offbeat.run("quadratic(4)", stop={"steps": 1}, **given)
+
+
+def test_reassigning_is_for_servers():
+    fleet = Fleet(workers=8, outages=[Outage(worker=0, from_s=1.0)], on_outage="reassign")
+    with pytest.raises(ConfigError, match="reassign"):
+        offbeat.run(Quadratic(np.zeros((8, 3))), "dsgd", fleet, "ring")
+
+
+def test_large_networks_run():
+    task = Quadratic(np.random.default_rng(0).standard_normal((3000, 5)))
+    method, graph = "choco(compressor='qsgd(4)')", "random-regular(degree=4)"
+    result = offbeat.run(task, method, "3000 exponential", graph, stop={"steps": 20})
+    assert result.final["gradients"] == 60_000
+    assert len(result.trace) == 0  # beyond a thousand nodes, jobs are counted only
