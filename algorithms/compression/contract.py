@@ -14,7 +14,7 @@ codec writes.  Messages nest: a sparse message holds a message of its values.
 
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -29,6 +29,7 @@ COMPRESSORS = Registry("compressor")
 MOST_PARAMETERS = 2**30  # a frame of a few bytes may stand for so many numbers, and no more
 MOST_ROWS = 2**20
 MOST_NESTING = 6  # messages inside messages, of which a sum has two
+CHUNK = 2**17  # numbers at a time: fits a cache, and is a multiple of 8
 
 _HEADER = struct.Struct("<BBBBI")
 HEADER = _HEADER.size
@@ -275,6 +276,14 @@ def nest(*inner: Compressor) -> int:
     if depth > MOST_NESTING:
         raise ConfigError(f"compressors nest {depth} deep; at most {MOST_NESTING} is read")
     return depth
+
+
+def pieces(n: int, d: int) -> Iterator[tuple[slice, slice]]:
+    """``[n, d]`` row by row in pieces that fit a cache: whole rows or parts of one."""
+    rows, columns = max(1, CHUNK // d), min(d, CHUNK)
+    for i in range(0, n, rows):
+        for j in range(0, d, columns):
+            yield slice(i, i + rows), slice(j, j + columns)
 
 
 def overflow(compressor: Compressor, values: NDArray) -> None:

@@ -20,7 +20,7 @@ from offbeat.algorithms.compression.coding import (
     unpack,
     write_support,
 )
-from offbeat.algorithms.compression.contract import HEADER
+from offbeat.algorithms.compression.contract import CHUNK, HEADER
 from offbeat.runtime.errors import ConfigError, PeerError
 
 # Every registered compressor has a row here, under its name.
@@ -148,6 +148,19 @@ def test_rows_do_not_depend_on_their_batch(text, dtype):
     addressed = c.compress(rows, [g(i) for i in range(6)])
     for i, row in enumerate(addressed.dense()):
         same_bits(row, c.compress(rows[i], g(i)).dense())
+
+
+@pytest.mark.parametrize(
+    "text", ["qsgd", "terngrad", "natural", "natural-dithering", "scaled-sign"]
+)
+@pytest.mark.parametrize("shape", [(1400, 100), (2, CHUNK + 9)])
+def test_rows_do_not_depend_on_pieces(text, shape):
+    x = gaussian(*shape, dtype=np.float32)
+    whole, one = make(text).compress(x, g(3)), g(3)
+    for i, row in enumerate(whole.dense()):
+        message = make(text).compress(x[i], one)
+        same_bits(message.dense(), row)
+        assert message.nbytes == whole.sizes[i]
 
 
 @EVERY
@@ -319,6 +332,18 @@ def test_topk_is_a_stable_sort(d, values):
         np.testing.assert_array_equal(make(f"topk({k})").compress(x).dense(), expected)
 
 
+def test_topk_of_many_rows_is_a_stable_sort():
+    """Rows of one piece with and without ties, and rows beyond it."""
+    x = gaussian(1500, 100, dtype=np.float32)
+    x[::3] = np.round(x[::3])
+    x[::7] = 0
+    assert x.size > CHUNK
+    kept = np.sort(np.argsort(-np.abs(x), axis=1, kind="stable")[:, :10], axis=1)
+    message = make("topk(10)").compress(x)
+    np.testing.assert_array_equal(message.index, kept)
+    np.testing.assert_array_equal(message.values.dense(), np.take_along_axis(x, kept, axis=1))
+
+
 def test_topk_where_the_sample_misleads():
     """Large entries only between the sample's, and only at them."""
     d = 2**18
@@ -460,6 +485,18 @@ def test_qsgd_parameters():
     levels = make("qsgd(16)").compress(x, g()).dense() * 16 / np.linalg.norm(x)
     np.testing.assert_allclose(levels, np.round(levels), atol=1e-9)
     assert make("qsgd(4)").compress(np.array([-3.0]), g()).dense().tolist() == [-3.0]
+
+
+@pytest.mark.parametrize("text", ["qsgd(127)", "qsgd(127, norm='max')", "natural-dithering(100)"])
+def test_no_level_is_above_the_highest(text):
+    """Where |x| / ||x|| rounds to more than 1, in the range of int8 and of subnormals."""
+    s = 100 if "natural" in text else 127
+    for scale in (1e-42, 1e-15, 1.0, 1e30):
+        x = gaussian(50_000, 1, dtype=np.float32) * np.float32(scale)
+        x = np.pad(x, ((0, 0), (0, 2)))
+        message = make(text).compress(x, g())
+        assert np.abs(message.levels).max() == s
+        np.testing.assert_allclose(message.dense(), x, rtol=1 / 126)
 
 
 def test_terngrad_attains_its_worst_case():
