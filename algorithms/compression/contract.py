@@ -20,7 +20,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from offbeat.algorithms.compression.coding import Reader
+from offbeat.algorithms.compression.coding import CHUNK, Reader
 from offbeat.runtime.errors import ConfigError, PeerError
 from offbeat.runtime.registry import Registry, Spec
 
@@ -29,7 +29,6 @@ COMPRESSORS = Registry("compressor")
 MOST_PARAMETERS = 2**30  # a frame of a few bytes may stand for so many numbers, and no more
 MOST_ROWS = 2**20
 MOST_NESTING = 6  # messages inside messages, of which a sum has two
-CHUNK = 2**17  # numbers at a time: fits a cache, and is a multiple of 8
 
 _HEADER = struct.Struct("<BBBBI")
 HEADER = _HEADER.size
@@ -236,6 +235,8 @@ class Compressor(ABC):
                 f"{list(x.shape)}"
             )
         *lead, d = x.shape
+        if d > MOST_PARAMETERS:
+            raise ConfigError(f"{self} compresses rows of at most {MOST_PARAMETERS}, not {d}")
         rows = np.ascontiguousarray(x).reshape(-1, d)
         with np.errstate(all="ignore"):
             if not np.isfinite(np.vecdot(rows, rows)).all() and not np.isfinite(rows).all():
