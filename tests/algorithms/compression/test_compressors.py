@@ -22,6 +22,7 @@ from offbeat.algorithms.compression.coding import (
     write_support,
 )
 from offbeat.algorithms.compression.contract import HEADER, MOST_PARAMETERS
+from offbeat.algorithms.compression.kashin import hadamard
 from offbeat.runtime.errors import ConfigError, PeerError
 
 # Every registered compressor has a row here, under its name.
@@ -37,6 +38,9 @@ TABLE = {
     "terngrad": ["terngrad"],
     "natural": ["natural"],
     "natural-dithering": ["natural-dithering(3)", "natural-dithering(20)"],
+    "kashin": ["kashin", "kashin(4, redundancy=1.0)"],
+    "quantile": ["quantile", "quantile(1)", "quantile(3)"],
+    "powersgd": ["powersgd", "powersgd(1, 4)", "powersgd(3, 5, steps=3)"],
     "bf16": ["bf16"],
     "fp16": ["fp16"],
     "contractive": ["contractive(qsgd(2))", "contractive(natural)"],
@@ -52,6 +56,7 @@ TABLE = {
     "blocks": [
         "blocks(scaled-sign, 4)",
         "blocks(topk(2), 5)",
+        "blocks(quantile(2), 9)",
         "blocks(threshold(0.5), 3)",
         "blocks(blocks(qsgd(2), 3), 7)",
     ],
@@ -281,7 +286,7 @@ def test_malformed_frames_are_the_peers_fault(text):
                 assert message.dense().shape == (d,)
 
 
-@given(junk=st.binary(max_size=60), number=st.integers(0, 12), kind=st.integers(0, 1))
+@given(junk=st.binary(max_size=60), number=st.integers(0, 16), kind=st.integers(0, 1))
 def test_random_bytes_are_the_peers_fault(junk, number, kind):
     for frame in (junk, bytes([0xFB, 1, number, kind, 40, 0, 0, 0]) + junk):
         try:
@@ -551,6 +556,69 @@ def test_natural_dithering_has_powers_of_two_of_the_norm():
         assert 2.0 ** exponents.min() >= lowest * (1 - 1e-9)
     assert make("natural-dithering(8)").omega(16) == 0.125 + (4 / 128) ** 2
     assert make("natural-dithering(2)").omega(16) == 0.125 + 2
+
+
+@pytest.mark.parametrize("n", [1, 2, 64])
+def test_hadamard(n):
+    h = np.stack([hadamard(row) for row in np.eye(n)])
+    np.testing.assert_array_equal(h, h.T)
+    np.testing.assert_array_equal(h @ h, n * np.eye(n))
+    assert (np.abs(h) == 1).all()
+
+
+def test_kashin_is_free_of_dimension_and_within_its_bound():
+    """Error .25 with ternary dithering at N = 2 d, of a Gaussian and of one large entry."""
+    c = make("kashin")
+    for d in (64, 1024, 2**14):
+        one = np.eye(1, d)[0]
+        one[1:] = 1e-5
+        for x, expected in ((gaussian(d), 0.25), (one, 0.02)):
+            y = draws(c, x, max(20, 2**15 // d))
+            error = ((y - x) ** 2).sum(1) / (x @ x)
+            assert error.mean() == pytest.approx(expected, abs=0.05)
+            assert error.mean() < c.omega(d)
+            m = c.compress(x, g()).inner.scale[0]
+            assert m * (2 * d) ** 0.5 / (x @ x) ** 0.5 < 2.1  # K
+
+
+def test_quantiles_of_a_gaussian():
+    """Error 7e-4 in blocks of 4096; the bound is attained by one number among zeros."""
+    x = gaussian(2**16, dtype=np.float32)
+    message = make("blocks(quantile, 4096)").compress(x)
+    assert ((message.dense() - x) ** 2).sum() / (x @ x) == pytest.approx(6.9e-4, rel=0.1)
+    assert message.nbytes == pytest.approx(2**16 + 16 * (1 + 4 * 256) + 4 + 2 * HEADER, rel=1e-3)
+    codes, counts = np.unique(make("quantile").compress(x).dense(), return_counts=True)
+    assert len(codes) == 256
+    assert np.median(counts) == pytest.approx(2**16 / 256, rel=0.1)
+    one = np.eye(1, 21)[0]
+    for bits, largest in ((1, 21), (2, 7), (3, 3), (8, 1)):
+        c = make(f"quantile({bits})")
+        assert c.alpha(21) == 1 / largest
+        y = c.compress(one).dense()
+        assert ((y - one) ** 2).sum() <= 1 - 1 / largest + 1e-12
+    y = make("quantile(1)").compress(one).dense()  # zeros are not negative: one group of all
+    assert ((y - one) ** 2).sum() == pytest.approx(1 - 1 / 21)
+
+
+def test_powersgd_projects_and_attains_its_alpha():
+    same = np.eye(8).ravel()  # all singular values are equal
+    c = make("powersgd(2, 8)")
+    error = ((draws(c, same, 400) - same) ** 2).sum(1) / 8
+    assert c.alpha(64) == 0.25
+    np.testing.assert_allclose(error, 0.75, rtol=1e-9)
+    x = gaussian(8 * 12)
+    values = np.linalg.svd(x.reshape(8, 12), compute_uv=False) ** 2
+    best = 1 - values[:2].sum() / values.sum()
+    errors = []
+    for steps in (1, 2, 8, 64):
+        y = draws(make(f"powersgd(2, 12, steps={steps})"), x, 300)
+        np.testing.assert_allclose(((y - x) ** 2).sum(1), x @ x - (y**2).sum(1), rtol=1e-9)
+        errors.append((((y - x) ** 2).sum(1) / (x @ x)).mean())
+    assert best < errors[2] < errors[1] < errors[0] < 0.75
+    assert errors[3] == pytest.approx(best, rel=1e-3)
+    low = np.outer(gaussian(9), gaussian(7)).ravel()
+    np.testing.assert_allclose(make("powersgd(1, 7)").compress(low, g()).dense(), low)
+    assert make("powersgd(3, 100)").compress(gaussian(950), g()).nbytes == HEADER + 8 + 8 * 3 * 110
 
 
 def test_halves_round_to_nearest_even():
