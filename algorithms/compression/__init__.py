@@ -6,7 +6,10 @@ from offbeat.algorithms.compression.contract import COMPRESSORS, Compressor, Mes
 from offbeat.algorithms.compression.dithering import natural_dithering, qsgd, terngrad
 from offbeat.algorithms.compression.halves import bf16, fp16
 from offbeat.algorithms.compression.identity import identity
+from offbeat.algorithms.compression.kashin import kashin
 from offbeat.algorithms.compression.natural import natural
+from offbeat.algorithms.compression.powersgd import powersgd
+from offbeat.algorithms.compression.quantile import quantile
 from offbeat.algorithms.compression.randk import randk
 from offbeat.algorithms.compression.sign import scaled_sign, sign
 from offbeat.algorithms.compression.threshold import bernoulli, threshold
@@ -25,9 +28,12 @@ __all__ = [
     "fp16",
     "identity",
     "induced",
+    "kashin",
     "natural",
     "natural_dithering",
+    "powersgd",
     "qsgd",
+    "quantile",
     "randk",
     "scaled_sign",
     "sign",

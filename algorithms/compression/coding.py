@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from offbeat.runtime.errors import PeerError
 
+CHUNK = 2**17  # numbers at a time: fits a cache, and is a multiple of 8
+
 RICE, FIXED, BITMAP, ALL = range(4)  # how a set of indices is written: two bits of its tag
 
 
@@ -192,15 +194,14 @@ def read_support(source: Reader, d: int, k: int) -> NDArray:
     return index
 
 
-def words(seed: int, first: int, count: int) -> NDArray[np.uint64]:
-    """Words first+1 .. first+count of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
+def words(seeds: NDArray[np.uint64], count: int) -> NDArray[np.uint64]:
+    """``[n, count]``: the first words of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
 
-    >>> [hex(word) for word in words(0, 0, 2)]
+    >>> [hex(word) for word in words(np.zeros(1, np.uint64), 2)[0]]
     ['0xe220a8397b1dcdaf', '0x6e789e6aa1b965f4']
     """
-    z = np.arange(first + 1, first + count + 1, dtype=np.uint64)
-    z *= np.uint64(0x9E3779B97F4A7C15)
-    z += np.uint64(seed)
+    z = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = z + seeds[:, None]
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z ^= z >> np.uint64(shift)
         z *= np.uint64(factor)
@@ -208,28 +209,35 @@ def words(seed: int, first: int, count: int) -> NDArray[np.uint64]:
     return z
 
 
-def subset(seed: int, d: int, k: int) -> NDArray[np.int64]:
-    """k of 0..d-1, sorted: a function of the seed, the same for every version of every library.
+def subsets(seeds: NDArray[np.uint64], d: int, k: int) -> NDArray[np.int64]:
+    """``[n, k]``: of 0..d-1, sorted, a function of each seed, the same for every library for ever.
 
     The first k distinct of independent uniform draws are a uniform k-subset; beyond d / 2, what is
     left out is drawn.  No set is off its probability by more than rounding to 53 bits.
 
-    >>> subset(1, 10, 3).tolist()
-    [5, 7, 9]
+    >>> subsets(np.array([1], np.uint64), 10, 3)
+    array([[5, 7, 9]])
     """
-    few = min(k, d - k)
-    seen, at = np.zeros(0, np.int64), 0
-    while True:
-        count = max(16, int((few - len(seen)) * 1.5))
-        draws = (words(seed, at, count) >> np.uint64(11)).astype(np.float64) * (2.0**-53 * d)
-        seen, at = np.concatenate([seen, draws.astype(np.int64)]), at + count
-        _, first = np.unique(seen, return_index=True)
-        if len(first) >= few:
-            break
-        seen = seen[np.sort(first)]
-    chosen = np.sort(seen[np.sort(first)[:few]])
+    n, few = len(seeds), min(k, d - k)
+    chosen = np.empty((n, few), np.int64)
+    count = max(16, int(few * 1.5))
+    short = np.arange(n) if few else np.arange(0)
+    while len(short):
+        step = max(1, CHUNK // count)
+        parts, short = [short[i : i + step] for i in range(0, len(short), step)], short[:0]
+        for rows in parts:
+            uniform = (words(seeds[rows], count) >> np.uint64(11)).astype(np.float64)
+            draws = (uniform * (2.0**-53 * d)).astype(np.int64)
+            draws = np.sort(draws << 32 | np.arange(count), axis=-1)  # by value, then by turn
+            index, turn = draws >> 32, draws & (2**32 - 1)
+            turn[:, 1:][index[:, 1:] == index[:, :-1]] = count  # drawn before
+            last = np.partition(turn, few - 1, axis=-1)[:, few - 1, None]
+            done = last[:, 0] < count
+            chosen[rows[done]] = index[done][(turn <= last)[done]].reshape(-1, few)
+            short = np.concatenate([short, rows[~done]])
+        count *= 2
     if few == k:
         return chosen
-    keep = np.ones(d, bool)
-    keep[chosen] = False
-    return np.flatnonzero(keep)
+    keep = np.ones((n, d), bool)
+    keep[np.arange(n)[:, None], chosen] = False
+    return np.flatnonzero(keep).reshape(n, k) - np.arange(0, n * d, d)[:, None]

@@ -27,6 +27,7 @@ from offbeat.algorithms.compression.contract import (
     made,
     nest,
     nested,
+    overflow,
 )
 from offbeat.algorithms.compression.sparse import Sparsifier
 from offbeat.runtime.errors import ConfigError, PeerError
@@ -60,6 +61,8 @@ class Scaled(Coded):
     @classmethod
     def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> Message:
         factor = float(source.array("<f8", 1)[0])
+        if not 0 < factor <= 1:
+            raise PeerError(f"a frame has the factor {factor}, not one of (0, 1]")
         return cls(factor, whole(source, depth, dtype, d))
 
 
@@ -176,7 +179,10 @@ class Induced(Compressor):
 
     def _compress(self, x: NDArray, rng: np.random.Generator) -> Message:
         one = self.biased._compress(x, rng)
-        return Sum(one, self.unbiased._compress(x - one._rows(), rng))
+        both = Sum(one, self.unbiased._compress(x - one._rows(), rng))
+        if not np.isfinite(np.vecdot(x, x)).all():
+            overflow(self, both._rows())
+        return both
 
 
 @COMPRESSORS.register("induced")

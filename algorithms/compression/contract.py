@@ -14,13 +14,13 @@ codec writes.  Messages nest: a sparse message holds a message of its values.
 
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from offbeat.algorithms.compression.coding import Reader
+from offbeat.algorithms.compression.coding import CHUNK, Reader
 from offbeat.runtime.errors import ConfigError, PeerError
 from offbeat.runtime.registry import Registry, Spec
 
@@ -235,6 +235,8 @@ class Compressor(ABC):
                 f"{list(x.shape)}"
             )
         *lead, d = x.shape
+        if d > MOST_PARAMETERS:
+            raise ConfigError(f"{self} compresses rows of at most {MOST_PARAMETERS}, not {d}")
         rows = np.ascontiguousarray(x).reshape(-1, d)
         with np.errstate(all="ignore"):
             if not np.isfinite(np.vecdot(rows, rows)).all() and not np.isfinite(rows).all():
@@ -275,6 +277,14 @@ def nest(*inner: Compressor) -> int:
     if depth > MOST_NESTING:
         raise ConfigError(f"compressors nest {depth} deep; at most {MOST_NESTING} is read")
     return depth
+
+
+def pieces(n: int, d: int) -> Iterator[tuple[slice, slice]]:
+    """``[n, d]`` row by row in pieces that fit a cache: whole rows or parts of one."""
+    rows, columns = max(1, CHUNK // d), min(d, CHUNK)
+    for i in range(0, n, rows):
+        for j in range(0, d, columns):
+            yield slice(i, i + rows), slice(j, j + columns)
 
 
 def overflow(compressor: Compressor, values: NDArray) -> None:

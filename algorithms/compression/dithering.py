@@ -41,6 +41,7 @@ from offbeat.algorithms.compression.contract import (
     Message,
     codec,
     overflow,
+    pieces,
 )
 from offbeat.algorithms.compression.natural import FORMS
 from offbeat.runtime.errors import PeerError
@@ -148,11 +149,32 @@ class Powered(Levels):
 
 def euclidean(compressor: Compressor, x: NDArray) -> tuple[NDArray, NDArray, NDArray]:
     """``(y [n, d], r [n], norms [n])`` with |x| / ||x|| = |y| / r, whatever the range of x."""
-    norms = np.abs(x).max(axis=-1)
-    y = x / np.where(norms > 0, norms, 1)[:, None]  # |y| <= 1: its norm is in [1, sqrt(d)]
-    r = np.sqrt(np.maximum(np.vecdot(y, y), 1))
-    norms = norms * r
-    overflow(compressor, norms)
+    squares = np.vecdot(x, x)
+    y, r = x, np.sqrt(squares)
+    norms = r.copy()
+    bad = ~np.isfinite(squares) | (squares < np.finfo(x.dtype).tiny ** 0.5)
+    if bad.any():  # squares too large, or so small that digits are lost
+        z = x[bad]
+        top = np.abs(z).max(axis=-1)
+        z /= np.where(top > 0, top, 1)[:, None]
+        y = x.copy()
+        y[bad], r[bad] = z, np.sqrt(np.maximum(np.vecdot(z, z), 1))
+        norms[bad] = top * r[bad]
+        overflow(compressor, norms)
+    return y, r, norms
+
+
+def largest(x: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+    """The same of the max-norm."""
+    norms = np.zeros(len(x), x.dtype)
+    for rows, columns in pieces(*x.shape):
+        np.maximum(norms[rows], np.abs(x[rows, columns]).max(axis=-1), out=norms[rows])
+    y, r = x, norms.copy()
+    bad = norms < np.finfo(x.dtype).tiny ** 0.5  # s / r could be too large
+    if bad.any():
+        y = x.copy()
+        y[bad] /= np.where(norms > 0, norms, 1)[bad, None]
+        r[bad] = 1
     return y, r, norms
 
 
@@ -169,20 +191,18 @@ class Dithering(Compressor):
         return min(d / (4 * self.s**2), (d**0.5 - 1) / 2)
 
     def _compress(self, x: NDArray, rng: np.random.Generator) -> Message:
-        steps = np.full(len(x), self.s, x.dtype)
-        if self.norm == "2":
-            y, r, scale = euclidean(self, x)
-            steps /= r
-        else:
-            scale = np.abs(x).max(axis=-1)
-            y = x / np.where(scale > 0, scale, 1)[:, None]
-        p = np.abs(y)
-        p *= steps[:, None]  # s |x_j| / ||x||, at most s
-        level = np.floor(p)
-        p -= level  # exact; p + u might round up to the next whole number
-        level += rng.random(x.shape, x.dtype) < p
-        np.copysign(level, x, out=level)
-        return Levels(level.astype(np.int8 if self.s <= 127 else np.int16), scale, self.s)
+        y, r, scale = euclidean(self, x) if self.norm == "2" else largest(x)
+        steps = x.dtype.type(self.s) / r
+        levels = np.empty(x.shape, np.int8 if self.s <= 127 else np.int16)
+        for rows, columns in pieces(*x.shape):
+            p = np.abs(y[rows, columns])
+            p *= steps[rows, None]  # s |x_j| / ||x||
+            np.minimum(p, self.s, out=p)  # which rounding may exceed
+            level = np.floor(p)
+            p -= level  # exact; p + u might round up to the next whole number
+            level += rng.random(p.shape, x.dtype) < p
+            levels[rows, columns] = np.copysign(level, x[rows, columns], out=level)
+        return Levels(levels, scale, self.s)
 
 
 @COMPRESSORS.register("qsgd")
@@ -212,17 +232,22 @@ class NaturalDithering(Compressor):
 
     def _compress(self, x: NDArray, rng: np.random.Generator) -> Message:
         y, r, norms = euclidean(self, x)
-        p = np.abs(y) / r[:, None]  # at most 1, which is level s
-        u = rng.random(x.shape, x.dtype)
-        # As in natural compression a random number added to the mantissa carries to the exponent.
+        levels = np.empty(x.shape, np.int8)
         word, mantissa, bits = FORMS[x.dtype.itemsize]
-        carried = (u * x.dtype.type(2.0**mantissa)).astype(word)
-        carried += p.view(word)
-        level = (carried >> word(mantissa)).astype(np.int16)
-        level += self.s - (2 ** (bits - 2) - 1)
-        scaled = p * x.dtype.type(2.0 ** (self.s - 1))  # in units of the lowest level
-        level = np.where(scaled < 1, u < scaled, level)
-        return Powered(np.where(x < 0, -level, level).astype(np.int8), norms, self.s)
+        for rows, columns in pieces(*x.shape):
+            p = np.abs(y[rows, columns])
+            p /= r[rows, None]
+            np.minimum(p, 1, out=p)  # level s; rounding may exceed it
+            u = rng.random(p.shape, x.dtype)
+            # As in natural compression, what is added to the mantissa carries to the exponent.
+            carried = (u * x.dtype.type(2.0**mantissa)).astype(word)
+            carried += p.view(word)
+            level = (carried >> word(mantissa)).astype(np.int16)
+            level += self.s - (2 ** (bits - 2) - 1)
+            p *= x.dtype.type(2.0 ** (self.s - 1))  # in units of the lowest level
+            level = np.where(p < 1, u < p, level)
+            levels[rows, columns] = np.where(x[rows, columns] < 0, -level, level)
+        return Powered(levels, norms, self.s)
 
 
 @COMPRESSORS.register("natural-dithering")

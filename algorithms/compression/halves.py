@@ -100,7 +100,12 @@ class Half(Coded):
     @classmethod
     def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> Message:
         exponent = source.array("<i2", 1).astype(np.int16)
-        return cls(source.array("<f2", d).astype(np.float16)[None], exponent, dtype)
+        half = source.array("<f2", d).astype(np.float16)
+        with np.errstate(over="ignore"):
+            top = np.ldexp(np.abs(half).max(initial=0).astype(dtype), exponent.astype(np.int32))
+        if not np.isfinite(top).all():
+            raise PeerError("a frame carries a number that is not finite")
+        return cls(half[None], exponent, dtype)
 
 
 class FP16(Compressor):

@@ -12,7 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.algorithms.compression.coding import Reader, pack, packed_size, unpack
-from offbeat.algorithms.compression.contract import COMPRESSORS, Coded, Compressor, Message, codec
+from offbeat.algorithms.compression.contract import (
+    COMPRESSORS,
+    Coded,
+    Compressor,
+    Message,
+    codec,
+    pieces,
+)
 from offbeat.runtime.errors import ConfigError, PeerError
 
 FORMS = {4: (np.uint32, 23, 9), 8: (np.uint64, 52, 12)}  # itemsize: word, mantissa, the rest
@@ -56,9 +63,12 @@ class Natural(Compressor):
 
     def _compress(self, x: NDArray, rng: np.random.Generator) -> Message:
         word, mantissa, bits = FORMS[x.dtype.itemsize]
-        noise = rng.integers(2**mantissa, size=x.shape, dtype=word)
-        noise += x.view(word)
-        code = (noise >> word(mantissa)).astype(np.uint16)
+        code = np.empty(x.shape, np.uint16)
+        for rows, columns in pieces(*x.shape):
+            noise = rng.integers(2**mantissa, size=code[rows, columns].shape, dtype=word)
+            noise += x[rows, columns].view(word)
+            noise >>= word(mantissa)
+            code[rows, columns] = noise
         highest = 2 ** (bits - 1) - 1
         if (code & highest).max() == highest:
             raise ConfigError(f"{self} met a number whose next power of two is not a {x.dtype}")

@@ -8,7 +8,7 @@ E ||C(x) - x||^2 = (1 - k / d) ||x||^2.  Times d / k it is unbiased with omega =
 import numpy as np
 from numpy.typing import NDArray
 
-from offbeat.algorithms.compression.coding import subset
+from offbeat.algorithms.compression.coding import subsets
 from offbeat.algorithms.compression.contract import COMPRESSORS, Compressor, Message, overflow
 from offbeat.algorithms.compression.sparse import Kept, Seeded, Sparsifier, carry, count, gather
 
@@ -35,8 +35,8 @@ class RandK(Sparsifier):
         """See ``Sparsifier``."""
         n, d = x.shape
         k = self.kept(d)
-        seeds = [int(rng.integers(2**64, dtype=np.uint64)) for _ in range(n)]
-        index = np.stack([subset(seed, d, k) for seed in seeds])
+        seeds = rng.integers(2**64, size=(n,), dtype=np.uint64)
+        index = subsets(seeds, d, k)
         chosen = gather(x, index)
         if self.unbiased:
             chosen *= x.dtype.type(d / k)

@@ -13,9 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.algorithms.compression.coding import Reader
-from offbeat.algorithms.compression.contract import COMPRESSORS, Coded, Compressor, Message, codec
-
-CHUNK = 2**18
+from offbeat.algorithms.compression.contract import (
+    COMPRESSORS,
+    Coded,
+    Compressor,
+    Message,
+    codec,
+    pieces,
+)
 
 # _SIGNS[byte]: its eight signs, lowest bit first
 _SIGNS = np.where(np.arange(256)[:, None] >> np.arange(8) & 1, 1, -1).astype(np.float32)
@@ -25,16 +30,10 @@ def sign_bits(x: NDArray) -> NDArray[np.uint8]:
     """``[n, ceil(d / 8)]``: 1 where ``x [n, d]`` is non-negative."""
     n, d = x.shape
     out = np.empty((n, (d + 7) // 8), np.uint8)
-    if d < CHUNK:
-        return np.packbits(x >= 0, axis=-1, bitorder="little")
-    buffer = np.empty(CHUNK, bool)
-    for row, bits in zip(x, out, strict=True):
-        for first in range(0, d, CHUNK):
-            piece = row[first : first + CHUNK]
-            packed = np.packbits(
-                np.greater_equal(piece, 0, out=buffer[: len(piece)]), bitorder="little"
-            )
-            bits[first // 8 : first // 8 + len(packed)] = packed
+    for rows, columns in pieces(n, d):
+        bits = np.packbits(x[rows, columns] >= 0, axis=-1, bitorder="little")
+        first = columns.start // 8
+        out[rows, first : first + bits.shape[1]] = bits
     return out
 
 
@@ -48,10 +47,13 @@ class Signs(Coded):
 
     def _rows(self) -> NDArray:
         table = _SIGNS.astype(self.dtype, copy=False)
-        if self.n == 1:  # eight numbers a look-up
-            table = table * self.scale[0]
-            return table[self.bits[0]].reshape(1, -1)[:, : self.d]
-        return table[self.bits].reshape(self.n, -1)[:, : self.d] * self.scale[:, None]
+        out = np.empty((self.n, self.d), self.dtype)
+        for rows, columns in pieces(self.n, self.d):
+            piece = out[rows, columns]
+            bits = self.bits[rows, columns.start // 8 : (columns.stop + 7) // 8]
+            signs = table.take(bits, axis=0).reshape(len(piece), -1)  # eight a look-up
+            np.multiply(signs[:, : piece.shape[1]], self.scale[rows, None], out=piece)
+        return out
 
     def _sizes(self) -> int:
         return self.dtype.itemsize + (self.d + 7) // 8
@@ -80,11 +82,14 @@ class Sign(Compressor):
 
     def _compress(self, x: NDArray, rng: np.random.Generator) -> Message:
         n, d = x.shape
-        scale = np.ones(n, x.dtype)
-        if self.scaled:
+        if not self.scaled:
+            return Signs(d, sign_bits(x), np.ones(n, x.dtype))
+        scale = np.zeros(n)
+        for rows, columns in pieces(n, d):
             # Divided first: the sum of large numbers could be too large.
-            scale = np.multiply(np.abs(x), 1 / d, dtype=np.float64).sum(axis=-1).astype(x.dtype)
-        return Signs(d, sign_bits(x), scale)
+            share = np.multiply(np.abs(x[rows, columns]), 1 / d, dtype=np.float64)
+            scale[rows] += share.sum(axis=-1)
+        return Signs(d, sign_bits(x), scale.astype(x.dtype))
 
 
 @COMPRESSORS.register("sign")

@@ -5,7 +5,6 @@ can follow a sparsifier.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import Annotated
 
 import numpy as np
@@ -15,7 +14,7 @@ from pydantic import Field
 from offbeat.algorithms.compression.coding import (
     Reader,
     read_support,
-    subset,
+    subsets,
     support_plan,
     write_support,
 )
@@ -88,16 +87,16 @@ class Seeded(Coded):
     """Values at indices that both ends draw from a seed of 8 bytes."""
 
     def __init__(
-        self, d: int, seeds: Sequence[int], values: Message, index: NDArray | None = None
+        self, d: int, seeds: NDArray, values: Message, index: NDArray | None = None
     ) -> None:
         super().__init__(len(seeds), d, values.dtype)
-        self.seeds, self.values, self._index = seeds, values, index
+        self.seeds, self.values, self._index = seeds, values, index  # seeds [n] uint64
 
     @property
     def index(self) -> NDArray:
         """``[n, k]``, drawn when first asked for: a short frame may stand for many."""
         if self._index is None:
-            self._index = np.stack([subset(seed, self.d, self.values.d) for seed in self.seeds])
+            self._index = subsets(self.seeds, self.d, self.values.d)
         return self._index
 
     def _rows(self) -> NDArray:
@@ -107,13 +106,13 @@ class Seeded(Coded):
         return 8 + self.values.sizes
 
     def _payloads(self) -> list[bytes]:
-        pairs = zip(self.seeds, self.values.encode(), strict=True)
-        return [seed.to_bytes(8, "little") + inner for seed, inner in pairs]
+        pairs = zip(self.seeds.astype("<u8"), self.values.encode(), strict=True)
+        return [seed.tobytes() + inner for seed, inner in pairs]
 
     @classmethod
     def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> Message:
-        seed = source.number("<u8")
-        return cls(d, [seed], nested(source, depth, dtype, d))
+        seed = source.array("<u8", 1).astype(np.uint64)
+        return cls(d, seed, nested(source, depth, dtype, d))
 
 
 class Sparsifier(Compressor):

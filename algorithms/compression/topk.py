@@ -8,12 +8,12 @@ are equal.  Of equal magnitudes the lower index is kept.
 import numpy as np
 from numpy.typing import NDArray
 
+from offbeat.algorithms.compression.coding import CHUNK
 from offbeat.algorithms.compression.contract import COMPRESSORS, Compressor, Message
 from offbeat.algorithms.compression.sparse import Kept, Sparse, Sparsifier, carry, count, gather
 
 LARGE = 2**15  # from here on, rows are searched one by one with a threshold from a sample
 SAMPLE = 2**13
-CHUNK = 2**17  # entries at a time: fits a cache
 
 
 def largest(x: NDArray, k: int) -> NDArray:

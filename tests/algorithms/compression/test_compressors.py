@@ -10,17 +10,19 @@ from hypothesis.extra import numpy as hnp
 
 from offbeat.algorithms.compression import COMPRESSORS, decode
 from offbeat.algorithms.compression.coding import (
+    CHUNK,
     Reader,
     entropy_bits,
     pack,
     packed_size,
     read_support,
-    subset,
+    subsets,
     support_plan,
     unpack,
     write_support,
 )
-from offbeat.algorithms.compression.contract import HEADER
+from offbeat.algorithms.compression.contract import HEADER, MOST_PARAMETERS
+from offbeat.algorithms.compression.kashin import hadamard
 from offbeat.runtime.errors import ConfigError, PeerError
 
 # Every registered compressor has a row here, under its name.
@@ -36,6 +38,9 @@ TABLE = {
     "terngrad": ["terngrad"],
     "natural": ["natural"],
     "natural-dithering": ["natural-dithering(3)", "natural-dithering(20)"],
+    "kashin": ["kashin", "kashin(4, redundancy=1.0)"],
+    "quantile": ["quantile", "quantile(1)", "quantile(3)"],
+    "powersgd": ["powersgd", "powersgd(1, 4)", "powersgd(3, 5, steps=3)"],
     "bf16": ["bf16"],
     "fp16": ["fp16"],
     "contractive": ["contractive(qsgd(2))", "contractive(natural)"],
@@ -51,6 +56,7 @@ TABLE = {
     "blocks": [
         "blocks(scaled-sign, 4)",
         "blocks(topk(2), 5)",
+        "blocks(quantile(2), 9)",
         "blocks(threshold(0.5), 3)",
         "blocks(blocks(qsgd(2), 3), 7)",
     ],
@@ -150,6 +156,19 @@ def test_rows_do_not_depend_on_their_batch(text, dtype):
         same_bits(row, c.compress(rows[i], g(i)).dense())
 
 
+@pytest.mark.parametrize(
+    "text", ["qsgd", "terngrad", "natural", "natural-dithering", "scaled-sign"]
+)
+@pytest.mark.parametrize("shape", [(1400, 100), (2, CHUNK + 9)])
+def test_rows_do_not_depend_on_pieces(text, shape):
+    x = gaussian(*shape, dtype=np.float32)
+    whole, one = make(text).compress(x, g(3)), g(3)
+    for i, row in enumerate(whole.dense()):
+        message = make(text).compress(x[i], one)
+        same_bits(message.dense(), row)
+        assert message.nbytes == whole.sizes[i]
+
+
 @EVERY
 def test_zero_stays_zero(text):
     if text == "sign":
@@ -164,6 +183,8 @@ def test_what_cannot_be_compressed_is_refused(text):
     for bad in ([1.0, np.nan], [np.inf, 0.0], np.zeros(0), np.zeros(3, int), np.float64(1)):
         with pytest.raises(ConfigError, match="compress"):
             c.compress(np.asarray(bad), g())
+    with pytest.raises(ConfigError, match="rows of at most"):
+        c.compress(np.broadcast_to(np.float32(1), MOST_PARAMETERS + 1), g())
     if c.draws:
         with pytest.raises(ConfigError, match="generator"):
             c.compress(np.ones(3))
@@ -235,8 +256,7 @@ def test_extremes_of_the_number_range():
                 continue
             y = message.dense()
             same_bits(decode(message.encode()).dense(), y)
-            if text not in ("induced(topk(0.3), qsgd(2))", "induced(randk(0.3), natural)"):
-                assert np.isfinite(y).all(), text
+            assert np.isfinite(y).all(), text
     assert set(refused) == {(True, True)}
     for text in ("qsgd(4)", "terngrad"):
         y = draws(make(text), denormal)
@@ -266,7 +286,7 @@ def test_malformed_frames_are_the_peers_fault(text):
                 assert message.dense().shape == (d,)
 
 
-@given(junk=st.binary(max_size=60), number=st.integers(0, 12), kind=st.integers(0, 1))
+@given(junk=st.binary(max_size=60), number=st.integers(0, 16), kind=st.integers(0, 1))
 def test_random_bytes_are_the_peers_fault(junk, number, kind):
     for frame in (junk, bytes([0xFB, 1, number, kind, 40, 0, 0, 0]) + junk):
         try:
@@ -290,6 +310,16 @@ def test_frames_that_ask_for_too_much():
         decode([deep])
     with pytest.raises(PeerError, match="at most"):
         decode([bytes([0xFB, 1, 1, 0, 255, 255, 255, 255])])
+
+
+def test_frames_whose_numbers_are_beyond_range():
+    scaled = make("contractive(qsgd(2))").compress(np.ones(5, np.float32), g()).encode()[0]
+    half = make("fp16").compress(np.ones(5, np.float32)).encode()[0]
+    for factor in (0.0, -0.5, 1.5, 1e300, np.nan):
+        with pytest.raises(PeerError, match=r"factor|finite"):
+            decode([scaled[:HEADER] + np.float64(factor).tobytes() + scaled[HEADER + 8 :]])
+    with pytest.raises(PeerError, match="not finite"):
+        decode([half[:HEADER] + np.int16(120).tobytes() + half[HEADER + 2 :]])
 
 
 def test_what_may_be_written_can_be_read():
@@ -317,6 +347,18 @@ def test_topk_is_a_stable_sort(d, values):
         kept = np.argsort(-np.abs(x), kind="stable")[:k]
         expected[kept] = x[kept]
         np.testing.assert_array_equal(make(f"topk({k})").compress(x).dense(), expected)
+
+
+def test_topk_of_many_rows_is_a_stable_sort():
+    """Rows of one piece with and without ties, and rows beyond it."""
+    x = gaussian(1500, 100, dtype=np.float32)
+    x[::3] = np.round(x[::3])
+    x[::7] = 0
+    assert x.size > CHUNK
+    kept = np.sort(np.argsort(-np.abs(x), axis=1, kind="stable")[:, :10], axis=1)
+    message = make("topk(10)").compress(x)
+    np.testing.assert_array_equal(message.index, kept)
+    np.testing.assert_array_equal(message.values.dense(), np.take_along_axis(x, kept, axis=1))
 
 
 def test_topk_where_the_sample_misleads():
@@ -408,10 +450,20 @@ def test_supports_and_packed_numbers_survive(data):
 
 
 def test_subsets_are_uniform_and_fixed_for_ever():
-    assert subset(1, 10, 3).tolist() == [5, 7, 9]
-    assert subset(2**64 - 1, 5, 5).tolist() == [0, 1, 2, 3, 4]
+    seeds = np.array([1, 2**64 - 1], np.uint64)
+    assert subsets(seeds, 10, 3).tolist() == [[5, 7, 9], [2, 8, 9]]
+    assert subsets(seeds, 5, 5).tolist() == [[0, 1, 2, 3, 4]] * 2
+    many = subsets(np.arange(1000, dtype=np.uint64), 40, 20)  # of which some need a second draw
+    for seed, chosen in enumerate(many):
+        state, seen = seed, []  # SplitMix64, one number at a time
+        while len(set(seen)) < 20:
+            state = (state + 0x9E3779B97F4A7C15) % 2**64
+            z = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+            z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+            seen.append(int(((z ^ z >> 31) >> 11) * (2.0**-53 * 40)))
+        assert chosen.tolist() == sorted(set(seen))
     for k in (2, 5):  # drawn, and drawn as what is left out
-        sets = [tuple(subset(seed, 7, k)) for seed in range(4200)]
+        sets = subsets(np.arange(4200, dtype=np.uint64), 7, k)
         counts = np.unique(sets, axis=0, return_counts=True)[1]
         assert len(counts) == math.comb(7, k)
         chi2 = ((counts - 200) ** 2 / 200).sum()
@@ -462,6 +514,18 @@ def test_qsgd_parameters():
     assert make("qsgd(4)").compress(np.array([-3.0]), g()).dense().tolist() == [-3.0]
 
 
+@pytest.mark.parametrize("text", ["qsgd(127)", "qsgd(127, norm='max')", "natural-dithering(100)"])
+def test_no_level_is_above_the_highest(text):
+    """Where |x| / ||x|| rounds to more than 1, in the range of int8 and of subnormals."""
+    s = 100 if "natural" in text else 127
+    for scale in (1e-42, 1e-15, 1.0, 1e30):
+        x = gaussian(50_000, 1, dtype=np.float32) * np.float32(scale)
+        x = np.pad(x, ((0, 0), (0, 2)))
+        message = make(text).compress(x, g())
+        assert np.abs(message.levels).max() == s
+        np.testing.assert_allclose(message.dense(), x, rtol=1 / 126)
+
+
 def test_terngrad_attains_its_worst_case():
     d = 101
     x = np.ones(d)
@@ -492,6 +556,69 @@ def test_natural_dithering_has_powers_of_two_of_the_norm():
         assert 2.0 ** exponents.min() >= lowest * (1 - 1e-9)
     assert make("natural-dithering(8)").omega(16) == 0.125 + (4 / 128) ** 2
     assert make("natural-dithering(2)").omega(16) == 0.125 + 2
+
+
+@pytest.mark.parametrize("n", [1, 2, 64])
+def test_hadamard(n):
+    h = np.stack([hadamard(row) for row in np.eye(n)])
+    np.testing.assert_array_equal(h, h.T)
+    np.testing.assert_array_equal(h @ h, n * np.eye(n))
+    assert (np.abs(h) == 1).all()
+
+
+def test_kashin_is_free_of_dimension_and_within_its_bound():
+    """Error .25 with ternary dithering at N = 2 d, of a Gaussian and of one large entry."""
+    c = make("kashin")
+    for d in (64, 1024, 2**14):
+        one = np.eye(1, d)[0]
+        one[1:] = 1e-5
+        for x, expected in ((gaussian(d), 0.25), (one, 0.02)):
+            y = draws(c, x, max(20, 2**15 // d))
+            error = ((y - x) ** 2).sum(1) / (x @ x)
+            assert error.mean() == pytest.approx(expected, abs=0.05)
+            assert error.mean() < c.omega(d)
+            m = c.compress(x, g()).inner.scale[0]
+            assert m * (2 * d) ** 0.5 / (x @ x) ** 0.5 < 2.1  # K
+
+
+def test_quantiles_of_a_gaussian():
+    """Error 7e-4 in blocks of 4096; the bound is attained by one number among zeros."""
+    x = gaussian(2**16, dtype=np.float32)
+    message = make("blocks(quantile, 4096)").compress(x)
+    assert ((message.dense() - x) ** 2).sum() / (x @ x) == pytest.approx(6.9e-4, rel=0.1)
+    assert message.nbytes == pytest.approx(2**16 + 16 * (1 + 4 * 256) + 4 + 2 * HEADER, rel=1e-3)
+    codes, counts = np.unique(make("quantile").compress(x).dense(), return_counts=True)
+    assert len(codes) == 256
+    assert np.median(counts) == pytest.approx(2**16 / 256, rel=0.1)
+    one = np.eye(1, 21)[0]
+    for bits, largest in ((1, 21), (2, 7), (3, 3), (8, 1)):
+        c = make(f"quantile({bits})")
+        assert c.alpha(21) == 1 / largest
+        y = c.compress(one).dense()
+        assert ((y - one) ** 2).sum() <= 1 - 1 / largest + 1e-12
+    y = make("quantile(1)").compress(one).dense()  # zeros are not negative: one group of all
+    assert ((y - one) ** 2).sum() == pytest.approx(1 - 1 / 21)
+
+
+def test_powersgd_projects_and_attains_its_alpha():
+    same = np.eye(8).ravel()  # all singular values are equal
+    c = make("powersgd(2, 8)")
+    error = ((draws(c, same, 400) - same) ** 2).sum(1) / 8
+    assert c.alpha(64) == 0.25
+    np.testing.assert_allclose(error, 0.75, rtol=1e-9)
+    x = gaussian(8 * 12)
+    values = np.linalg.svd(x.reshape(8, 12), compute_uv=False) ** 2
+    best = 1 - values[:2].sum() / values.sum()
+    errors = []
+    for steps in (1, 2, 8, 64):
+        y = draws(make(f"powersgd(2, 12, steps={steps})"), x, 300)
+        np.testing.assert_allclose(((y - x) ** 2).sum(1), x @ x - (y**2).sum(1), rtol=1e-9)
+        errors.append((((y - x) ** 2).sum(1) / (x @ x)).mean())
+    assert best < errors[2] < errors[1] < errors[0] < 0.75
+    assert errors[3] == pytest.approx(best, rel=1e-3)
+    low = np.outer(gaussian(9), gaussian(7)).ravel()
+    np.testing.assert_allclose(make("powersgd(1, 7)").compress(low, g()).dense(), low)
+    assert make("powersgd(3, 100)").compress(gaussian(950), g()).nbytes == HEADER + 8 + 8 * 3 * 110
 
 
 def test_halves_round_to_nearest_even():
