@@ -91,7 +91,7 @@ class Network:
         """Round ``k`` among the nodes ``present [n]`` (a mask; None for all)."""
         whole = self.whole(k)
         if not self.loss and present is None:
-            return whole if whole.k == k else Round(k, *_rest(whole))
+            return whole
         n, src, dst, weight = self.topology.n, whole.src, whole.dst, whole.weight
         diagonal = whole.matrix.diagonal()
         if present is not None:
@@ -112,10 +112,10 @@ class Network:
         )
         values = np.concatenate([weight[through], diagonal])
         matrix = sparse.csr_array(sparse.coo_array((values, place), shape=(n, n)))
-        return Round(k, matrix, src, dst, weight, through)
+        return Round(matrix, src, dst, weight, through)
 
     def whole(self, k: int) -> Round:
-        """Round ``k`` if nothing is lost and nobody away, up to its number."""
+        """Round ``k`` if nothing is lost and nobody away."""
         return self._whole(k if self.topology.period is None else k % self.topology.period)
 
     def arrives(self, k: int, src: int, dst: int) -> bool:
@@ -124,9 +124,9 @@ class Network:
 
     def _round(self, k: int) -> Round:
         matrix = self.topology.matrix(k)
-        coo = matrix.tocoo()
+        coo = matrix.tocoo()  # by rows, as dst is to be
         other = coo.row != coo.col
-        return Round(k, matrix, coo.col[other], coo.row[other], coo.data[other])
+        return Round(matrix, coo.col[other], coo.row[other], coo.data[other])
 
     def _arrives(self, k: int, src: NDArray, dst: NDArray) -> NDArray:
         """Whether the message of round ``k`` over each link is not lost."""
@@ -134,7 +134,3 @@ class Network:
             return np.zeros(0, bool)
         address = np.int64(k) * self.topology.n + dst
         return self._streams.uniform(src, address, 1)[:, 0] >= self.loss
-
-
-def _rest(whole: Round) -> tuple[sparse.csr_array, NDArray, NDArray, NDArray]:
-    return whole.matrix, whole.src, whole.dst, whole.weight

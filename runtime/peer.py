@@ -31,7 +31,6 @@ class Links:
     def __init__(self, now: Round, node: int) -> None:
         got = np.ones(len(now.src), bool) if now.through is None else now.through
         out, back = now.src == node, now.dst == node
-        self.k = now.k
         self.hears: list[int] = now.dst[out].tolist()
         """To whom messages are sent, whether they arrive or not."""
         # Plain numbers: numpy's own would make single precision double.
@@ -154,6 +153,7 @@ class Copies(End):
 
     def __init__(self, squeeze: Any) -> None:
         self._squeeze = squeeze
+        self.count = 0
         self.value: Any = None
         self.out: dict[int, NDArray] = {}
         self.back: dict[int, NDArray] = {}
@@ -171,7 +171,8 @@ class Copies(End):
             return dict.fromkeys(links.hears)
         for j in links.hears:
             h = self.out.setdefault(j, np.zeros_like(self.value))
-            self.sent[j] = self._squeeze(self.value - h, links.k, j)
+            self.sent[j] = self._squeeze(self.value - h, self.count, j)
+        self.count += 1
         return {j: self.sent[j] for j in links.hears}
 
     def receive(self, links: Links, got: Mapping[int, Any]) -> None:

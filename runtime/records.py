@@ -16,6 +16,7 @@ from offbeat.workers.fleet import Fleet
 from offbeat.workers.speeds import away
 
 TRACE_COLUMNS = ("time_s", "worker", "job", "read_step", "step", "start_s", "end_s")
+MOST_TRACED = 1024  # workers up to which the jobs of a round are recorded one by one
 ROWS_HELD = 1024  # arrivals held before they are counted and written; more leave the cache
 
 
@@ -80,23 +81,28 @@ class Records:
         self._counted = 0
 
     def round(
-        self, step: int, number: int, workers: NDArray, start: NDArray, end: NDArray, rows: bool
+        self, step: int, number: int, workers: NDArray | None, start: NDArray, end: NDArray
     ) -> None:
-        """Job ``number`` of each of ``workers [m]``, from ``start`` to ``end``, both ``[n]``.
+        """Job ``number`` of ``workers [m]`` (None: of all), from ``start`` to ``end``, ``[m]``.
 
-        Args:
-            rows: whether each is recorded, or only counted.
+        Of more than a thousand workers, jobs are counted and not recorded one by one.
         """
-        if rows:
-            spans = zip(workers.tolist(), start[workers].tolist(), end[workers].tolist(),
-                        strict=True)  # fmt: skip
-            self.rows += [(to_s, w, number, step, step, from_s, to_s) for w, from_s, to_s in spans]
+        if self._keep and len(self.done) <= MOST_TRACED:
+            who = range(len(self.done)) if workers is None else workers.tolist()
+            self.rows += [
+                (to_s, w, number, step, step, from_s, to_s)
+                for w, from_s, to_s in zip(who, start.tolist(), end.tolist(), strict=True)
+            ]
             if len(self.rows) >= ROWS_HELD:
                 self.flush()
+            return
+        if workers is None and not self._pauses:
+            self.done += 1
+            self.busy_s += end - start
         else:
-            self._spend(workers, start[workers], end[workers])
-            self.histogram[0] += len(workers)
-            self.flushed += len(workers)
+            self._spend(np.arange(len(self.done)) if workers is None else workers, start, end)
+        self.histogram[0] += len(start)
+        self.flushed += len(start)
 
     def _count(self) -> None:
         """Add the rows that are new to the workers' counts."""

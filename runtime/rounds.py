@@ -28,7 +28,6 @@ from offbeat.topologies import Topology
 from offbeat.workers.fleet import Fleet, Timing
 from offbeat.workers.tasks.contract import Task
 
-MOST_TRACED = 1024  # nodes up to which every job is recorded
 COUNTS = ("bytes", "messages", "messages_lost")  # of all nodes
 CHUNK = 2**20  # numbers looked at together where all nodes' models are measured
 
@@ -91,7 +90,7 @@ class Rounds(Loop):
             return Shares(n, lossy=self.network.loss > 0)
         still = self.network.fixed or self._reach is not None or not channel.memory
         if method.exact or still:
-            return Broadcast(method.compressor, channel, n, method.exact, seed, name)
+            return Broadcast(method.compressor, channel, method.exact, seed, name)
         return Links(method.compressor, n, seed, name)
 
     @property
@@ -153,7 +152,7 @@ class Rounds(Loop):
         found = []
         for x in points:
             losses, gradients = self.task.gradient(x, self._all, draws)
-            if not math.isfinite(float(losses.sum() + gradients.sum())):
+            if not math.isfinite(float(losses.sum())):
                 good = np.isfinite(losses) & np.isfinite(gradients).all(axis=1)
                 if not good.all():
                     raise Diverged(
@@ -165,34 +164,32 @@ class Rounds(Loop):
 
     def _send(self, now: Round) -> None:
         """The messages of the last round travel."""
-        sizes = self.node.exchange(now)
-        src, links = now.src, len(now.src)
+        sent = self.node.exchange(now)
+        links = len(now.src)
         if now.through is not None:
             self.messages_lost += links - int(now.through.sum())
-        sent = np.bincount(src, sizes, self.n)
         if self._reach is not None:  # whoever may ever need it hears it
-            degree = np.bincount(src, minlength=self.n)
-            sent = sent / np.maximum(degree, 1) * self._reach
+            sent = sent // np.maximum(now.out, 1) * self._reach
             links = int(self._reach.sum())
         self.bytes += int(sent.sum())
         self.messages += links
-        self._sent = sent / (self.fleet.bandwidth or math.inf)
+        if self.fleet.bandwidth is not None:
+            self._sent = sent / self.fleet.bandwidth
 
     def _ready(self, now: Round) -> NDArray:
         """``[n]``: when each node has what it needs for this round."""
-        ready = self.end_s.copy()
-        np.maximum.at(ready, now.dst, (self.free_s + self._sent)[now.src])
-        return ready
+        return now.latest(self.end_s, self.free_s + self._sent)
 
     def _spend(self, number: int, ready: NDArray, present: NDArray | None) -> None:
         """Job ``number`` of every node that is there takes its time."""
         start = self.end_s if self.method.overlap else ready
         end = self.timing.finish_all(number, start)
-        there = self._all
-        if present is not None:
+        if present is None:
+            self.records.round(self.round, number, None, start, end)
+        else:
             there = np.flatnonzero(present)
-            end = np.where(present, end, ready[present].max())
-        self.records.round(self.round, number, there, start, end, self.n <= MOST_TRACED)
+            self.records.round(self.round, number, there, start[there], end[there])
+            end = np.where(present, end, ready[there].max())
         if self.method.overlap:
             end = np.maximum(end, ready)
         self.end_s = end

@@ -12,6 +12,7 @@ Three kinds of wire carry a channel:
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -36,18 +37,38 @@ class Round:
     """Who hears whom in one round: m messages, and the weights.
 
     Args:
-        k: its number.
         matrix: ``[n, n]``; the weights of links that fail are back on the diagonal.
-        src, dst, weight: ``[m]``, of the messages that are sent.
+        src, dst, weight: ``[m]``, of the messages that are sent, by dst.
         through: ``[m]``, those that are received; None for all.
     """
 
-    k: int
     matrix: sparse.csr_array
     src: NDArray
     dst: NDArray
     weight: NDArray
     through: NDArray | None = None
+
+    @cached_property
+    def out(self) -> NDArray:
+        """``[n]``: how many messages each node sends."""
+        return np.bincount(self.src, minlength=self.matrix.shape[0])
+
+    @cached_property
+    def _hearing(self) -> tuple[NDArray, NDArray]:
+        """Who hears anybody, and where its messages begin."""
+        return np.unique(self.dst, return_index=True)
+
+    def latest(self, time_s: NDArray, sent_s: NDArray) -> NDArray:
+        """``[n]``: ``time_s``, or the last ``sent_s`` of whom each hears, if that is later."""
+        nodes, starts = self._hearing
+        if not len(nodes):
+            return time_s
+        heard = np.maximum.reduceat(sent_s[self.src], starts)
+        if len(nodes) == len(time_s):
+            return np.maximum(time_s, heard)
+        latest = time_s.copy()
+        latest[nodes] = np.maximum(latest[nodes], heard)
+        return latest
 
     def received(self, x: NDArray) -> NDArray:
         """``x [m, ...]`` of the messages that are received."""
@@ -105,7 +126,7 @@ class Wire(ABC):
 
     @abstractmethod
     def exchange(self, now: Round) -> NDArray:
-        """Messages travel; answers the bytes of each, ``[m]``."""
+        """Messages travel; answers the bytes that each node sends, ``[n]``."""
 
     @abstractmethod
     def mix(self) -> NDArray:
@@ -132,21 +153,21 @@ class Broadcast(Wire):
     """See the module; ``exact`` channels are not compressed."""
 
     def __init__(
-        self, compressor: Compressor, channel: Channel, n: int, exact: bool, seed: int, name: str
+        self, compressor: Compressor, channel: Channel, exact: bool, seed: int, name: str
     ) -> None:
         self._compressor, self._channel, self._exact = compressor, channel, exact
         self._seed, self._name, self._product = seed, f"compress {name}", Product()
         self.count = 0  # of what was published
         self.value: Any = None  # [n, d], the public copies that neighbours mix with
         self.h: Any = None  # [n, d], where differences are taken to others: damped copies
-        self.sizes: Any = np.zeros(n, np.int64)  # [n], bytes of the messages
+        self.sizes: Any = 0  # bytes of the messages, [n] or all alike
         self._now: Any = None
 
     def start(self, value: NDArray) -> None:
         """See ``Wire``."""
         if self._channel.memory or self._exact:
             self.value = value if self._exact else value.copy()
-            self.sizes = np.zeros(len(value), np.int64)
+            self.sizes = 0
             if self._channel.damping < 1:
                 self.h = value
         else:
@@ -156,7 +177,7 @@ class Broadcast(Wire):
         """See ``Node``."""
         if self._exact:
             self.value = value
-            self.sizes = np.full(len(value), HEADER + value[0].nbytes)
+            self.sizes = HEADER + value[0].nbytes
             return value
         damped = self._channel.damping < 1
         h = self.h if damped else self.value
@@ -181,7 +202,7 @@ class Broadcast(Wire):
     def exchange(self, now: Round) -> NDArray:
         """See ``Wire``."""
         self._now = now
-        return self.sizes[now.src]
+        return self.sizes * now.out
 
     def mix(self) -> NDArray:
         """See ``Node``."""
@@ -229,6 +250,7 @@ class Links(Wire):
     def __init__(self, compressor: Compressor, n: int, seed: int, name: str) -> None:
         self._compressor, self._seed, self._name = compressor, seed, f"compress {name}"
         self.slots = Slots(n)
+        self.count = 0  # of exchanges
         self.value: Any = None  # [n, d], what was published last
         self.h: Any = None  # [links, d], what went over each link so far
         self.mixed: Any = NOTHING  # [n, d]
@@ -241,24 +263,26 @@ class Links(Wire):
     def exchange(self, now: Round) -> NDArray:
         """See ``Wire``."""
         if self.value is None:
-            return np.zeros(len(now.src), np.int64)
+            return np.zeros_like(now.out)
         n, d = self.value.shape
         if self.h is None:
             self.h = np.zeros((0, d), self.value.dtype)
         rows, (self.h,) = self.slots.find(now.src, now.dst, self.h)
-        sizes = np.zeros(0, np.int64)
+        sizes = np.zeros_like(now.out)
         if len(rows):
-            q, sizes = compress(
+            q, each = compress(
                 self._compressor,
                 self.value[now.src] - self.h[rows],
                 self._seed,
                 self._name,
                 now.src.astype(np.int64) * n + now.dst,
-                now.k,
+                self.count,
                 own=n <= OWN_STREAM,
             )
+            np.add.at(sizes, now.src, each)
             rows = now.received(rows)
             self.h[rows] += now.received(q)
+        self.count += 1
         src, dst, weight = map(now.received, (now.src, now.dst, now.weight))
         weight = weight.astype(self.value.dtype)
         place = np.concatenate([dst, src]), np.concatenate([rows, rows])
@@ -289,7 +313,7 @@ class Shares(Wire):
 
     def exchange(self, now: Round) -> NDArray:
         """See ``Wire``."""
-        sizes = np.full(len(now.src), HEADER + self.value[0].nbytes)
+        sizes = (HEADER + self.value[0].nbytes) * now.out
         if not self._lossy:
             self.arrived = self._product(now.matrix, self.value)
             return sizes
@@ -347,7 +371,7 @@ class Stacked:
         return self._wires[channel].mix()
 
     def exchange(self, now: Round) -> NDArray:
-        """Messages travel on all channels; answers the bytes of each, ``[m]``."""
+        """Messages travel on all channels; answers the bytes that each node sends, ``[n]``."""
         self._starting = False
         sizes = [wire.exchange(now) for wire in self._wires.values()]
         return sum(sizes[1:], sizes[0])

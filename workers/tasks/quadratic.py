@@ -15,7 +15,7 @@ class Quadratic:
     The optimum of the mean is mean(c_i), whatever h is.
 
     Args:
-        centers: ``[n, d]``, one minimiser a worker.
+        centers: ``[n, d]``, one minimiser a worker; float32 ones make a float32 task.
         curvature: ``[d]``, the diagonal h.
         noise: standard deviation of each coordinate of a gradient's noise.
         seed: of the noise.
@@ -26,26 +26,26 @@ class Quadratic:
     def __init__(
         self, centers: NDArray, curvature: NDArray | None = None, noise: float = 0.0, seed: int = 0
     ) -> None:
-        self.centers = np.asarray(centers, np.float64)
+        self.centers = np.asarray(centers)
+        if self.centers.dtype != np.float32:
+            self.centers = self.centers.astype(np.float64)
         self.workers, self.dim = self.centers.shape
-        self.curvature = np.ones(self.dim) if curvature is None else curvature
+        h = np.ones(self.dim) if curvature is None else curvature
+        self.curvature = np.asarray(h, self.centers.dtype)
         self.noise = noise
         self._streams = Streams(seed, "noise", self.workers)
         self.optimum = self.centers.mean(axis=0)
-        self._floor = self._mean_loss(self.optimum)
-
-    def _mean_loss(self, x: NDArray) -> float:
-        return float(0.5 * (self.curvature * (x - self.centers) ** 2).sum(axis=1).mean())
 
     def initial(self, seed: int) -> NDArray:
         """Zero, for every seed."""
-        return np.zeros(self.dim)
+        return np.zeros(self.dim, self.centers.dtype)
 
     def gradient(self, x: NDArray, worker: NDArray, draw: NDArray) -> tuple[NDArray, NDArray]:
         """Losses ``[k]`` (without noise) and gradients ``[k, d]``."""
-        apart = x - self.centers[worker]
+        apart = self.centers.take(worker, axis=0)
+        np.subtract(x, apart, out=apart)
         gradient = self.curvature * apart
-        losses = 0.5 * (gradient * apart).sum(axis=1)
+        losses = 0.5 * np.vecdot(gradient, apart)
         if self.noise:
             gradient += self.noise * ndtri(self._streams.uniform(worker, draw, self.dim))
         return losses, gradient
@@ -53,9 +53,10 @@ class Quadratic:
     def evaluate(self, x: NDArray) -> dict[str, float]:
         """``loss`` is f(x) - f*; ``distance2`` is ||x - x*||^2."""
         apart = x - self.optimum
+        gradient = self.curvature * apart
         return {
-            "loss": self._mean_loss(x) - self._floor,
-            "grad_norm": float(np.linalg.norm(self.curvature * apart)),
+            "loss": 0.5 * float(gradient @ apart),  # the centres' spread drops out
+            "grad_norm": float(np.linalg.norm(gradient)),
             "distance2": float(apart @ apart),
         }
 

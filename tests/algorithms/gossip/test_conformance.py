@@ -230,7 +230,7 @@ def test_changing_weights_need_copies_of_their_own():
         if name == "plain":
             for channel in method.channels:
                 made.node._wires[channel] = PlainSum(
-                    method.compressor, method.channels[channel], 8, False, 0, channel
+                    method.compressor, method.channels[channel], False, 0, channel
                 )
             made.node._wires["x"].start(np.zeros((8, 20)))
         for _ in range(1800):
