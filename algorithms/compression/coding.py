@@ -98,6 +98,38 @@ def rice_parameter(d: int, k: NDArray) -> NDArray[np.int64]:
     return np.maximum(0, np.floor(np.log2(math.log(2) * d / k))).astype(np.int64)
 
 
+def rice_plan(values: NDArray) -> tuple[NDArray, NDArray]:
+    """Of each row of unsigned ``values [n, d]``, in Golomb-Rice code: ``(bytes [n], b [n])``."""
+    d = values.shape[1]
+    b = rice_parameter(values.sum(axis=-1, dtype=np.int64) + d, np.array(d))
+    unary = (values >> b.astype(values.dtype)[:, None]).sum(axis=-1, dtype=np.int64) + d
+    return (unary + 7) // 8 + packed_size(d, b), b
+
+
+def write_rice(values: NDArray, b: int) -> bytes:
+    """Of unsigned ``values [m]`` the b low bits, then the rest in unary: q zeros and a one."""
+    quotient = values.astype(np.int64) >> b
+    ends = np.cumsum(quotient + 1) - 1
+    unary = np.zeros(int(ends[-1]) + 1, np.uint8)
+    unary[ends] = 1
+    low = (values & values.dtype.type((1 << b) - 1)).astype(np.uint32)
+    return pack(low, b) + np.packbits(unary, bitorder="little").tobytes()
+
+
+def read_rice(source: Reader, count: int, b: int, most: int) -> NDArray[np.int64]:
+    """What ``write_rice`` wrote: ``count`` numbers, their quotients' sum at most ``most``."""
+    if b > 31:
+        raise PeerError(f"a frame has Rice parameter {b}; at most 31 makes sense")
+    low = unpack(source, count, b).astype(np.int64)
+    length = (count + most + 7) // 8
+    some = np.frombuffer(source.frame[source.at : source.at + length], np.uint8)
+    ends = np.flatnonzero(np.unpackbits(some, bitorder="little"))[:count]
+    if len(ends) < count:
+        raise PeerError(f"a frame has {len(ends)} numbers and needs {count}")
+    source.take(int(ends[-1]) // 8 + 1)
+    return ((np.diff(ends, prepend=-1) - 1) << b) + low
+
+
 def _gaps(index: NDArray, starts: NDArray) -> NDArray:
     """Indices left out before each of ``index``, which starts anew at ``starts``."""
     gaps = np.empty_like(index)
@@ -147,12 +179,7 @@ def write_support(index: NDArray, d: int) -> bytes:
         return head
     if tag & 3 == RICE:
         b = int(tag) >> 2
-        gaps = _gaps(index, np.array([0]))
-        ends = np.cumsum((gaps >> b) + 1) - 1  # gap q: q zeros, then a one
-        unary = np.zeros(int(ends[-1]) + 1, np.uint8)
-        unary[ends] = 1
-        low = (gaps & ((1 << b) - 1)).astype(np.uint32)
-        return head + pack(low, b) + np.packbits(unary, bitorder="little").tobytes()
+        return head + write_rice(_gaps(index, np.array([0])), b)
     if tag & 3 == FIXED:
         return head + pack(index.astype(np.uint32), _width(d))
     bitmap = np.zeros(d, np.uint8)
@@ -173,17 +200,7 @@ def read_support(source: Reader, d: int, k: int) -> NDArray:
     if k == 0:
         return np.zeros(0, np.int64)
     if mode == RICE:
-        if b > 31:
-            raise PeerError(f"a frame has Rice parameter {b}; at most 31 makes sense")
-        low = unpack(source, k, b).astype(np.int64)
-        most = (k + (d >> b) + 7) // 8  # bytes that k gaps with sum below d can take
-        some = np.frombuffer(source.frame[source.at : source.at + most], np.uint8)
-        ends = np.flatnonzero(np.unpackbits(some, bitorder="little"))[:k]
-        if len(ends) < k:
-            raise PeerError(f"a frame names {len(ends)} indices and needs {k}")
-        source.take(int(ends[-1]) // 8 + 1)
-        gaps = np.diff(ends, prepend=-1) - 1
-        index = np.cumsum((gaps << b) + low + 1) - 1
+        index = np.cumsum(read_rice(source, k, b, d >> b) + 1) - 1
     elif mode == FIXED:
         index = unpack(source, k, _width(d)).astype(np.int64)
     else:

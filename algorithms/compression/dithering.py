@@ -15,8 +15,9 @@ entry is at most (m / 2 s)^2, so omega = min((sqrt(d) - 1) / 2, d / (4 s^2)).
 Natural dithering (Horvath et al., arXiv:1905.10988) has the levels 0, 2^(1-s), ..., 1/2, 1 of the
 2-norm, and omega = 1/8 + sqrt(d) 2^(1-s) min(1, sqrt(d) 2^(1-s)).
 
-Levels travel with ceil(log2(2 s + 1)) bits each or, where this saves a tenth, as indices of those
-that are not zero, and these; the norm in x's dtype.
+Levels travel in the shortest of three forms: with ceil(log2(2 s + 1)) bits each; magnitudes in
+Golomb-Rice code and the signs of those that are not zero; indices of those, and these.  The norm
+travels in x's dtype.
 """
 
 from typing import Annotated, Literal
@@ -26,12 +27,16 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from offbeat.algorithms.compression.coding import (
+    CHUNK,
     Reader,
     pack,
     packed_size,
+    read_rice,
     read_support,
+    rice_plan,
     support_plan,
     unpack,
+    write_rice,
     write_support,
 )
 from offbeat.algorithms.compression.contract import (
@@ -47,7 +52,7 @@ from offbeat.algorithms.compression.natural import FORMS
 from offbeat.runtime.errors import PeerError
 
 MOST_LEVELS = 2**15 - 1
-DENSE, SPARSE = 0, 1
+DENSE, SPARSE, RICE = 0, 1, 2
 
 
 @codec(4)
@@ -70,21 +75,30 @@ class Levels(Coded):
         return out
 
     def _plan(self) -> tuple[NDArray, NDArray]:
-        """Bytes of the levels, ``[n]``; bits of l - 1 in the sparse form, -1 in the dense one."""
-        dense = packed_size(self.d, self.bits)
-        sizes, widths = np.full(self.n, dense), np.full(self.n, -1)
+        """Bytes of the levels, ``[n]``, and ``[n, 2]``: the form; its b, or the bits of l - 1."""
+        sizes = np.full(self.n, packed_size(self.d, self.bits))
+        forms = np.zeros((self.n, 2), np.int64)
         some = np.count_nonzero(self.levels, axis=-1)
-        few = np.flatnonzero(4 + some // 4 <= dense)  # sign and index cost two bits at least
-        rows = self.levels[few]
-        at = np.flatnonzero(rows)
+        step = max(1, CHUNK // max(self.d, 1))
+        for first in range(0, self.n, step):
+            rows = slice(first, first + step)
+            rice, b = rice_plan(_magnitudes(self.levels[rows]))
+            rice += 1 + (some[rows] + 7) // 8
+            better = rice < sizes[rows]
+            sizes[rows][better] = rice[better]
+            forms[rows][better] = np.stack([np.full(len(b), RICE), b], axis=-1)[better]
+        few = np.flatnonzero(4 + some // 4 <= sizes)  # sign and index cost two bits at least
+        picked = self.levels[few]
+        at = np.flatnonzero(picked)
         at %= self.d
-        most = np.maximum(rows.max(axis=-1), -rows.min(axis=-1)).astype(np.int64)
+        most = np.maximum(picked.max(axis=-1), -picked.min(axis=-1)).astype(np.int64)
         width = np.ceil(np.log2(np.maximum(most, 1))).astype(np.int64)  # (l - 1).bit_length()
         support, _ = support_plan(at, some[few], self.d)
         sparse = 5 + support + packed_size(some[few], width + 1)
-        better = sparse < 0.9 * dense
-        sizes[few[better]], widths[few[better]] = sparse[better], width[better]
-        return sizes, widths
+        better = sparse < sizes[few]
+        sizes[few[better]] = sparse[better]
+        forms[few[better]] = np.stack([np.full(len(width), SPARSE), width], axis=-1)[better]
+        return sizes, forms
 
     def _sizes(self) -> NDArray[np.int64]:
         return self.dtype.itemsize + 3 + self._plan()[0]
@@ -92,9 +106,15 @@ class Levels(Coded):
     def _payloads(self) -> list[bytes]:
         scale = self.scale.astype(self.dtype.newbyteorder("<"), copy=False)
         frames = []
-        for row, one, width in zip(self.levels, scale, self._plan()[1].tolist(), strict=True):
+        forms = self._plan()[1].tolist()
+        for row, one, (form, width) in zip(self.levels, scale, forms, strict=True):
             head = one.tobytes() + self.s.to_bytes(2, "little")
-            if width < 0:
+            if form == RICE:
+                signs = np.packbits(row[row != 0] > 0, bitorder="little").tobytes()
+                code = _magnitudes(row)
+                frames.append(head + bytes([RICE, width]) + write_rice(code, width) + signs)
+                continue
+            if form == DENSE:
                 code = (row.astype(np.int32) + self.s).astype(_unsigned(self.bits))
                 frames.append(head + bytes([DENSE]) + pack(code, self.bits))
                 continue
@@ -110,7 +130,7 @@ class Levels(Coded):
     def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> Message:
         scale = source.array(dtype.newbyteorder("<").str, 1).astype(dtype, copy=False)
         s, mode = source.number("<u2"), source.number("<u1")
-        if not 1 <= s <= MOST_LEVELS or mode > SPARSE:
+        if not 1 <= s <= MOST_LEVELS or mode > RICE:
             raise PeerError(f"a frame has {s} levels in form {mode}")
         kind = np.int8 if s <= 127 else np.int16
         if mode == DENSE:
@@ -118,6 +138,17 @@ class Levels(Coded):
             if d and code.max() > 2 * s:
                 raise PeerError(f"a frame has level {code.max()} of {2 * s}")
             return cls((code.astype(np.int32) - s).astype(kind)[None], scale, s)
+        if mode == RICE:
+            b = source.number("<u1")
+            magnitude = read_rice(source, d, b, d * (s >> min(b, 15)))
+            if magnitude.max(initial=0) > s:
+                raise PeerError(f"a frame has level {magnitude.max()} of {s}")
+            levels = magnitude.astype(kind)
+            at = np.flatnonzero(levels)
+            signs = np.frombuffer(source.take((len(at) + 7) // 8), np.uint8)
+            positive = np.unpackbits(signs, count=len(at), bitorder="little")
+            levels[at[positive == 0]] *= -1
+            return cls(levels[None], scale, s)
         k, width = source.number("<u4"), source.number("<u1")
         if width > 15:
             raise PeerError(f"a frame has levels of {width} bits; at most 15 makes sense")
@@ -129,6 +160,10 @@ class Levels(Coded):
         levels = np.zeros(d, kind)
         levels[index] = np.where(code & 1, level, -level)
         return cls(levels[None], scale, s)
+
+
+def _magnitudes(levels: NDArray) -> NDArray:
+    return np.abs(levels).view(f"u{levels.itemsize}")
 
 
 def _unsigned(bits: int) -> type[np.unsignedinteger]:
