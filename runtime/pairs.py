@@ -82,6 +82,10 @@ class PairNode:
         self._channels.value[channel], self._channels.size[channel] = said, size
         return said
 
+    def average(self, channel: str) -> NDArray:
+        """See ``Node``."""
+        return self._channels.value[channel] + self.mix(channel)
+
     pushed, push = mix, publish
 
     def fields(self) -> dict[str, Any]:

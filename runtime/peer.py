@@ -55,6 +55,9 @@ class End(ABC):
         """Publish what all nodes know."""
         self.publish(value)
 
+    value: Any
+    """What was published last, ``[d]``."""
+
     @abstractmethod
     def publish(self, value: NDArray) -> NDArray:
         """See ``Node``."""
@@ -279,6 +282,11 @@ class Peer:
             self._ends[channel].start(value)
             return value
         return self._ends[channel].publish(value)
+
+    def average(self, channel: str) -> NDArray:
+        """See ``Node``."""
+        end = self._ends[channel]
+        return end.value + end.mix()
 
     push, pushed = publish, mix
 

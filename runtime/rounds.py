@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from offbeat.algorithms.gossip import Gossip, Points
 from offbeat.runtime.errors import ConfigError, Diverged
 from offbeat.runtime.loop import Loop
+from offbeat.runtime.memory import keep_freed
 from offbeat.runtime.network import Network, Round
 from offbeat.runtime.records import Records
 from offbeat.runtime.stacked import Broadcast, Links, Shares, Stacked, Wire
@@ -60,6 +61,7 @@ class Rounds(Loop):
         **around: Any,
     ) -> None:
         super().__init__(task, records, **around)
+        keep_freed()
         self.method, self.fleet, self.timing, self.n = method, fleet, timing, fleet.workers
         self.network = Network(topology, fleet, method, seed)
         self._windows = fleet.windows() if self.network.dropping else {}

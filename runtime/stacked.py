@@ -132,6 +132,10 @@ class Wire(ABC):
     def mix(self) -> NDArray:
         """See ``Node``, or what arrived of what was pushed."""
 
+    def average(self) -> NDArray:
+        """See ``Node``."""
+        return self.value + self.mix()
+
     value: Any
     """``[n, d]``: what every node published last."""
 
@@ -208,9 +212,13 @@ class Broadcast(Wire):
         """See ``Node``."""
         if self.value is None:
             return NOTHING
-        mixed = self._product(self._now.matrix, self.value)
+        mixed = self.average()
         mixed -= self.value
         return mixed
+
+    def average(self) -> NDArray:
+        """See ``Node``."""
+        return self._product(self._now.matrix, self.value)
 
 
 class Slots:
@@ -361,6 +369,10 @@ class Stacked:
             wire.start(value)
             return value
         return wire.publish(value)
+
+    def average(self, channel: str) -> NDArray:
+        """See ``Node``."""
+        return self._wires[channel].average()
 
     def push(self, channel: str, value: NDArray) -> None:
         """See ``Node``."""

@@ -170,6 +170,23 @@ def support_plan(index: NDArray, k: NDArray, d: int) -> tuple[NDArray, NDArray]:
     return 1 + size, tag
 
 
+def support_sizes(index: NDArray, d: int) -> NDArray[np.int64]:
+    """The bytes of ``support_plan`` for n sets of one size, ``index [n, k]``: in fewer steps."""
+    n, k = index.shape
+    if k in (0, d):
+        return np.ones(n, np.int64)
+    b = int(rice_parameter(d, np.array(k)))
+    quotient = np.empty_like(index)
+    np.subtract(index[:, 1:], index[:, :-1] + 1, out=quotient[:, 1:])
+    quotient[:, 0] = index[:, 0]
+    quotient >>= b
+    unary = quotient.sum(axis=1)
+    unary += k + 7
+    unary >>= 3
+    unary += packed_size(k, b)
+    return np.minimum(unary, min(packed_size(k, _width(d)), packed_size(d, 1)), out=unary) + 1
+
+
 def write_support(index: NDArray, d: int) -> bytes:
     """Sorted ``index [k]`` of 0..d-1, the shortest way."""
     k = len(index)

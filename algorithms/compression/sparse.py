@@ -15,7 +15,7 @@ from offbeat.algorithms.compression.coding import (
     Reader,
     read_support,
     subsets,
-    support_plan,
+    support_sizes,
     write_support,
 )
 from offbeat.algorithms.compression.contract import (
@@ -67,9 +67,7 @@ class Sparse(Coded):
         return scatter(self.index, self.values._rows(), self.d)
 
     def _sizes(self) -> NDArray[np.int64]:
-        n, k = self.index.shape
-        sizes, _ = support_plan(self.index.ravel(), np.full(n, k), self.d)
-        return sizes + self.values.sizes
+        return support_sizes(self.index, self.d) + self.values.sizes
 
     def _payloads(self) -> list[bytes]:
         pairs = zip(self.index, self.values.encode(), strict=True)

@@ -62,6 +62,10 @@ class Node(Protocol):
         """sum_j w_ij (h_j - h_i) of the public copies, as the last messages left them."""
         ...
 
+    def average(self, channel: str) -> NDArray:
+        """sum_j w_ij h_j: ``mix`` and the own public copy, which is what was published last."""
+        ...
+
     def push(self, channel: str, value: NDArray) -> object:
         """Give ``value`` away: a share a_ji to every node j that hears this one, a_ii to itself."""
         ...

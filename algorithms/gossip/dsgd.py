@@ -38,16 +38,15 @@ class DSGD(Gossip):
     def ask(self, node: Node) -> NDArray:
         """See ``Gossip``."""
         if self.adapt_first:
-            node.x = node.x + node.mix("x")
+            node.x = node.average("x")
         return node.x
 
     def tell(self, node: Node, gradient: NDArray) -> None:
         """See ``Gossip``."""
         if self.momentum:
             node.u = gradient = self.momentum * node.u + gradient
-        if not self.adapt_first:
-            node.x = node.x + node.mix("x")
-        node.x = node.x - self.lr * gradient
+        x = node.x if self.adapt_first else node.average("x")
+        node.x = x - self.lr * gradient
         node.publish("x", node.x)
 
 

@@ -44,19 +44,18 @@ class DSGT(Gossip):
     def ask(self, node: Node) -> NDArray:
         """See ``Gossip``."""
         if self.adapt_first:
-            node.x = node.x + node.mix("x")
-            node.v = node.v + node.mix("v")
+            node.x = node.average("x")
+            node.v = node.average("v")
         else:
-            node.x = node.x + node.mix("x") - self.lr * node.v
+            node.x = node.average("x") - self.lr * node.v
             node.publish("x", node.x)
         return node.x
 
     def tell(self, node: Node, gradient: NDArray) -> None:
         """See ``Gossip``."""
         u = self.momentum * node.u + gradient if self.momentum else gradient
-        if not self.adapt_first:
-            node.v = node.v + node.mix("v")
-        node.v = node.v + u - node.u
+        v = node.v if self.adapt_first else node.average("v")
+        node.v = v + u - node.u
         node.u = u
         self._publish(node)
 
