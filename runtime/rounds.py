@@ -83,7 +83,7 @@ class Rounds(Loop):
         self.end_s = np.zeros(self.n)  # of each node's last round
         self.free_s = np.zeros(self.n)  # when what it sent then has arrived, but for the bytes
         self._sent = np.zeros(self.n)  # seconds its bytes took
-        self._all = np.arange(self.n)
+        self._all, self._draws = np.arange(self.n), np.zeros(self.n, np.int64)
 
     def _wire(self, name: str, seed: int) -> Wire:
         method, n = self.method, self.n
@@ -149,12 +149,13 @@ class Rounds(Loop):
         return True
 
     def _gradients(self, wanted: Points, draw: int) -> Any:
-        draws = np.full(self.n, draw)
+        draws = self._draws
+        draws.fill(draw)
         points = wanted if isinstance(wanted, tuple) else (wanted,)
         found = []
         for x in points:
             losses, gradients = self.task.gradient(x, self._all, draws)
-            if not math.isfinite(float(losses.sum())):
+            if not math.isfinite(np.add.reduce(losses)):
                 good = np.isfinite(losses) & np.isfinite(gradients).all(axis=1)
                 if not good.all():
                     raise Diverged(
@@ -195,7 +196,7 @@ class Rounds(Loop):
         if self.method.overlap:
             end = np.maximum(end, ready)
         self.end_s = end
-        self.free_s = end + self.fleet.latency_s + self.timing.jitters(number)
+        self.free_s = end + (self.fleet.latency_s + self.timing.jitters(number))
 
     def _present(self, k: int) -> NDArray | None:
         """Who takes part in round ``k``, ``[n]``; None for all."""

@@ -28,6 +28,7 @@ from offbeat.runtime.randomness import rng
 
 DENSE = 16  # nodes up to which a dense product is faster than a sparse one
 OWN_STREAM = 256  # nodes up to which each has generators of its own; beyond, one draws for all
+MOST_PADDED = 4  # entries of a table of neighbours, for each neighbour
 NOTHING: Any = 0.0  # what is mixed on a channel before anything is published
 MOST_LINKS_BYTES = 2**33  # of the copies that one channel's links keep
 
@@ -54,21 +55,30 @@ class Round:
         return np.bincount(self.src, minlength=self.matrix.shape[0])
 
     @cached_property
-    def _hearing(self) -> tuple[NDArray, NDArray]:
-        """Who hears anybody, and where its messages begin."""
-        return np.unique(self.dst, return_index=True)
+    def _count(self) -> NDArray:
+        return np.bincount(self.dst, minlength=self.matrix.shape[0])
+
+    @cached_property
+    def _heard(self) -> NDArray:
+        """``[most, n]``: whom each node hears; n stands for nobody."""
+        n, count = self.matrix.shape[0], self._count
+        heard = np.full((count.max(initial=0), n), n)
+        place = np.arange(len(self.dst)) - np.repeat(np.cumsum(count) - count, count)
+        heard[place, self.dst] = self.src
+        return heard
 
     def latest(self, time_s: NDArray, sent_s: NDArray) -> NDArray:
         """``[n]``: ``time_s``, or the last ``sent_s`` of whom each hears, if that is later."""
-        nodes, starts = self._hearing
-        if not len(nodes):
-            return time_s
-        heard = np.maximum.reduceat(sent_s[self.src], starts)
-        if len(nodes) == len(time_s):
-            return np.maximum(time_s, heard)
-        latest = time_s.copy()
-        latest[nodes] = np.maximum(latest[nodes], heard)
-        return latest
+        most = int(self._count.max(initial=0))
+        if most * len(time_s) > MOST_PADDED * (len(self.dst) + len(time_s)):  # there is a hub
+            latest = time_s.copy()
+            np.maximum.at(latest, self.dst, sent_s[self.src])
+            return latest
+        if most * len(time_s) > len(self.dst):
+            sent_s = np.append(sent_s, -np.inf)
+        for heard in self._heard:
+            time_s = np.maximum(time_s, sent_s[heard])
+        return time_s
 
     def received(self, x: NDArray) -> NDArray:
         """``x [m, ...]`` of the messages that are received."""
@@ -385,8 +395,11 @@ class Stacked:
     def exchange(self, now: Round) -> NDArray:
         """Messages travel on all channels; answers the bytes that each node sends, ``[n]``."""
         self._starting = False
-        sizes = [wire.exchange(now) for wire in self._wires.values()]
-        return sum(sizes[1:], sizes[0])
+        first, *more = self._wires.values()
+        sent = first.exchange(now)
+        for wire in more:
+            sent = sent + wire.exchange(now)
+        return sent
 
     def fields(self) -> dict[str, Any]:
         """The method's state."""

@@ -177,10 +177,10 @@ class Timing:
         ends = [finish(worker, number, s) for worker, s in enumerate(start_s.tolist())]
         return np.array(ends, float)
 
-    def jitters(self, number: int) -> NDArray:
-        """``[n]`` extra seconds of what each worker sends after its job ``number``."""
+    def jitters(self, number: int) -> NDArray | float:
+        """``[n]`` extra seconds of what each worker sends after its job ``number``, or 0."""
         if not self.jitter_s:
-            return np.zeros(self.workers)
+            return 0.0
         return np.array([self._jitter(worker, number)[1] for worker in range(self.workers)])
 
     def _jitter(self, worker: int, number: int) -> list[float]:
