@@ -15,8 +15,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt deploy/packaging.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(VENV)/.installed  ## emulate a fleet with a straggler; table on the screen, picture in runs/demo
+demo: $(VENV)/.installed  ## a fleet with a straggler, then a network; tables, and pictures in runs
 	$(BIN)/offbeat run examples/stragglers.toml --out runs/demo --overwrite
+	$(BIN)/offbeat run examples/gossip.toml --out runs/demo-gossip --overwrite
 
 test: $(VENV)/.installed  ## the fast suite
 	$(BIN)/python -m pytest -q -n 2 -m "not soak"
