@@ -133,7 +133,7 @@ def momentum(quick: bool) -> list[Row]:
 
 def nodes(quick: bool) -> list[Row]:
     lr, sigma2, burn = 2e-3, 100.0, 2000
-    seeds, rounds = (2, 8000) if quick else (5, 12_000)
+    seeds, rounds = (2, 6000) if quick else (5, 10_000)
     rest = f"lr={lr}, gamma=0.1, compressor={TOP})"
     methods = {
         "MoTEF(.05)": f"motef(lam=0.05, {rest}",
@@ -185,8 +185,9 @@ def nodes(quick: bool) -> list[Row]:
 
 
 def heterogeneity(quick: bool) -> list[Row]:
-    """The published grid has nine lr and three gamma; beyond these lr, and below this gamma, all
-    are worse (one seed, lr up to 3e-3; MoTEF with lam 0.1)."""
+    """Of the published nine lr and three gamma, larger lr and smaller gamma are worse for all (one
+    seed, lr up to 3e-3; MoTEF with lam 0.1).  At lr 1e-4, 5e-4 of the error is left of the start:
+    tuned, CHOCO grows by less than its floor does."""
     seeds, rounds = (1, 8000) if quick else (3, 20_000)
     zetas, lrs = ((20, 100), (5e-4,)) if quick else ((20, 60, 100), (1e-4, 5e-4))
     rest = f"gamma=0.1, compressor={TOP})"
@@ -242,11 +243,14 @@ def heterogeneity(quick: bool) -> list[Row]:
 
 
 def sorted_labels(quick: bool, data: str) -> list[Row]:
-    rest = "lr=0.5, gamma=0.3, compressor=topk(0.2))"
+    """Every method takes its best step size by ||grad f(xbar)||: small steps lower the floors of
+    D-SGD and CHOCO, and slow all down."""
+    lrs = (0.5, 0.1)
+    rest = "gamma=0.3, compressor=topk(0.2), "
     methods = {
-        "D-SGD": "dsgd(lr=0.5)",
+        "D-SGD": "dsgd(",
         "CHOCO": f"choco({rest}",
-        "DSGT": "dsgt(lr=0.5)",
+        "DSGT": "dsgt(",
         "BEER": f"beer({rest}",
         "MoTEF(.1)": f"motef(lam=0.1, {rest}",
     }
@@ -259,27 +263,35 @@ def sorted_labels(quick: bool, data: str) -> list[Row]:
         "l2": 1e-3,
         "dtype": "float64",
     }
-    found = {}
-    for name, method in methods.items():
+
+    def measured(method: str) -> tuple[float, float]:
         result = offbeat.run(
             task,
             method,
             "10",
             topology="ring",
-            stop={"steps": 1000 if quick else 3000},
+            stop={"steps": 2000 if quick else 3000},
             evaluate={"steps": 50},
             record={"trace": False},
         )
-        columns = (result.column(key)[-5:].mean() for key in ("grad_norm", "consensus"))
-        found[name] = tuple(columns)
+        norm, apart = (result.column(key)[-5:].mean() for key in ("grad_norm", "consensus"))
+        return float(norm), float(apart)
+
+    found = {
+        name: min((*measured(f"{head}lr={lr})"), lr) for lr in lrs)
+        for name, head in methods.items()
+    }
     tracked = max(found[name][0] for name in ("DSGT", "BEER", "MoTEF(.1)"))
     ratio = min(found["D-SGD"][0], found["CHOCO"][0]) / tracked
     return [
         Row(
             f"5 tracking removes the floor ({data if bundled else 'file'} sorted by label, n=10 "
-            "ring): ‖grad f(xbar)‖, consensus",
+            f"ring, lr tuned over {lrs}): ‖grad f(xbar)‖, consensus",
             "a9a: D-SGD/CHOCO .044/.048, BEER/MoTEF .0027/.0024; at least 8 times lower",
-            ", ".join(f"{name}: {g:.2g}, {apart:.2g}" for name, (g, apart) in found.items())
+            ", ".join(
+                f"{name}: {g:.2g}, {apart:.2g} (lr {lr:g})"
+                for name, (g, apart, lr) in found.items()
+            )
             + f"; at least {ratio:.3g} times lower",
             1,
             bool(ratio >= 8),
@@ -479,7 +491,11 @@ def main() -> None:
                 *texts, holds = row
                 print(f"| {' | '.join(map(str, texts))} | {'yes' if holds else 'NO'} |", flush=True)
                 rows.append(row)
-    finish({row.claim: row.found for row in rows}, {row.claim: bool(row.holds) for row in rows})
+    names = [row.claim.split(" (")[0] for row in rows]
+    finish(
+        dict(zip(names, (row.found for row in rows), strict=True)),
+        dict(zip(names, (bool(row.holds) for row in rows), strict=True)),
+    )
 
 
 if __name__ == "__main__":
