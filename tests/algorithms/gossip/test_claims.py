@@ -1,0 +1,172 @@
+"""What papers claim of gossip methods, with its magnitude: small forms of what
+benchmarks/gossip_claims.py measures."""
+
+import numpy as np
+import pytest
+
+import offbeat
+from offbeat.algorithms.gossip import beer, motef
+from offbeat.runtime.records import Records
+from offbeat.runtime.rounds import Rounds
+from offbeat.runtime.settings import Evaluate, Stop
+from offbeat.runtime.stacked import Broadcast
+from offbeat.topologies import TOPOLOGIES
+from offbeat.workers.tasks import LeastSquares, Quadratic
+from offbeat.workers.tasks.least_squares import least_squares
+
+APART = least_squares()  # 8 nodes that disagree, exact gradients
+LR = 0.1 / APART.smoothness
+
+
+class Synthetic(LeastSquares):
+    """MoTEF's: f_i = 1/2 ||(i+1)/sqrt(n) x - b_i||^2, b_i of variance zeta/(i+1)^2."""
+
+    def __init__(self, n, zeta, sigma, offset):
+        scale = np.arange(1, n + 1)
+        a = scale[:, None, None] / np.sqrt(n) * np.eye(20)
+        b = np.random.default_rng(0).standard_normal((n, 20)) * np.sqrt(zeta) / scale[:, None]
+        super().__init__(a, b, sigma / np.sqrt(20))
+        self.offset = offset
+
+    def initial(self, seed):
+        return self.optimum + self.offset
+
+
+def centres(n, d=20, variance=10.0):
+    """f_i = 1/2 ||x - b_i||^2, mean b = 0, noise of variance 100 in all."""
+    b = np.random.default_rng(0).standard_normal((n, d)) * np.sqrt(variance)
+    return Quadratic(b - b.mean(axis=0), None, 10 / np.sqrt(d))
+
+
+def errors(task, method, rounds, burn, every=10):
+    """||xbar - x*||^2 and mean_i ||x_i - xbar||^2, mean of the rounds after ``burn``."""
+    result = offbeat.run(
+        task, method, topology="ring", stop={"steps": rounds}, evaluate={"steps": every}
+    )
+    late = result.column("step") > burn
+    return np.mean([result.column("distance2")[late], result.column("consensus")[late] ** 2], 1)
+
+
+def test_momentum_lowers_the_noise_floor():
+    task = Synthetic(n=16, zeta=10, sigma=10, offset=1 / 20)
+    floor = {
+        lam: errors(task, f"motef(lr=0.0005, lam={lam}, compressor=topk(2))", 3000, 2500).sum()
+        for lam in (1.0, 0.05)
+    }
+    assert floor[1.0] >= 5 * floor[0.05]
+
+
+@pytest.mark.parametrize("n", [2, 8, 32])
+def test_the_mean_model_speeds_up_linearly(n):
+    """E ||xbar||^2 = lr sigma^2 / (2 n); many coordinates, so that one run tells."""
+    lr = 0.01
+    method = f"motef(lr={lr}, lam=0.2, gamma=0.2, compressor=topk(40))"
+    (mean, _) = errors(centres(n, d=400), method, 1500, 500)
+    assert mean == pytest.approx(lr * 100 / (2 * n), rel=0.15)
+
+
+def test_consensus_separates_methods():
+    rest = "lr=0.002, compressor=topk(2))"
+    methods = {"motef": f"motef(lam=0.05, {rest}", "beer": f"beer({rest}", "choco": f"choco({rest}"}
+    apart = {name: errors(centres(16), method, 3000, 2000)[1] for name, method in methods.items()}
+    assert apart["motef"] < apart["beer"] / 10 < apart["choco"] / 100
+
+
+@pytest.mark.parametrize(
+    ("method", "grows"), [("choco(", True), ("beer(", False), ("motef(lam=0.1, ", False)]
+)
+def test_heterogeneity_matters_without_tracking(method, grows):
+    """The nodes' minimisers are spread from zeta 20 to 100."""
+    near, far = (
+        errors(Synthetic(4, zeta, 5, 0.0), f"{method}lr=0.0005, compressor=topk(2))", 3000, 2000)
+        for zeta in (20, 100)
+    )
+    ratio = far.sum() / near.sum()
+    assert ratio > 1.5 if grows else ratio < 1.15
+
+
+# -- Changing graphs ---------------------------------------------------------------------------
+
+
+class PlainSum(Broadcast):
+    """s <- s + W_k q: the sum of copies as nodes keep it where the weights never change."""
+
+    total = known = 0.0
+
+    def start(self, value):
+        super().start(value)
+        self.total, self.known = value, value.copy()
+
+    def exchange(self, now):
+        if self.value is not None:
+            self.total = self.total + now.matrix @ (self.value - self.known)
+            self.known = self.value.copy()
+        return super().exchange(now)
+
+    def mix(self):
+        return self.total - self.known
+
+
+class Plain(Rounds):
+    def _wire(self, name, seed):
+        channel = self.method.channels[name]
+        return PlainSum(self.method.compressor, channel, self.n, False, seed, name)
+
+
+METHODS = {
+    "beer": beer(lr=LR, gamma=0.2, compressor="topk(4)"),
+    "motef": motef(lr=LR, gamma=0.2, lam=0.2, compressor="topk(4)"),
+}
+
+
+def ended(method, graph, kind=Rounds, replicas="links"):
+    """The engine after its rounds, and the root of mean_i ||x_i - x*||^2."""
+    fleet = offbeat.Fleet(workers=8)
+    engine = kind(
+        APART, METHODS[method], TOPOLOGIES.parse(graph, n=8), fleet, fleet.timing(0, 0),
+        Records(fleet, None), seed=0, replicas=replicas, stop=Stop(steps=2000),
+        evaluate=Evaluate(steps=2000),
+    )  # fmt: skip
+    final = engine.run()[1]
+    return engine, np.sqrt(final["distance2"] + final["consensus"] ** 2)
+
+
+@pytest.mark.parametrize("replicas", ["links", "global"])
+@pytest.mark.parametrize("graph", ["matching", "one-peer-exponential"])
+@pytest.mark.parametrize("method", METHODS)
+def test_changing_graphs_leave_no_error(method, graph, replicas):
+    assert ended(method, graph, replicas=replicas)[1] < 1e-12
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_plain_sums_are_right_on_a_fixed_graph_only(method):
+    assert ended(method, "ring", Plain)[1] < 1e-11
+    for graph in ("matching", "one-peer-exponential"):
+        engine, error = ended(method, graph, Plain)
+        assert error > 0.1
+        # The gradient is tracked all the same: this invariant does not see the mistake.
+        node = engine.node
+        np.testing.assert_allclose(node.v.mean(axis=0), node.m.mean(axis=0), atol=1e-10)
+
+
+# -- Unequal speeds ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["dsgd", "ad-psgd", "dsgt"])
+def test_fast_nodes_count_more_without_tracking(name):
+    """Asynchronous, a node counts as often as it answers; tracking ends at the optimum."""
+    often = 1 / np.sqrt(np.arange(1, 9))
+    biased = LeastSquares(APART.a * often[:, None, None], APART.b * often[:, None]).optimum
+    result = offbeat.run(
+        APART,
+        f"{name}(lr={LR})",
+        "8 1..8",
+        topology="ring",
+        mode="asynchronous",
+        stop={"steps": 1000},
+    )
+    bias, error = (np.linalg.norm(biased - APART.optimum), np.sqrt(result.final["distance2"]))
+    if name == "dsgt":
+        assert error < 1e-6
+    else:
+        assert np.linalg.norm(result.x - biased) < bias / 4 < error
