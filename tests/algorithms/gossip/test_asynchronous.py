@@ -30,21 +30,6 @@ def test_tracking_finds_the_optimum_at_any_speeds(method, fleet):
     assert np.linalg.norm(made._models() - EXACT.optimum) / 8**0.5 < 2e-4
 
 
-def test_without_tracking_fast_nodes_count_more():
-    for method in (dsgd(lr=0.1 / L, order="combine-then-adapt"), ad_psgd(lr=0.1 / L)):
-        ends = {}
-        for fleet in ("8", "8 1..8"):
-            made = pairs(EXACT, method, "complete", fleet, steps=1000, every=1000)
-            made.run()
-            ends[fleet] = np.linalg.norm(made.x - EXACT.optimum)
-        assert ends["8"] < 0.2 < 0.8 < ends["8 1..8"]
-        # Their end is where the nodes' gradients balance, weighed by speed.
-        rates = 1 / np.arange(1.0, 9.0)
-        hessian = np.einsum("n,nmi,nmj->ij", rates, EXACT.a, EXACT.a)
-        biased = np.linalg.solve(hessian, np.einsum("n,nmi,nm->i", rates, EXACT.a, EXACT.b))
-        assert np.linalg.norm(made.x - biased) < 0.2
-
-
 def test_nobody_waits_for_a_straggler():
     slow = Fleet.parse("8 stragglers=1x10")
     made = pairs(EXACT, dsgd(lr=0.01), "ring", slow, steps=200, every=200)

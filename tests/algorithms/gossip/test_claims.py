@@ -110,7 +110,7 @@ class PlainSum(Broadcast):
 class Plain(Rounds):
     def _wire(self, name, seed):
         channel = self.method.channels[name]
-        return PlainSum(self.method.compressor, channel, self.n, False, seed, name)
+        return PlainSum(self.method.compressor, channel, False, seed, name)
 
 
 METHODS = {

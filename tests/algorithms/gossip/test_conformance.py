@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from canonical import GRAPHS, METHODS, Peers, canonical, pairs, rounds
 
-from offbeat.algorithms.gossip import beer, cedas, choco, dsgd, motef
+from offbeat.algorithms.gossip import cedas, choco, dsgd, motef
 from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.stacked import Broadcast
 from offbeat.topologies import TOPOLOGIES
 from offbeat.workers.fleet import Fleet, Outage
 from offbeat.workers.tasks import LeastSquares, Quadratic
@@ -198,45 +197,3 @@ def test_replicas_for_all_cost_what_they_must():
             made._advance()
         sent[replicas] = made.bytes
     assert 2.7 < sent["global"] / sent["links"] < 3.3  # three neighbours in a period of three
-
-
-def test_changing_weights_need_copies_of_their_own():
-    """Where the weights change, the sum of a fixed graph stalls; link replicas do not."""
-
-    class PlainSum(Broadcast):
-        """s_i += sum_j w_ij(k) q_j, whatever k: right only while w is fixed."""
-
-        s = h = 0.0
-
-        def publish(self, value):
-            before = np.zeros_like(value) if self.value is None else self.value.copy()
-            out = super().publish(value)
-            self.q = self.value - before
-            return out
-
-        def exchange(self, now):
-            if self.value is not None and getattr(self, "q", None) is not None:
-                self.s = self.s + now.matrix @ self.q
-                self.q = None
-            return super().exchange(now)
-
-        def mix(self):
-            return 0.0 if self.value is None else self.s - self.value
-
-    task, ends = canonical(), {}
-    method = beer(lr=0.1 / task.smoothness, gamma=0.2, compressor="topk(4)")
-    for name in ("links", "plain"):
-        made = rounds(task, method, "matching", replicas="links" if name == "links" else "global")
-        if name == "plain":
-            for channel in method.channels:
-                made.node._wires[channel] = PlainSum(
-                    method.compressor, method.channels[channel], False, 0, channel
-                )
-            made.node._wires["x"].start(np.zeros((8, 20)))
-        for _ in range(1800):
-            made._advance()
-        ends[name] = np.linalg.norm(made.node.x - task.optimum) / 8**0.5
-        tracked = made.node.v.mean(axis=0) - made.node.m.mean(axis=0)
-        assert np.abs(tracked).max() < 1e-10  # this does not tell them apart
-    assert ends["links"] < 1e-12
-    assert ends["plain"] > 0.1
