@@ -78,8 +78,10 @@ class Experiment:
             raise ConfigError(f"seed must be from 0 to {MOST_SEEDS - 1}, not {self.seed}")
         if isinstance(self.algorithm, Gossip):
             self._check_gossip(self.algorithm)
-        elif self.topology is not None or self.mode is not None:
-            raise ConfigError("a method with a server has no topology and no mode; remove them")
+        elif (self.topology, self.mode, self.replicas) != (None, None, "links"):
+            raise ConfigError(
+                "a method with a server has no topology, no mode and no replicas; remove them"
+            )
         elif self.fleet.loss:
             raise ConfigError("fleet.loss is for gossip; a server's messages are not lost")
         self.algorithm.check(self.fleet.workers)
@@ -226,8 +228,9 @@ def from_table(table: Mapping[str, Any]) -> list[Experiment]:
             attempt(make_part, TOPOLOGIES, one, **extra) for one in _several(table, "topology", [])
         ]
         sizes = {topology.n for topology in topologies if topology is not None}
-        if "workers" not in table.get("fleet", {}) and len(sizes) == 1:
-            fleet = attempt(make_fleet, {**table.get("fleet", {}), "workers": sizes.pop()})
+        given = table.get("fleet", {})
+        if isinstance(given, Mapping) and "workers" not in given and len(sizes) == 1:
+            fleet = attempt(make_fleet, {**given, "workers": sizes.pop()})
     task: Any = None
     if "task" in table and fleet is not None:
         task = attempt(make_part, TASKS, table["task"], workers=fleet.workers, seed=seed)

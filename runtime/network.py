@@ -56,6 +56,12 @@ class Network:
                 'on_outage = "reassign" is for methods with a server; a gossip node can "pause", '
                 'or "lose" the rounds it is away'
             )
+        gone = [outage.worker for outage in fleet.outages if outage.to_s is None]
+        if gone and not asynchronous and not self.dropping:
+            raise ConfigError(
+                f"worker {gone[0]} pauses for ever, and in a synchronous run its neighbours would "
+                'wait for it: give its outage an end, or take on_outage = "lose"'
+            )
         if asynchronous and not method.asynchronous:
             raise ConfigError(
                 f"{name} needs nodes that do equally many rounds; run it synchronously, or take "
@@ -65,6 +71,11 @@ class Network:
             raise ConfigError(
                 f"{name} exchanges both ways when asynchronous, and this graph is directed; take "
                 "an undirected one, or gradient-push"
+            )
+        if asynchronous and method.pushes and topology.matrix(0).diagonal().min() <= 0:
+            raise ConfigError(
+                f"{name} needs nodes that keep a share of what they have when asynchronous, and "
+                "here the diagonal of the weights is not positive; take lazy weights"
             )
         troubles = [
             (self.loss, "messages are lost"),

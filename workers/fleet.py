@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,10 @@ from pydantic import Field
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.registry import Count, Fraction, Natural, NonNegative, Positive, settings
-from offbeat.workers.speeds import BLOCK, Clock, Constant, Law, Paused, parse
+from offbeat.workers.speeds import BLOCK, MOST_S, Clock, Constant, Law, Paused, parse
+
+Delay = Annotated[float, Field(ge=0, le=MOST_S, allow_inf_nan=False)]
+Rate = Annotated[float, Field(ge=1 / MOST_S, allow_inf_nan=False)]
 
 
 @settings
@@ -45,9 +48,9 @@ class Fleet:
     workers: Count = 10
     speeds: Any = 1.0
     stragglers: str = ""
-    latency_s: NonNegative = 0.0
-    bandwidth: Positive | None = None
-    jitter_s: NonNegative = 0.0
+    latency_s: Delay = 0.0
+    bandwidth: Rate | None = None
+    jitter_s: Delay = 0.0
     loss: Fraction = 0.0
     outages: list[Outage] = Field(default_factory=list)
     on_outage: Literal["pause", "lose", "reassign"] = "pause"

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from canonical import canonical, ctad, rounds
+from canonical import canonical, ctad, pairs, rounds
 
 import offbeat
 from offbeat.algorithms.gossip import choco, dsgd, dsgt
@@ -87,6 +87,7 @@ def test_everybody_away_at_once_is_waited_out():
                  on_outage="lose")  # fmt: skip
     made = rounds(TASK, dsgd(lr=0.01), "ring", gone)
     assert [made._advance() for _ in range(6)] == [True] * 5 + [False]
+    assert made.time_s == 5.0
 
 
 def test_paused_nodes_are_waited_for():
@@ -132,6 +133,9 @@ def test_too_large_steps_are_one_sentence(method, mode):
         ({"algorithm": "motef", "topology": "base", "replicas": "global", "fleet": "8 loss=0.1"},
          "needs every message"),
         ({"algorithm": "dsgd", "topology": "exponential", "fleet": "8 loss=0.1"}, "directed"),
+        ({"algorithm": "pure", "replicas": "global"}, "no replicas"),
+        ({"algorithm": "dsgd", "topology": "ring", "fleet": "8 latency_s=1e300"}, "latency_s"),
+        ({"algorithm": "dsgd", "topology": "ring", "fleet": "8 bandwidth=1e-300"}, "bandwidth"),
         ({"algorithm": "motef(lam=1.5)", "topology": "ring"}, "lam"),
         ({"algorithm": "choco(compressor='topkk')", "topology": "ring"}, 'mean "topk"'),
     ],
@@ -146,6 +150,13 @@ def test_reassigning_is_for_servers():
     fleet = Fleet(workers=8, outages=[Outage(worker=0, from_s=1.0)], on_outage="reassign")
     with pytest.raises(ConfigError, match="reassign"):
         offbeat.run(Quadratic(np.zeros((8, 3))), "dsgd", fleet, "ring")
+
+
+def test_nobody_can_wait_for_ever():
+    fleet = Fleet(workers=8, outages=[Outage(worker=3, from_s=4.5)])
+    with pytest.raises(ConfigError, match="worker 3 pauses for ever"):
+        rounds(TASK, dsgd(), "ring", fleet)
+    assert pairs(TASK, dsgd(lr=0.01), "ring", fleet, steps=20, every=20).run()[0] == "steps"
 
 
 def test_large_networks_run():

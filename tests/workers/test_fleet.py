@@ -214,7 +214,7 @@ def test_text_form_is_printed_back(text):
         ({"stragglers": "two"}, "2x10"),
         ({"stragglers": "11x2"}, "11 of 10 workers"),
         ({"latency_s": float("inf")}, "latency_s.*finite"),
-        ({"bandwidth": 0.0}, "bandwidth.*greater than 0"),
+        ({"bandwidth": 0.0}, "bandwidth.*greater than or equal"),
         ({"outages": [Outage(worker=10, from_s=1.0)]}, "no worker 10"),
         ({"outages": [Outage(worker=1, from_s=3.0, to_s=2.0)]}, "empty"),
         ({"on_outage": "loose"}, "on_outage.*'pause', 'lose' or 'reassign'"),
