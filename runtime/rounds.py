@@ -13,6 +13,7 @@ delay_j = latency + all its bytes / bandwidth + jitter.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -128,8 +129,10 @@ class Rounds(Loop):
         present = self._present(k)
         if present is not None and not present.any():
             back_s = min(self._returns(self.time_s), default=math.inf)
+            if back_s == math.inf:
+                return False
             self.end_s = np.full(self.n, back_s)
-            return back_s < math.inf
+            return True
         now = self.network.round(k, present)
         self._send(now)
         before = node.snapshot() if present is not None else None
@@ -167,15 +170,13 @@ class Rounds(Loop):
 
     def _send(self, now: Round) -> None:
         """The messages of the last round travel."""
-        sent = self.node.exchange(now)
-        links = len(now.src)
-        if now.through is not None:
-            self.messages_lost += links - int(now.through.sum())
         if self._reach is not None:  # whoever may ever need it hears it
-            sent = sent // np.maximum(now.out, 1) * self._reach
-            links = int(self._reach.sum())
+            now = replace(now, reach=self._reach)
+        sent = self.node.exchange(now)
         self.bytes += int(sent.sum())
-        self.messages += links
+        self.messages += int(now.out.sum())
+        if now.through is not None:
+            self.messages_lost += len(now.src) - int(now.through.sum())
         if self.fleet.bandwidth is not None:
             self._sent = sent / self.fleet.bandwidth
 
@@ -233,7 +234,7 @@ class Rounds(Loop):
             "x": self.x,
             "step": self.round,
             "node": self.node.state(),
-            "times": [self.end_s, self.free_s],
+            "times": [self.end_s, self.free_s, self._sent],
             "counters": {key: getattr(self, key) for key in self._COUNTERS},
             "records": self.records.state(),
         }
@@ -242,7 +243,7 @@ class Rounds(Loop):
         """See ``Loop``."""
         self._started = True
         self.node.restore(state["node"])
-        self.end_s, self.free_s = state["times"]
+        self.end_s, self.free_s, self._sent = state["times"]
         for key, value in state["counters"].items():
             setattr(self, key, value)
         self.records.restore(state["records"])

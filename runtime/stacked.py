@@ -41,6 +41,7 @@ class Round:
         matrix: ``[n, n]``; the weights of links that fail are back on the diagonal.
         src, dst, weight: ``[m]``, of the messages that are sent, by dst.
         through: ``[m]``, those that are received; None for all.
+        reach: ``[n]``, to how many each node sends, if to more than hear it now.
     """
 
     matrix: sparse.csr_array
@@ -48,10 +49,13 @@ class Round:
     dst: NDArray
     weight: NDArray
     through: NDArray | None = None
+    reach: NDArray | None = None
 
     @cached_property
     def out(self) -> NDArray:
         """``[n]``: how many messages each node sends."""
+        if self.reach is not None:
+            return self.reach
         return np.bincount(self.src, minlength=self.matrix.shape[0])
 
     @cached_property
