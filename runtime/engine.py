@@ -18,13 +18,11 @@ from numpy.typing import NDArray
 from offbeat.algorithms.server import Algorithm, Update
 from offbeat.runtime import trees
 from offbeat.runtime.errors import ConfigError, Diverged
-from offbeat.runtime.loop import Loop
+from offbeat.runtime.loop import MOST_AT_ONCE, Loop, stands_still
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.records import ROWS_HELD, Records
 from offbeat.runtime.virtual import Job, Joined, Left, VirtualWorkers
 from offbeat.workers.tasks.contract import Task
-
-MOST_AT_ONCE = 1_000_000  # arrivals without virtual time going on
 
 
 class ServerState:
@@ -170,10 +168,7 @@ class Engine(Loop):
                 self._look()
             if records.arrivals - stuck[1] >= MOST_AT_ONCE:
                 if workers.now_s == stuck[0]:
-                    raise ConfigError(
-                        f"virtual time stands still at {stuck[0]:.6g} s: {MOST_AT_ONCE:,} jobs "
-                        "took no time; give the fleet a speed law with positive times"
-                    )
+                    raise stands_still(stuck[0], MOST_AT_ONCE)
                 stuck = workers.now_s, records.arrivals
             if clock() >= self._alarm_s and (reason := self._alarm()):
                 return reason

@@ -11,15 +11,24 @@ from typing import Any
 
 import numpy as np
 
-from offbeat.runtime.errors import Diverged
+from offbeat.runtime.errors import ConfigError, Diverged
 from offbeat.runtime.records import Records
 from offbeat.runtime.settings import Evaluate, Stop
 from offbeat.workers.tasks.contract import Task
 
 PROGRESS_EVERY_S = 0.1
+MOST_AT_ONCE = 1_000_000  # arrivals without virtual time going on
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 Save = Callable[[dict[str, Any]], None]
+
+
+def stands_still(time_s: float, jobs: int) -> ConfigError:
+    """What is wrong where ``jobs`` jobs took no time."""
+    return ConfigError(
+        f"virtual time stands still at {time_s:.6g} s: {jobs:,} jobs took no time; give the fleet "
+        "a speed law with positive times"
+    )
 
 
 class Loop(ABC):
@@ -119,11 +128,16 @@ class Loop(ABC):
         return reason, final
 
     def _loop(self) -> str:
+        stuck = self.time_s, self.records.arrivals  # when it was last seen that time goes on
         while True:
             if reason := self._reached():
                 return reason
             if not self._advance():
                 return "idle"
+            if self.records.arrivals - stuck[1] >= MOST_AT_ONCE:
+                if self.time_s == stuck[0]:
+                    raise stands_still(stuck[0], MOST_AT_ONCE)
+                stuck = self.time_s, self.records.arrivals
             if self.step >= self._next_step or self.time_s >= self._next_s:
                 self._look()
             if time.monotonic() >= self._alarm_s and (reason := self._alarm()):
@@ -173,10 +187,12 @@ class Loop(ABC):
             self._next_step = (self.step // every + 1) * every
         if every_s is not None:
             now_s = self.time_s
-            count = int(now_s / every_s)
-            while (next_s := count * every_s) <= now_s:  # rounding may need one more
-                count += 1
-            self._next_s = next_s
+            count = now_s // every_s
+            marks = ((count + more) * every_s for more in (0, 1, 2))  # rounding may need one more
+            soonest_s = math.nextafter(
+                now_s, math.inf
+            )  # where marks are closer than seconds can be
+            self._next_s = next((mark_s for mark_s in marks if mark_s > now_s), soonest_s)
 
     def _evaluated(self, x: np.ndarray) -> dict[str, float]:
         """The task's facts at ``x [d]``, which are finite."""
