@@ -44,7 +44,7 @@ from offbeat.workers.speeds import away
 from offbeat.workers.tasks.contract import Task
 
 MOST_EDGES = 10_000  # links up to which each one's ages are told
-DONE, OFFER, ANSWER, SHARES, AGAIN = range(5)  # kinds of events
+DONE, OFFER, ANSWER, SHARES, LEFT, AGAIN = range(6)  # kinds of events
 
 Event = tuple[float, int, int, int, tuple[Any, ...]]  # time, order, kind, node, what
 
@@ -144,7 +144,8 @@ class Pairs(Loop):
         self.seen: dict[int, int] = {}  # link i n + j -> round of j that i met last
         # Link -> exchanges, sum of ages, largest age, the age now.
         self.ages: dict[int, list[int]] = {}
-        self._windows = fleet.windows() if self.network.dropping else {}
+        dropping = self.network.dropping
+        self._windows, self._pauses = (fleet.windows(), {}) if dropping else ({}, fleet.windows())
 
     @property
     def step(self) -> int:
@@ -187,7 +188,8 @@ class Pairs(Loop):
         if not self.heap:
             return False
         self.now_s, _, kind, i, what = heappop(self.heap)
-        (self._done, self._offered, self._answered, self._shared, self._begin)[kind](i, *what)
+        does = self._done, self._offered, self._answered, self._shared, self._left, self._begin
+        does[kind](i, *what)
         return True
 
     def _later(self, time_s: float, kind: int, node: int, *what: Any) -> None:
@@ -206,18 +208,23 @@ class Pairs(Loop):
             "read": self.told,
             "found": None,
         }
-        self._later(self.timing.clock.finish(i, number, self.now_s), DONE, i)
+        end_s = self.timing.clock.finish(i, number, self.now_s)
+        for from_s, to_s in self._windows.get(i, []):
+            if from_s < end_s and self.now_s < to_s:
+                self._later(max(from_s, self.now_s), LEFT, i, to_s)
+                return
+        self._later(end_s, DONE, i)
+
+    def _left(self, i: int, to_s: float) -> None:
+        """Node ``i`` goes away: it loses its work, and begins anew when it is back."""
+        job = self.jobs.pop(i)
+        event = {"time_s": self.now_s, "worker": i, "event": "lost", "jobs": [job["number"]]}
+        self.records.events.append(event)
+        self._later(to_s, AGAIN, i, job["points"])
 
     def _done(self, i: int) -> None:
         """Node ``i`` has its gradient."""
         job, node = self.jobs[i], self.nodes[i]
-        windows = self._windows.get(i, [])
-        if away(windows, job["start_s"], self.now_s):  # it lost its work, and begins anew
-            event = {"time_s": self.now_s, "worker": i, "event": "lost", "jobs": [job["number"]]}
-            self.records.events.append(event)
-            back_s = max(end for begin, end in windows if begin < self.now_s)
-            self._later(max(back_s, self.now_s), AGAIN, i, job["points"])
-            return
         if job["found"] is None:
             self._compute(job)
         gradient = job["found"] if len(job["found"]) > 1 else job["found"][0]
@@ -443,7 +450,10 @@ class Pairs(Loop):
         counts = np.array(list(self.ages.values())).reshape(-1, 4)
         row["edge_age_mean"] = float(counts[:, 1].sum() / max(counts[:, 0].sum(), 1))
         row["edge_age_max"] = int(counts[:, 2].max(initial=0))
-        computing = sum(self.now_s - job["start_s"] for job in self.jobs.values())
+        computing = sum(
+            self.now_s - job["start_s"] - away(self._pauses.get(i, []), job["start_s"], self.now_s)
+            for i, job in self.jobs.items()
+        )
         busy_s = float(self.records.busy_s.sum()) + computing
         row["busy"] = busy_s / (self.n * self.now_s) if self.now_s else 0.0
         return row

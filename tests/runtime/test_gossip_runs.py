@@ -80,6 +80,24 @@ def test_outages_resume_to_the_bit(tmp_path):
         offbeat.run(**more, fleet=fleet, mode=mode, stop={"steps": 9}, folder=cut)
         resumed = offbeat.resume(cut, overrides=["stop.steps=40"])
         np.testing.assert_array_equal(resumed.x, whole.x)
+        np.testing.assert_array_equal(offbeat.replay(cut).x, whole.x)
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "asynchronous"])
+def test_messages_under_way_when_a_node_leaves_are_resumed(mode, tmp_path):
+    """Who is away depends on when messages come, of which a checkpoint knows the bytes."""
+    away = [Outage(worker=1, from_s=t, to_s=t + 3.0) for t in range(10, 150, 7)]
+    fleet = offbeat.Fleet(
+        workers=6, speeds="lognormal(0.5)", bandwidth=20.0, on_outage="lose", outages=away
+    )
+    more = {"task": "quadratic(5)", "algorithm": "dsgt", "topology": "ring", "mode": mode}
+    whole = offbeat.run(**more, fleet=fleet, stop={"steps": 20})
+    for steps in range(1, 20, 2):
+        cut = tmp_path / str(steps)
+        offbeat.run(**more, fleet=fleet, stop={"steps": steps}, folder=cut)
+        resumed = offbeat.resume(cut, overrides=["stop.steps=20"])
+        np.testing.assert_array_equal(resumed.x, whole.x)
+        assert resumed.final == whole.final
 
 
 def cli(*words):
@@ -107,6 +125,7 @@ def test_the_graph_says_how_many_nodes_there_are():
     assert experiment.fleet.workers == 6
     with pytest.raises(ConfigError, match="6 nodes, but the fleet has 4 workers"):
         api_from("dsgd", "ring:6", {"workers": 4})
+    assert api_from("dsgd", "ring", "6 lognormal(0.5)")[0].topology.n == 6
 
 
 def api_from(algorithm, topology, fleet=None):
@@ -114,3 +133,20 @@ def api_from(algorithm, topology, fleet=None):
 
     table = {"task": "quadratic", "algorithm": algorithm, "topology": topology}
     return from_table(table | ({"fleet": fleet} if fleet else {}))
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "asynchronous"])
+def test_time_that_stands_still_is_noticed(mode, monkeypatch):
+    from offbeat.runtime import loop
+
+    monkeypatch.setattr(loop, "MOST_AT_ONCE", 500)
+    with pytest.raises(ConfigError, match="virtual time stands still at 0 s"):
+        offbeat.run(
+            "quadratic(3)", "dsgd", "4 poisson(1e-12)", "ring", mode=mode, stop={"seconds": 5}
+        )
+
+
+def test_marks_closer_than_time_can_tell_are_passed():
+    ends = {"stop": {"steps": 5}, "evaluate": {"seconds": 1e-300}}
+    result = offbeat.run("quadratic(3)", "dsgd", "4", "ring", **ends)
+    assert len(result.metrics) == 6

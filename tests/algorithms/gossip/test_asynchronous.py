@@ -7,6 +7,7 @@ from canonical import METHODS, canonical, pairs
 import offbeat
 from offbeat.algorithms.gossip import ad_psgd, beer, dsgd, dsgt, momentum_tracking, motef
 from offbeat.runtime.errors import ConfigError
+from offbeat.topologies import from_matrix
 from offbeat.workers.fleet import Fleet, Outage
 
 EXACT = canonical()
@@ -57,6 +58,9 @@ def test_a_node_that_is_away_loses_its_work_and_comes_back():
     assert done[2] == 50
     assert done[0] - done[1] == pytest.approx(19.5, abs=0.6)
     assert [event["worker"] for event in made.records.events] == [1, 2]
+    assert [event["time_s"] for event in made.records.events] == [10.5, 50.5]
+    spent = 6 * made.now_s + (made.now_s - 19.5 - 1) + 50  # lost work is no work
+    assert made._measured()["busy"] == pytest.approx(spent / (8 * made.now_s), abs=0.01)
     before = made.nodes[2].x
     assert not np.array_equal(before, made.nodes[1].x)
 
@@ -72,6 +76,23 @@ def test_directed_graphs_are_for_pushing():
         pairs(EXACT, dsgd(), "exponential")
     made = pairs(EXACT, METHODS["gradient-push"], "exponential", "8 1..8", steps=50, every=50)
     assert made.run()[0] == "steps"
+
+
+def test_a_slow_job_that_is_lost_does_not_delay_the_next():
+    fleet = Fleet(
+        workers=2, speeds=[1.0, 100.0], on_outage="lose",
+        outages=[Outage(worker=1, from_s=10.0, to_s=20.0)],
+    )  # fmt: skip
+    made = pairs(canonical(n=2), dsgd(lr=0.01), "complete", fleet, steps=65, every=65)
+    made.run()
+    assert made.now_s == 129.0
+    assert made.records.done.tolist() == [129, 1]  # from 20 s to 120 s
+
+
+def test_who_gives_all_away_has_nothing_to_divide():
+    swap = from_matrix(np.array([[0.0, 1.0], [1.0, 0.0]]))
+    with pytest.raises(ConfigError, match="keep a share"):
+        pairs(canonical(n=2), METHODS["gradient-push"], swap)
 
 
 def test_ad_psgd_is_asynchronous_without_being_told():
