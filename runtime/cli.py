@@ -77,7 +77,9 @@ def run(
     stragglers: Annotated[
         str | None, typer.Option(help="2x10: two workers ten times slower.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Stop after so many server steps.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Stop after so many server steps, or rounds.")
+    ] = None,
     seconds: Annotated[float | None, typer.Option(help="Stop after virtual seconds.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything that is drawn.")] = None,
     overrides: Set = None,
@@ -129,7 +131,10 @@ def run(
 @app.command()
 def resume(
     folder: Annotated[Path, typer.Argument(help="The folder of a run.")],
-    overrides: Set = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Another end, as stop.steps=20000."),
+    ] = None,
 ) -> None:
     """Go on with a run that was stopped; it ends as if it had not been."""
     parts = _parts(folder)

@@ -172,7 +172,7 @@ def _graph(axes: Any, topology: "Topology", k: int) -> None:
     graph, n = topology.graph(k), topology.n
     angle = 2 * np.pi * np.arange(n) / n
     circle = np.column_stack([np.sin(angle), np.cos(angle)])
-    at = np.array([graph.nodes[i].get("pos", circle[i]) for i in range(n)], float)
+    at = np.array([_place(graph.nodes[i].get("pos"), circle[i]) for i in range(n)])
     edges = np.array(graph.edges, int).reshape(-1, 2)
     weight = np.abs(topology.matrix(k).toarray()[edges[:, 1], edges[:, 0]])
     if topology.directed and len(edges) <= ARROWS:
@@ -188,6 +188,15 @@ def _graph(axes: Any, topology: "Topology", k: int) -> None:
     axes.scatter(*at.T, s=np.clip(1200 / n, 6, 60), color=COLOURS[1], zorder=3)
     axes.set_aspect("equal")
     axes.margins(0.08)
+
+
+def _place(pos: Any, otherwise: NDArray) -> NDArray:
+    """``pos`` if it is a place in the plane; a graph from elsewhere may call anything so."""
+    try:
+        place = np.array(pos, float)
+    except (TypeError, ValueError):
+        return otherwise
+    return place if place.shape == (2,) else otherwise
 
 
 def _degrees(axes: Any, topology: "Topology") -> None:

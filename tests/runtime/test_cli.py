@@ -132,6 +132,16 @@ def test_topology_prints_facts_and_draws(offbeat_, tmp_path, words, facts, pictu
     assert (tmp_path / "runs" / picture).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_graph_whose_places_are_names_is_drawn(offbeat_):
+    import networkx as nx
+
+    graph = nx.path_graph(3)
+    nx.set_node_attributes(graph, "left", "pos")
+    nx.write_graphml(graph, "named.graphml")
+    code, _, _ = offbeat_("topology", "file('named.graphml')", "--out", "a.png")
+    assert code == 0
+
+
 def test_a_sequence_is_a_strip_of_rounds(offbeat_, tmp_path):
     widths = []
     for rounds in (2, 6):
