@@ -125,6 +125,7 @@ class Experiment:
         return tomli_w.dumps(self.table())
 
 
+FILES = {"data", "path", "file"}  # options that may name one
 # By which an object is known.
 NEEDED = {"task": ("gradient",), "algorithm": ("arrive", "ask"), "topology": ("matrix",)}
 MODES = ("synchronous", "asynchronous")
@@ -319,8 +320,9 @@ def _part(made: Any) -> dict[str, Any]:
     spec = getattr(made, "spec", None)
     if spec is not None and spec.portable():
         table: dict[str, Any] = spec.table()
-        if Path(str(table.get("data", ""))).is_file():  # so that the run can go on from anywhere
-            table["data"] = str(Path(table["data"]).resolve())
+        for key in FILES & table.keys():  # so that the run can go on from anywhere
+            if (path := Path(str(table[key])).expanduser()).is_file():
+                table[key] = str(path.resolve())
         return table
     return {"name": f"{MADE_BY_HAND}{type(made).__name__}"}
 

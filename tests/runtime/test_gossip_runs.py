@@ -150,3 +150,13 @@ def test_marks_closer_than_time_can_tell_are_passed():
     ends = {"stop": {"steps": 5}, "evaluate": {"seconds": 1e-300}}
     result = offbeat.run("quadratic(3)", "dsgd", "4", "ring", **ends)
     assert len(result.metrics) == 6
+
+
+def test_a_run_on_a_graph_from_a_file_goes_on_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "graph.txt").write_text("0 1\n1 2\n2 0\n")
+    monkeypatch.chdir(tmp_path)
+    more = {"fleet": "3", "topology": "file('graph.txt')", "stop": {"steps": 5}}
+    offbeat.run("quadratic(3)", "dsgd", **more, folder="run")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert offbeat.resume(tmp_path / "run", overrides=["stop.steps=9"]).final["step"] == 9
