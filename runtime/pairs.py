@@ -13,7 +13,8 @@ from both ends: per round there is twice the mixing, and twice the messages, of 
 
 An exchange takes a message there and one back; meanwhile the link is busy, and a node that would
 use it again goes on without.  Where either message is lost, neither end changes.  Methods that push
-send running totals instead, and need no answer.
+send running totals instead, and need no answer; what they cannot send they keep.  A node's link
+sends one message after the other.
 
 How old what a node gets is, is counted on each link: exchanges in a row that found the other's
 value unchanged (0: new every time).
@@ -37,6 +38,7 @@ from offbeat.runtime.peer import Links
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.records import ROWS_HELD, Records
 from offbeat.runtime.rounds import COUNTS, measure
+from offbeat.runtime.stacked import NOTHING
 from offbeat.runtime.virtual import ALONE_BYTES, STACK_BYTES
 from offbeat.topologies import Topology
 from offbeat.workers.fleet import Fleet, Timing
@@ -55,7 +57,7 @@ class Channels:
     def __init__(self, names: Iterable[str]) -> None:
         self.value: dict[str, NDArray] = {}
         self.size: dict[str, int] = {}  # bytes of a value's message, where links keep nothing
-        self.got: dict[str, Any] = dict.fromkeys(names, 0.0)
+        self.got: dict[str, Any] = dict.fromkeys(names, NOTHING)
         # Compressed differences: what went over each link, to and from a neighbour.
         self.out: dict[str, dict[int, NDArray]] = {name: {} for name in names}
         self.back: dict[str, dict[int, NDArray]] = {name: {} for name in names}
@@ -73,7 +75,7 @@ class PairNode:
 
     def mix(self, channel: str) -> NDArray:
         """See ``Node``."""
-        got, self._channels.got[channel] = self._channels.got[channel], 0.0
+        got, self._channels.got[channel] = self._channels.got[channel], NOTHING
         return got
 
     def publish(self, channel: str, value: NDArray) -> NDArray:
@@ -140,7 +142,8 @@ class Pairs(Loop):
         self.rounds = [0] * self.n
         self.numbers = [0] * self.n  # of the next job
         self.count = 0  # of exchanges and messages tried
-        self.busy: dict[int, float] = {}  # link i n + j, i < j -> until when
+        self.link_s = [0.0] * self.n  # until when what it sends keeps its link busy
+        self.busy: dict[int, float] = {}  # link i n + j (i < j in exchanges) -> until when
         self.seen: dict[int, int] = {}  # link i n + j -> round of j that i met last
         # Link -> exchanges, sum of ages, largest age, the age now.
         self.ages: dict[int, list[int]] = {}
@@ -345,13 +348,16 @@ class Pairs(Loop):
             if name not in mine.value:
                 continue
             level = mine.value[name] + channel.gain * mine.got[name]
-            if self.method.exact or not channel.memory:
-                said[name] = level
-                size += mine.size[name]
-            else:
+            if self.method.exact:
+                said[name], bytes_ = level, mine.size[name]
+            elif channel.memory:
                 h = mine.out[name].get(j)
                 said[name], bytes_ = self._squeeze(name, level if h is None else level - h, i, j)
-                size += bytes_
+            elif isinstance(mine.got[name], float):  # nothing
+                said[name], bytes_ = mine.value[name], mine.size[name]
+            else:  # with what it got it is no longer what a message can hold
+                said[name], bytes_ = self._squeeze(name, level, i, j)
+            size += bytes_
         return said, size
 
     def _heard(self, i: int, j: int, name: str, said: NDArray) -> NDArray:
@@ -373,16 +379,22 @@ class Pairs(Loop):
 
     def _share(self, i: int, links: Links) -> None:
         """Node ``i`` keeps its share of all it has and sends the others."""
-        mine = self.channels[i]
+        mine, free, own = self.channels[i], {}, links.own
+        for j, share in links.shares.items():
+            if self.busy.get(i * self.n + j, -math.inf) <= self.now_s:
+                free[j] = share
+            else:  # kept: else all that a node has would soon be under way
+                own += share
         size = sum(mine.size.values())
-        totals: dict[int, dict[str, NDArray]] = {j: {} for j in links.shares}
+        totals: dict[int, dict[str, NDArray]] = {j: {} for j in free}
         for name, value in mine.value.items():
-            mine.got[name] = mine.got[name] + links.own * value
-            for j, share in links.shares.items():
+            mine.got[name] = mine.got[name] + own * value
+            for j, share in free.items():
                 given = share * value + mine.out[name].get(j, 0.0)
                 totals[j][name] = mine.out[name][j] = given
         for j, total in totals.items():
             delay_s = self._sent(i, size)
+            self.busy[i * self.n + j] = self.now_s + delay_s
             if self._away(j) or not self.network.arrives(self.count, i, j):
                 self.messages_lost += 1
             elif delay_s:
@@ -393,8 +405,6 @@ class Pairs(Loop):
     def _shared(self, j: int, i: int, number: int, total: dict[str, NDArray]) -> None:
         """Running totals of node ``i`` have come to ``j``."""
         mine, link = self.channels[j], j * self.n + i
-        if number <= self.seen.get(link, -1):  # overtaken by a later one
-            return
         count, ages, most, _ = self.ages.get(link, [0, 0, 0, 0])
         age = number - 1 - self.seen.get(link, number - 1)  # messages that never came
         self.ages[link] = [count + 1, ages + age, max(most, age), age]
@@ -409,7 +419,10 @@ class Pairs(Loop):
         self.messages += 1
         self.bytes += size
         fleet = self.fleet
-        delay_s = fleet.latency_s + (size / fleet.bandwidth if fleet.bandwidth else 0.0)
+        delay_s = fleet.latency_s
+        if fleet.bandwidth:  # one message after the other
+            self.link_s[i] = max(self.link_s[i], self.now_s) + size / fleet.bandwidth
+            delay_s += self.link_s[i] - self.now_s
         if fleet.jitter_s:
             delay_s += rng(self.seed, "message jitter", i, self.count).exponential(fleet.jitter_s)
         return delay_s
@@ -463,7 +476,7 @@ class Pairs(Loop):
 
     _STATE = (
         *("now_s", "told", "bytes", "messages", "messages_lost", "order", "heap", "jobs", "begun"),
-        *("rounds", "numbers", "count", "busy", "seen", "ages", "channels"),
+        *("rounds", "numbers", "count", "link_s", "busy", "seen", "ages", "channels"),
         *("_next_step", "_next_s"),
     )
 

@@ -5,7 +5,15 @@ import pytest
 from canonical import METHODS, canonical, pairs
 
 import offbeat
-from offbeat.algorithms.gossip import ad_psgd, beer, dsgd, dsgt, momentum_tracking, motef
+from offbeat.algorithms.gossip import (
+    ad_psgd,
+    beer,
+    deepsqueeze,
+    dsgd,
+    dsgt,
+    momentum_tracking,
+    motef,
+)
 from offbeat.runtime.errors import ConfigError
 from offbeat.topologies import from_matrix
 from offbeat.workers.fleet import Fleet, Outage
@@ -93,6 +101,41 @@ def test_who_gives_all_away_has_nothing_to_divide():
     swap = from_matrix(np.array([[0.0, 1.0], [1.0, 0.0]]))
     with pytest.raises(ConfigError, match="keep a share"):
         pairs(canonical(n=2), METHODS["gradient-push"], swap)
+
+
+def test_what_is_said_fits_its_message():
+    """Also where a node has got something since it published: no more than k numbers are told."""
+    method = deepsqueeze(lr=0.01, compressor="topk(4)")
+    made = pairs(EXACT, method, "ring", "8 1..8", steps=50, every=50)
+    told, heard = [], made._heard
+    made._heard = lambda i, j, name, said: (
+        told.append(np.count_nonzero(said)) or heard(i, j, name, said)
+    )
+    made.run()
+    assert max(told) == 4
+
+
+@pytest.mark.parametrize("name", ["dsgd", "choco", "gradient-push"])
+def test_a_link_carries_no_more_than_its_bandwidth(name):
+    made = pairs(EXACT, METHODS[name], "complete", "8 bandwidth=100.0", steps=50, every=50)
+    made.run()
+    assert max(made.link_s) - made.now_s < 2 * 7 * 2 * 168 / 100  # what waits is bounded
+    assert made.bytes <= 100 * sum(made.link_s)
+    assert made.bytes > 0.5 * 100 * 8 * made.now_s
+
+
+@pytest.mark.parametrize("name", ["gradient-push", "dsgt", "motef"])
+def test_little_is_under_way_whatever_the_latency(name):
+    made = pairs(EXACT, METHODS[name], "ring", "8 latency_s=60.0", steps=1000, every=1000)
+    made._start()
+    most = 0
+    for _ in range(8000):
+        made._advance()
+        most = max(most, len(made.heap))
+    assert most <= 8 + 16  # a gradient a node, a message a link and direction
+    if name == "gradient-push":  # which else gives all it has away before anything comes
+        weights = [float(node.w[0]) for node in made.nodes]
+        assert min(weights) > 0.1
 
 
 def test_ad_psgd_is_asynchronous_without_being_told():
