@@ -153,9 +153,13 @@ class Wire(ABC):
     value: Any
     """``[n, d]``: what every node published last."""
 
-    def keep(self, value: NDArray, nodes: NDArray) -> None:
+    sizes: Any = 0
+    """Bytes of its message, ``[n]`` or of all, where all neighbours are sent the same."""
+
+    def keep(self, value: NDArray, sizes: Any, nodes: NDArray) -> None:
         """Put ``nodes [n]`` (a mask) back to the ``value`` of before."""
         self.value = np.where(nodes[:, None], value, self.value)
+        self.sizes = np.where(nodes, sizes, self.sizes)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -178,7 +182,7 @@ class Broadcast(Wire):
         self.count = 0  # of what was published
         self.value: Any = None  # [n, d], the public copies that neighbours mix with
         self.h: Any = None  # [n, d], where differences are taken to others: damped copies
-        self.sizes: Any = 0  # bytes of the messages, [n] or all alike
+        self.sizes = 0
         self._now: Any = None
 
     def start(self, value: NDArray) -> None:
@@ -411,15 +415,15 @@ class Stacked:
 
     def snapshot(self) -> tuple[dict[str, Any], list[Any]]:
         """What ``keep`` can put back."""
-        return self.fields(), [wire.value for wire in self._wires.values()]
+        return self.fields(), [(wire.value, wire.sizes) for wire in self._wires.values()]
 
     def keep(self, snapshot: tuple[dict[str, Any], list[Any]], nodes: NDArray) -> None:
         """Put ``nodes [n]`` (a mask) back to where they were: they have sat a round out."""
         fields, values = snapshot
         for key, old in fields.items():
             setattr(self, key, np.where(nodes[:, None], old, getattr(self, key)))
-        for wire, value in zip(self._wires.values(), values, strict=True):
-            wire.keep(value, nodes)
+        for wire, (value, sizes) in zip(self._wires.values(), values, strict=True):
+            wire.keep(value, sizes, nodes)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""

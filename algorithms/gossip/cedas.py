@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 from offbeat.algorithms.base import ALGORITHMS
 from offbeat.algorithms.compression import Compressor
 from offbeat.algorithms.gossip.contract import Channel, Gossip, Node
+from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.registry import Positive, Share
+
+LARGE = 2**20  # a dimension at which no sparsifier keeps everything
 
 
 class Cedas(Gossip):
@@ -26,6 +29,11 @@ class Cedas(Gossip):
         self, lr: float, gamma: float, damping: float, compressor: str | Compressor
     ) -> None:
         super().__init__({"y": Channel(gain=gamma / 2, damping=damping)}, compressor)
+        if self.compressor.omega(LARGE) is None:  # it would diverge
+            raise ConfigError(
+                f"cedas needs an unbiased compressor, which {self.compressor.spec} is not; take "
+                "qsgd(16) or natural, or beer or motef, which bear any"
+            )
         self.lr, self.gamma = lr, gamma
 
     def init(self, node: Node) -> None:

@@ -5,7 +5,7 @@ import pytest
 from canonical import canonical, ctad, pairs, rounds
 
 import offbeat
-from offbeat.algorithms.gossip import choco, dsgd, dsgt
+from offbeat.algorithms.gossip import choco, deepsqueeze, dsgd, dsgt
 from offbeat.runtime.errors import ConfigError, Diverged
 from offbeat.topologies import TOPOLOGIES
 from offbeat.workers.fleet import Fleet, Outage
@@ -77,6 +77,19 @@ def test_nodes_sit_rounds_out():
     assert made.records.done.tolist() == [21, 30, 30, 24, 30, 30, 30, 30]
 
 
+def test_what_a_node_sends_on_its_return_is_counted_as_it_was():
+    away = [Outage(worker=3, from_s=4.5, to_s=10.5)]
+    fleet = Fleet(workers=8, outages=away, on_outage="lose")
+    made = rounds(TASK, deepsqueeze(lr=0.05, compressor="threshold(0.2)"), "ring", fleet)
+    sizes = []
+    for _ in range(12):
+        made._advance()
+        q, sized = made.node._wires["q"].value[3], made.node._wires["q"].sizes[3]
+        sizes.append((np.count_nonzero(q), int(sized)))
+    assert len(set(sizes[4:11])) == 1
+    assert len(set(sizes)) > 3
+
+
 def test_everybody_away_at_once_is_waited_out():
     away = [Outage(worker=i, from_s=4.5, to_s=9.0 + i) for i in range(8)]
     fleet = Fleet(workers=8, outages=away, on_outage="lose")
@@ -128,6 +141,7 @@ def test_too_large_steps_are_one_sentence(method, mode):
         ({"algorithm": "dsgd", "topology": "ring", "mode": "sync"}, "mode must be one of"),
         ({"algorithm": "dsgd", "topology": "ring", "replicas": "sum"}, "replicas must be one of"),
         ({"algorithm": "ad-psgd", "topology": "ring", "mode": "synchronous"}, "by its nature"),
+        ({"algorithm": "cedas(compressor='topk(2)')", "topology": "ring"}, "needs an unbiased"),
         ({"algorithm": "cedas", "topology": "base"}, "here the graph does"),
         ({"algorithm": "cedas", "topology": "ring", "fleet": "8 loss=0.1"}, "messages are lost"),
         ({"algorithm": "motef", "topology": "base", "replicas": "global", "fleet": "8 loss=0.1"},
