@@ -318,6 +318,7 @@ class Pairs(Loop):
         link = min(i, j) * self.n + max(i, j)
         self.busy[link] = self.now_s
         if self._away(j):
+            self.messages_lost += 1
             return
         answer, size = self._speak(j, i)
         delay_s = self._sent(j, size)

@@ -86,6 +86,14 @@ def test_directed_graphs_are_for_pushing():
     assert made.run()[0] == "steps"
 
 
+def test_what_comes_to_nobody_is_lost():
+    away = [Outage(worker=1, from_s=1.5)]
+    fleet = Fleet(workers=2, latency_s=1.0, on_outage="lose", outages=away)
+    made = pairs(canonical(n=2), dsgd(lr=0.01), "complete", fleet, steps=20, every=20)
+    made.run()
+    assert made.messages == made.messages_lost == 1
+
+
 def test_a_slow_job_that_is_lost_does_not_delay_the_next():
     fleet = Fleet(
         workers=2, speeds=[1.0, 100.0], on_outage="lose",
