@@ -193,7 +193,8 @@ class Rounds(Loop):
         else:
             there = np.flatnonzero(present)
             self.records.round(self.round, number, there, start[there], end[there])
-            end = np.where(present, end, ready[there].max())
+            # Who is away follows the clock of whom it would hear, until that is when it is back.
+            end = np.where(present, end, self._ready(self.network.whole(self.round)))
         if self.method.overlap:
             end = np.maximum(end, ready)
         self.end_s = end

@@ -77,6 +77,14 @@ def test_nodes_sit_rounds_out():
     assert made.records.done.tolist() == [21, 30, 30, 24, 30, 30, 30, 30]
 
 
+def test_a_short_absence_is_no_wait_for_the_slowest():
+    fleet = Fleet(workers=8, speeds=[1.0] * 7 + [100.0], on_outage="lose",
+                  outages=[Outage(worker=3, from_s=0.5, to_s=1.5)])  # fmt: skip
+    found = ends(dsgd(lr=0.01), "path", fleet, steps=4)
+    assert found[:, 3].tolist() == [1.0, 1.0, 3.0, 4.0]
+    assert found[:, 2].tolist() == [1.0, 2.0, 3.0, 4.0]
+
+
 def test_what_a_node_sends_on_its_return_is_counted_as_it_was():
     away = [Outage(worker=3, from_s=4.5, to_s=10.5)]
     fleet = Fleet(workers=8, outages=away, on_outage="lose")
