@@ -29,6 +29,7 @@ from offbeat.runtime.settings import DEFAULT_STEPS, Evaluate, Stop
 from offbeat.runtime.virtual import VirtualWorkers
 from offbeat.workers.fleet import Fleet, Timing
 from offbeat.workers.tasks import TASKS, Task
+from offbeat.workers.work import WORK, Work
 
 Progress = Callable[[float], None]
 # What a run folder holds.
@@ -122,7 +123,7 @@ class RecordedTiming(Timing):
         self.finish = None
 
     def plan(
-        self, worker: int, number: int, assigned_s: float, free_s: float
+        self, worker: int, number: int, assigned_s: float, free_s: float, steps: int = 1
     ) -> tuple[float, float, float]:
         """See ``Timing``."""
         never = max(assigned_s, free_s), np.inf, np.inf
@@ -134,6 +135,7 @@ def run(
     algorithm: Algorithm | str | Mapping[str, Any],
     fleet: Fleet | str | Mapping[str, Any] | None = None,
     *,
+    work: Work | str | Mapping[str, Any] = "gradient",
     stop: Stop | Mapping[str, Any] | None = None,
     evaluate: Evaluate | Mapping[str, Any] | None = None,
     record: Record | Mapping[str, Any] | None = None,
@@ -149,6 +151,8 @@ def run(
         algorithm: a method, its text ("shuffled(lr=0.5)") or its table; it is not changed.
         fleet: a fleet, its text ("16 lognormal(1.0)") or its table; one worker a share of the
             task, all equally fast, if absent.
+        work: what a worker does with a job: "gradient", or
+            "local-steps(adamw(lr=1e-3), steps=50)".
         stop: when to end; 5000 steps if absent.
         evaluate: how often to evaluate; about a hundred times if absent.
         record: what to keep.
@@ -179,6 +183,7 @@ def run(
         task=make_part(TASKS, task, workers=made_fleet.workers, seed=seed),
         algorithm=make_part(ALGORITHMS, algorithm),
         fleet=made_fleet,
+        work=make_part(WORK, work),
         stop=made_stop,
         evaluate=make_settings(Evaluate, evaluate)
         if evaluate is not None
@@ -266,10 +271,9 @@ def replay(
     if not (folder / "trace.jsonl").exists():
         raise ConfigError(f"{folder}: has no trace.jsonl; run with record.trace = true")
     state = checkpointed(folder)
-    arrivals = state["records"]["flushed"]
-    trace = read_trace(folder / "trace.jsonl")[:arrivals]
+    trace = read_trace(folder / "trace.jsonl")[: state["records"]["flushed"]]
     engine = _engine(experiment, None, None, RecordedTiming(trace))
-    engine.stop = Stop(gradients=max(1, arrivals))
+    engine.stop = Stop(gradients=max(1, state["gradients"]))
     return _finish(engine, experiment, None)
 
 
@@ -303,8 +307,9 @@ def _engine(
     timing: Timing | None = None,
 ) -> Engine:
     e = experiment
-    model_bytes = int(e.task.initial(e.seed).nbytes)
-    workers = VirtualWorkers(e.task, e.fleet, timing or e.fleet.timing(e.seed, model_bytes))
+    x = e.task.initial(e.seed)
+    timing = timing or e.fleet.timing(e.seed, int(x.nbytes))
+    workers = VirtualWorkers(e.task, e.fleet, timing, e.work, x)
 
     def save(state: dict[str, Any]) -> None:
         assert folder is not None

@@ -27,6 +27,7 @@ from offbeat.workers.data import BUNDLED
 from offbeat.workers.partition import PARTITIONS
 from offbeat.workers.speeds import SPEEDS
 from offbeat.workers.tasks import TASKS
+from offbeat.workers.work import INNERS, WORK
 
 INTERRUPTED = 130
 THREADS = {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"}  # the user's word on it
@@ -34,6 +35,8 @@ RUNS = Path("runs")
 LISTS = {
     "algorithms": ALGORITHMS,
     "tasks": TASKS,
+    "work": WORK,
+    "inners": INNERS,
     "speeds": SPEEDS,
     "partitions": PARTITIONS,
     "compressors": COMPRESSORS,

@@ -14,6 +14,7 @@ from offbeat.runtime.registry import MADE_BY_HAND, MOST_SEEDS, Positive, Registr
 from offbeat.runtime.settings import DEFAULT_STEPS, Evaluate, Stop
 from offbeat.workers.fleet import Fleet, Outage
 from offbeat.workers.tasks import TASKS, Task
+from offbeat.workers.work import WORK, Work, gradient
 
 T = TypeVar("T")
 
@@ -39,6 +40,7 @@ class Experiment:
         task: what is minimised.
         algorithm: by which method.
         fleet: by which workers.
+        work: what a worker does with a job.
         stop, evaluate, record: see there.
         seed: of sampling, durations, permutations and the initial model.
         engine: where gradients are computed and what orders arrivals; "virtual".
@@ -50,6 +52,7 @@ class Experiment:
     stop: Stop
     evaluate: Evaluate
     record: Record = field(default_factory=Record)
+    work: Work = field(default_factory=gradient)
     seed: int = 0
     engine: str = "virtual"
 
@@ -76,6 +79,7 @@ class Experiment:
             "task": _part(self.task),
             "algorithm": _part(self.algorithm),
             "fleet": _fleet_table(self.fleet),
+            "work": _part(self.work),
             **{key: _given(getattr(self, key)) for key in ("stop", "evaluate", "record")},
         }
 
@@ -84,7 +88,11 @@ class Experiment:
         return tomli_w.dumps(self.table())
 
 
-NEEDED = {"task": "gradient", "algorithm": "arrive"}  # by which an object is known
+NEEDED = {
+    "task": "gradient",
+    "algorithm": "arrive",
+    "work": "update",
+}  # by which an object is known
 KEYS = [entry.name for entry in fields(Experiment)]
 
 
@@ -173,6 +181,7 @@ def from_table(table: Mapping[str, Any]) -> list[Experiment]:
     stop = attempt(make_settings, Stop, table.get("stop", {"steps": DEFAULT_STEPS}))
     evaluate = attempt(make_settings, Evaluate, table["evaluate"]) if "evaluate" in table else None
     record = attempt(make_settings, Record, table.get("record", {}))
+    work = attempt(make_part, WORK, table.get("work", "gradient"))
     given = table.get("algorithm", [])
     if given == [] and "algorithm" in table:
         mistakes.append("algorithm: an empty list; name at least one")
@@ -190,6 +199,7 @@ def from_table(table: Mapping[str, Any]) -> list[Experiment]:
             task=task,
             algorithm=algorithm,
             fleet=fleet,
+            work=work,
             stop=stop,
             evaluate=evaluate or Evaluate.sensible(stop),
             record=record,
