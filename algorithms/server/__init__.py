@@ -14,6 +14,12 @@ from offbeat.algorithms.server.contract import ALGORITHMS, Algorithm, Server, Up
 from offbeat.algorithms.server.delay_adaptive import delay_adaptive
 from offbeat.algorithms.server.fedasync import fedasync
 from offbeat.algorithms.server.fedbuff import fedbuff
+from offbeat.algorithms.server.local_sgd import (
+    async_local_sgd,
+    delayed_nesterov,
+    diloco,
+    local_sgd,
+)
 from offbeat.algorithms.server.method import Method
 from offbeat.algorithms.server.rennala import rennala
 from offbeat.algorithms.server.rescaled import rescaled
@@ -26,9 +32,13 @@ __all__ = [
     "Method",
     "Server",
     "Update",
+    "async_local_sgd",
     "delay_adaptive",
+    "delayed_nesterov",
+    "diloco",
     "fedasync",
     "fedbuff",
+    "local_sgd",
     "minibatch",
     "pure",
     "random",

@@ -76,6 +76,7 @@ class TorchTask:
         parts = PARTITIONS.parse(partition)(labels, workers, seed)
         self._order = np.concatenate(parts)
         self._draws = Draws(parts, batch=batch, sampling=sampling, seed=seed)
+        self.sizes = self._draws.sizes
         self._dropout = Streams(seed, "dropout", workers)
         self._vmaps = True
         self._grad = torch.func.grad_and_value(self._value)
