@@ -320,6 +320,7 @@ COLUMNS = {
     "loss": ("loss", "{:.4g}"),
     "grad_norm": ("grad norm", "{:.3g}"),
     "accuracy": ("accuracy", "{:.3f}"),
+    "perplexity": ("perplexity", "{:.3f}"),
     "distance2": ("distance²", "{:.3g}"),
     "staleness_mean": ("staleness", "{:.1f}"),
     "staleness_max": ("max", "{:.0f}"),
@@ -363,6 +364,7 @@ def main() -> None:
     """Entry point: one sentence and an exit code for every mistake."""
     if not THREADS & os.environ.keys():  # small products gain nothing from threads, and spin
         threadpool_limits(1)
+        os.environ["OMP_NUM_THREADS"] = "1"  # for torch, which is not loaded yet
     logging.basicConfig(
         level="WARNING",
         format="%(message)s",

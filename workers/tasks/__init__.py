@@ -2,7 +2,9 @@
 
 from offbeat.workers.tasks.contract import TASKS, Task
 from offbeat.workers.tasks.empirical import EmpiricalRisk
+from offbeat.workers.tasks.lm import LanguageModel, lm
 from offbeat.workers.tasks.logistic import logistic
+from offbeat.workers.tasks.mixtures import mixtures
 from offbeat.workers.tasks.mlp import mlp
 from offbeat.workers.tasks.module import TorchTask
 from offbeat.workers.tasks.quadratic import Quadratic, quadratic
@@ -10,10 +12,13 @@ from offbeat.workers.tasks.quadratic import Quadratic, quadratic
 __all__ = [
     "TASKS",
     "EmpiricalRisk",
+    "LanguageModel",
     "Quadratic",
     "Task",
     "TorchTask",
+    "lm",
     "logistic",
+    "mixtures",
     "mlp",
     "quadratic",
 ]
