@@ -274,6 +274,9 @@ def replay(
     trace = read_trace(folder / "trace.jsonl")[: state["records"]["flushed"]]
     engine = _engine(experiment, None, None, RecordedTiming(trace))
     engine.stop = Stop(gradients=max(1, state["gradients"]))
+    engine.run()
+    if engine.server.step < state["step"]:  # steps that a timer made after the last arrival
+        engine.stop = Stop(steps=state["step"])
     return _finish(engine, experiment, None)
 
 

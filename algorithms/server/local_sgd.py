@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from offbeat.algorithms.server.contract import ALGORITHMS, Server, Update
@@ -102,6 +103,19 @@ class ShardSampling:
 
 
 @dataclass
+class LookAhead:
+    """x - lr beta m: where momentum alone would take the model next."""
+
+    lr: float
+    outer: Momentum
+
+    def __call__(self, server: Server) -> NDArray:
+        """The point ``[d]`` at which a job begins."""
+        m = self.outer.m
+        return server.x if m is None else server.x - (self.lr * self.outer.beta) * m
+
+
+@dataclass
 class Windows(Plan):
     """The first result opens a window; when it is over, those that came start again together.
 
@@ -111,12 +125,14 @@ class Windows(Plan):
             start again as if at the last result in it, which no real server could know.
         local: DyLU, or None: H steps for all.
         shards: shard sampling, or None: every worker its own.
+        ahead: where jobs begin, if not at the server's model.
     """
 
     grace_s: float = 0.0
     charged: bool = True
     local: LocalUpdates | None = None
     shards: ShardSampling | None = None
+    ahead: "LookAhead | None" = None
     opened: int = 0  # windows so far
     done: list[int] = field(default_factory=list)  # workers whose results came in this one
     last_s: float = 0.0  # when the last result came
@@ -172,7 +188,8 @@ class Windows(Plan):
     def _assign(self, server: Server, worker: int, since_s: float | None = None) -> None:
         steps = None if self.local is None else self.local.steps(server, worker)
         shard = None if self.shards is None else self.shards.next(server, steps or server.steps)
-        server.assign(worker, steps=steps, shard=shard, since_s=since_s)
+        at = None if self.ahead is None else self.ahead(server)
+        server.assign(worker, steps=steps, shard=shard, at=at, since_s=since_s)
 
 
 def windows(
@@ -302,3 +319,26 @@ def delayed_nesterov(
     """
     plan = windows(grace_s, charged, dylu, seconds, sample_shards)
     return Delayed(plan, DelayedNesterov(momentum, buffer, c), lr)
+
+
+@ALGORITHMS.register("look-ahead")
+def look_ahead(
+    *,
+    lr: Positive = 0.1,
+    momentum: Fraction = 0.9,
+    grace_s: Grace = 0.0,
+    charged: bool = True,
+    dylu: bool = False,
+    seconds: list[Positive] | None = None,
+    sample_shards: bool = False,
+) -> Method:
+    """Asynchronous DiLoCo with momentum look-ahead (MLA): workers start from x - lr beta m.
+
+    Pluralis, ICLR 2025 workshop on collaborative and decentralised learning.  Read from a summary,
+    UNVERIFIED: that the outer step is then m = beta m + g, x - lr m is our reading, since the
+    look-ahead is what Nesterov's adds to it.  The other arguments are those of ``async-local-sgd``.
+    """
+    outer = Momentum(momentum)
+    plan = windows(grace_s, charged, dylu, seconds, sample_shards)
+    plan.ahead = LookAhead(lr, outer)
+    return Method(plan, [outer, StepSize(lr)])

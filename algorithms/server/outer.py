@@ -23,6 +23,10 @@ class Momentum(Rule):
 
     def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray:
         """See ``Rule``."""
+        return self.step(g)
+
+    def step(self, g: NDArray) -> NDArray:
+        """What a step with ``g [d]`` moves at learning rate 1."""
         self.m = g if self.m is None else self.beta * self.m + g
         return g + self.beta * self.m if self.nesterov else self.m
 
@@ -70,7 +74,13 @@ class DelayedNesterov(Rule):
 
     def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray:
         """See ``Rule``."""
-        n = self.n = self.n or server.n
+        self.n = self.n or server.n
+        return self.step(g)
+
+    def step(self, g: NDArray) -> NDArray:
+        """What an update ``g [d]`` moves at learning rate 1; N must be known."""
+        n = self.n
+        assert n is not None
         self.total = self.total + g
         self.t += 1
         if self.t % n:

@@ -7,7 +7,15 @@ import pytest
 import reference
 
 import offbeat
-from offbeat.algorithms.server import async_local_sgd, delayed_nesterov, diloco, local_sgd
+from offbeat.algorithms.server import (
+    async_local_sgd,
+    decoupled_diloco,
+    delayed_nesterov,
+    diloco,
+    halos,
+    local_sgd,
+    look_ahead,
+)
 from offbeat.algorithms.server.local_sgd import LocalUpdates, ShardSampling
 from offbeat.algorithms.server.method import Buffer, DiscardStale, StalenessWeight, StepSize
 from offbeat.algorithms.server.outer import Adam, Compensate, DelayedNesterov, Momentum
@@ -407,6 +415,93 @@ def test_asynchronous_nesterov_is_told_from_delayed_by_the_size_of_its_steps():
     assert losses["plain"].max() > 2 * losses["plain"][0]
 
 
+# -- What came after --------------------------------------------------------------------------
+
+
+def test_look_ahead_starts_where_momentum_would_be_next():
+    task, gradient = quadratic(5, workers=4, noise=0.5), None
+    result = offbeat.run(task, look_ahead(lr=0.1, momentum=0.8), "4 1..3", stop={"steps": 60})
+    gradient = reference.one_by_one(task)
+    x, m = task.initial(0), np.zeros(5)
+    starts = [x]
+    for row in result.trace:
+        _, worker, number, read, _ = row[:5].tolist()
+        m = 0.8 * m + gradient(starts[int(read)], int(worker), int(number))
+        x = x - 0.1 * m
+        starts.append(x - 0.1 * 0.8 * m)
+    np.testing.assert_allclose(result.x, x, rtol=1e-10)
+    assert result.final["staleness_max"] > 3
+    none, sgd = (
+        offbeat.run(task, method, "4 1..3", stop={"steps": 60})
+        for method in (look_ahead(momentum=0.0), async_local_sgd(lr=0.1, outer="sgd"))
+    )
+    np.testing.assert_array_equal(none.x, sgd.x)
+
+
+def test_decoupled_diloco_between_its_corners():
+    """A quorum of all is DiLoCo, a quorum of one without grace is asynchronous Nesterov."""
+    task, options = logistic("digits", workers=4), {"work": H20, "stop": {"seconds": 700.0}}
+    for decoupled, other in (
+        (decoupled_diloco(quorum=4), diloco()),
+        (decoupled_diloco(quorum=1, lr=0.1), async_local_sgd(lr=0.1)),
+    ):
+        runs = [offbeat.run(task, method, FLEET, **options) for method in (decoupled, other)]
+        np.testing.assert_allclose(runs[0].x, runs[1].x, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(runs[0].trace, runs[1].trace)
+        assert runs[0].final["step"] >= 10
+
+
+def test_a_merge_weighs_by_local_steps():
+    """Results of 20 and 5 steps in one window: four fifths and one fifth."""
+    task, gradient = quadratic(5, workers=3), None
+    gradient = reference.one_by_one(task)
+    method = decoupled_diloco(lr=1.0, momentum=0.0, quorum=2)
+
+    def start(server):
+        for worker, steps in enumerate((20, 5, 20)):
+            server.assign(worker, steps=steps)
+
+    method.start = start
+    fleet = offbeat.Fleet(workers=3, speeds=[1.0, 4.5, 100.0])
+    work = "local-steps(sgd(lr=0.1), steps=20)"
+    result = offbeat.run(task, method, fleet, work=work, stop={"steps": 1})
+    ends = []
+    for worker, steps in ((0, 20), (1, 5)):
+        y = task.initial(0)
+        for t in range(steps):
+            y = y - 0.1 * gradient(y, worker, t)
+        ends.append(y)
+    np.testing.assert_allclose(result.x, 0.8 * ends[0] + 0.2 * ends[1], rtol=1e-12)
+
+
+def test_halos_with_one_region_is_its_server():
+    """Pushed at once, taken over in full, merged in full: Delayed Nesterov."""
+    task = logistic("digits", workers=4)
+    one = halos(
+        regions=1, push=1, alpha=1.0, lr=1.0, momentum=0.0, buffer=1,
+        region_lr=0.4, region_momentum=0.9, region_buffer=4,
+    )  # fmt: skip
+    options = {"work": H20, "stop": {"steps": 80}}
+    runs = [
+        offbeat.run(task, method, FLEET, **options)
+        for method in (one, delayed_nesterov(lr=0.4, buffer=4))
+    ]
+    np.testing.assert_allclose(runs[0].x, runs[1].x, rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(runs[0].trace, runs[1].trace)
+
+
+def test_regions_of_halos_are_apart_between_pushes():
+    """A region's workers start from its own model; the global one moves at pushes only."""
+    task = quadratic(4, workers=4)
+    method = halos(regions=2, push=3, region_buffer=1, region_momentum=0.0, region_lr=0.1, lr=1.0)
+    result = offbeat.run(task, method, "4 1..4", stop={"gradients": 60}, evaluate={"gradients": 1})
+    counts, pushes = [0, 0], 0
+    for worker in column(result.trace, "worker").astype(int):
+        counts[worker // 2] += 1
+        pushes += counts[worker // 2] % 3 == 0
+    assert result.final["step"] == pushes > 10
+
+
 @pytest.mark.parametrize(
     ("method", "message"),
     [
@@ -415,6 +510,9 @@ def test_asynchronous_nesterov_is_told_from_delayed_by_the_size_of_its_steps():
         ("async-local-sgd(dylu=true, seconds=[1.0, 2.0])", "2 given for 10 workers; give one each"),
         ("async-local-sgd(seconds=[1.0])", "seconds are for dylu=true"),
         ("async-local-sgd(outer=adams)", '"outer" should be \'sgd\', \'momentum\', \'nesterov\''),
+        ("decoupled-diloco(quorum=11)", "a quorum of 11, but there are 10 workers"),
+        ("halos(regions=11)", "11 regions, but there are 10 workers"),
+        ("halos(alpha=1.5)", "alpha=1.5 is a weight; give at most 1"),
         ("diloco(grace_s=1.0)", 'unknown key "grace_s"'),
     ],
 )  # fmt: skip

@@ -50,15 +50,21 @@ METHODS = {
     "delayed-nesterov": {
         "buffer": 4, "c": 0.1, "momentum": 0.5, "grace_s": 0.3, "charged": False, "dylu": True,
     },
+    "look-ahead": {"momentum": 0.5, "grace_s": 0.2},
+    "decoupled-diloco": {"momentum": 0.5, "quorum": 3, "grace_s": 0.4},
+    "halos": {"region_lr": 0.1, "region_momentum": 0.5, "region_buffer": 2, "push": 3, "lr": 0.5},
 }  # fmt: skip
 # What workers do with a job, where it is more than a gradient.
 WORKS = {
     name: "local-steps(momentum(lr=0.2, beta=0.3), steps=3)"
-    for name in ("local-sgd", "diloco", "async-local-sgd", "delayed-nesterov")
+    for name in (
+        *("local-sgd", "diloco", "async-local-sgd", "delayed-nesterov"),
+        *("look-ahead", "decoupled-diloco", "halos"),
+    )
 }
 ONE_IN_ONE_OUT = {*METHODS} - {
     *("shuffle-once", "minibatch", "random-reshuffling", "shuffle-once-sgd", "sgd"),
-    *("local-sgd", "diloco", "delayed-nesterov"),
+    *("local-sgd", "diloco", "delayed-nesterov", "look-ahead", "decoupled-diloco"),
 }
 EVERY = pytest.mark.parametrize("name", METHODS)
 
