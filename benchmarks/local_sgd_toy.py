@@ -55,10 +55,10 @@ def main() -> None:
         str(__doc__),
         hidden={"type": int, "default": 2048},
         seeds={"type": int, "default": 1},
-        arms={"default": "", "help": "a comma-separated choice by name"},
+        arms={"default": "", "help": "some of them, by name, with semicolons between"},
     )
     hidden = 256 if options.quick else options.hidden
-    chosen = options.arms.split(",") if options.arms else list(ARMS)
+    chosen = options.arms.split(";") if options.arms else list(ARMS)
     print(f"# local-SGD toy, hidden {hidden}, {options.seeds} seed(s), {where()}")
     print(f"{'arm':<24}{'step':>5} {'other':>7} {'final':>7} {'spread':>7} {'accuracy':>9} "
           f"{'virtual s':>10} {'highest':>8} {'wall s':>7}")  # fmt: skip

@@ -222,6 +222,7 @@ def resume(
     *,
     task: Task | None = None,
     algorithm: Algorithm | None = None,
+    work: Work | None = None,
     overrides: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -231,13 +232,13 @@ def resume(
 
     Args:
         folder: of the run.
-        task, algorithm: needed where the run was made with objects that no file can hold.
+        task, algorithm, work: needed where the run was made with objects that no file can hold.
         overrides: new ends, such as ``["stop.steps=20000"]``.
         progress: called with the fraction done.
     """
     folder = Path(folder)
     overrides = [overrides] if isinstance(overrides, str) else list(overrides or [])
-    experiment = with_more(load_experiment(folder, task, algorithm), overrides)
+    experiment = with_more(load_experiment(folder, task, algorithm, work), overrides)
     if overrides:
         reached = checkpointed(folder) if checkpoint.exist(folder / "checkpoint") else None
         if reached and experiment.stop.steps and experiment.stop.steps < reached["step"]:
@@ -258,14 +259,18 @@ def resume(
 
 
 def replay(
-    folder: str | Path, *, task: Task | None = None, algorithm: Algorithm | None = None
+    folder: str | Path,
+    *,
+    task: Task | None = None,
+    algorithm: Algorithm | None = None,
+    work: Work | None = None,
 ) -> Result:
     """Run a recorded run again, in memory, with its arrivals as its trace has them.
 
     The result's model equals the recorded one bit for bit; ``offbeat replay`` compares them.
     """
     folder = Path(folder)
-    experiment = load_experiment(folder, task, algorithm)
+    experiment = load_experiment(folder, task, algorithm, work)
     if not checkpoint.exist(folder / "checkpoint"):
         raise ConfigError(f"{folder}: has not begun; there is nothing to replay")
     if not (folder / "trace.jsonl").exists():
@@ -286,13 +291,16 @@ def checkpointed(folder: Path) -> dict[str, Any]:
 
 
 def load_experiment(
-    folder: Path, task: Task | None = None, algorithm: Algorithm | None = None
+    folder: Path,
+    task: Task | None = None,
+    algorithm: Algorithm | None = None,
+    work: Work | None = None,
 ) -> Experiment:
     """The experiment of a run folder."""
     path = folder / "experiment.toml"
     if not path.exists():
         raise ConfigError(f"{folder}: is no run folder (it has no experiment.toml)")
-    made = {"task": task, "algorithm": algorithm}
+    made = {"task": task, "algorithm": algorithm, "work": work}
     return read(path, {key: value for key, value in made.items() if value is not None})[0]
 
 

@@ -72,6 +72,9 @@ def run(
     stragglers: Annotated[
         str | None, typer.Option(help="2x10: two workers ten times slower.")
     ] = None,
+    work: Annotated[
+        str | None, typer.Option(help='What a job is: gradient, "local-steps(adamw, steps=50)".')
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Stop after so many server steps.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Stop after virtual seconds.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything that is drawn.")] = None,
@@ -90,6 +93,7 @@ def run(
         "fleet.workers": workers,
         "fleet.speeds": speeds,
         "fleet.stragglers": stragglers,
+        "work": work,
         "stop.steps": steps,
         "stop.seconds": seconds,
         "seed": seed,

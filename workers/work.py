@@ -93,6 +93,15 @@ class Inner(ABC):
             m: moments ``[k, c]``, in the order of ``moments``.
         """
 
+    def rows(
+        self, task: Task, y: NDArray, g: NDArray, rate: NDArray, t: list[int], *m: NDArray
+    ) -> None:
+        """``step`` of whole rows ``[k, d]``, a block of columns at a time."""
+        size = max(BLOCK // len(y), 1024)
+        for first in range(0, y.shape[1], size):
+            part = slice(None), slice(first, first + size)
+            self.step(y[part], g[part], rate, t, *(row[part] for row in m))
+
 
 class SGD(Inner):
     """y -= rate (g + wd y)."""
@@ -162,6 +171,56 @@ class AdamW(Inner):
         y -= root
 
 
+class Muon(AdamW):
+    """Orthogonalised momentum for the matrices between layers, AdamW for everything else.
+
+    Jordan et al., 2024; as torch.optim.Muon, with updates scaled to AdamW's size, so that one
+    learning rate serves both, and in full precision.
+    """
+
+    def __init__(self, lr: float, beta: float, weight_decay: float) -> None:
+        super().__init__(lr, 0.9, 0.999, 1e-8, weight_decay)
+        self.beta = beta
+
+    def rows(
+        self, task: Task, y: NDArray, g: NDArray, rate: NDArray, t: list[int], *m: NDArray
+    ) -> None:
+        """See ``Inner``; ``task.matrices`` says where (first entry, rows, columns) they are."""
+        matrices = getattr(task, "matrices", [])
+        if not matrices:
+            raise ConfigError(
+                "muon needs a task with torch's linear layers, such as lm; take adamw"
+            )
+        at = 0
+        for first, a, b in [*matrices, (y.shape[1], 0, 0)]:
+            if at < first:
+                rest = slice(None), slice(at, first)
+                super().rows(task, y[rest], g[rest], rate, t, *(row[rest] for row in m))
+            at = first + a * b
+            if at == first:
+                break
+            mine = slice(None), slice(first, at)
+            mean, here = m[0][mine], g[mine]
+            mean *= self.beta
+            mean += (1 - self.beta) * here
+            ahead = (1 - self.beta) * here + self.beta * mean
+            turned = orthogonal(ahead.reshape(-1, a, b)).reshape(here.shape)
+            y[mine] *= 1 - rate * self.weight_decay
+            y[mine] -= (rate * (0.2 * math.sqrt(max(a, b)))) * turned
+
+
+def orthogonal(x: NDArray) -> NDArray:
+    """``[k, a, b]`` with singular values near 1 and the same singular vectors: Newton-Schulz."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonal(x.transpose(0, 2, 1)).transpose(0, 2, 1)
+    flat = x.reshape(len(x), -1)
+    x = x / np.maximum(np.sqrt(np.vecdot(flat, flat)), 1e-7)[:, None, None]
+    for _ in range(5):
+        gram = x @ x.transpose(0, 2, 1)
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * (gram @ gram)) @ x
+    return x
+
+
 @INNERS.register("sgd")
 def sgd(lr: Positive = 0.1, *, weight_decay: NonNegative = 0.0) -> SGD:
     """Stochastic gradient descent."""
@@ -191,6 +250,12 @@ def adamw(
 ) -> AdamW:
     """Adam with decoupled weight decay."""
     return AdamW(lr, beta1, beta2, eps, weight_decay)
+
+
+@INNERS.register("muon")
+def muon(lr: Positive = 1e-3, *, beta: Fraction = 0.95, weight_decay: NonNegative = 0.0) -> Muon:
+    """Muon, MuLoCo's inner optimiser (arXiv:2505.23725); for tasks with torch's linear layers."""
+    return Muon(lr, beta, weight_decay)
 
 
 def column(values: list[float], like: NDArray) -> NDArray:
@@ -274,11 +339,12 @@ class LocalSteps:
             losses, g = task.gradient(y[:active], worker[:active], at)
             total[:active] += losses
             rates = [self.rate(position, step) for position in at.tolist()]
-            self._step(y[:active], g, rates, {name: row[:active] for name, row in state.items()})
+            rows = {name: row[:active] for name, row in state.items()}
+            self._step(task, y[:active], g, rates, rows)
         return total / steps, np.subtract(x, y, out=y)
 
-    def _step(self, y: NDArray, g: NDArray, rates: list[float], state: Kept) -> None:
-        """One inner step of rows ``[k, d]``, a block of columns at a time."""
+    def _step(self, task: Task, y: NDArray, g: NDArray, rates: list[float], state: Kept) -> None:
+        """One inner step of rows ``[k, d]``."""
         if self.clip is not None:
             lengths = np.sqrt(np.vecdot(g, g)).tolist()  # row by row: a batch keeps its bits
             if max(lengths) > self.clip:
@@ -288,10 +354,7 @@ class LocalSteps:
             state["steps"] += 1
             t = state["steps"].tolist()
         rate, moments = column(rates, y), [state[name] for name in self.inner.moments]
-        size = max(BLOCK // len(y), 1024)
-        for first in range(0, y.shape[1], size):
-            part = slice(None), slice(first, first + size)
-            self.inner.step(y[part], g[part], rate, t, *(row[part] for row in moments))
+        self.inner.rows(task, y, g, rate, t, *moments)
 
 
 @WORK.register("local-steps")

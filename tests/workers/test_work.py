@@ -10,7 +10,7 @@ from offbeat.algorithms.server import Algorithm
 from offbeat.runtime import virtual
 from offbeat.runtime.records import column
 from offbeat.workers.tasks import logistic, mlp, quadratic
-from offbeat.workers.work import INNERS, WORK
+from offbeat.workers.work import INNERS, WORK, orthogonal
 
 TORCH = {
     "sgd(lr=0.1, weight_decay=0.01)": lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.01),
@@ -28,7 +28,57 @@ ADAMW = "local-steps(adamw(lr=0.01), steps=3)"
 
 
 def test_every_inner_optimiser_is_compared_with_torch():
-    assert {text.split("(")[0] for text in TORCH} == set(INNERS)
+    assert {text.split("(")[0] for text in TORCH} | {"muon"} == set(INNERS)
+
+
+def test_muon_is_torchs():
+    """On matrices torch's Muon (which computes in 16 bits), on the rest torch's AdamW."""
+    from offbeat.workers.tasks import lm
+    from offbeat.workers.tasks.lm import BYTES, SHAPES
+    from offbeat.workers.tasks.transformer import Transformer
+
+    task = lm(workers=2, length=16, batch=4)
+    work = WORK.parse("local-steps(muon(lr=0.01, weight_decay=0.1), steps=3)")
+    x = task.initial(0)
+    kept = work.keep(1, x)
+    update = one_job(work, task, x, 0, 0, 3, kept)[1][0]
+    module = Transformer(BYTES, 16, *SHAPES["0.1M"])
+    parameters = list(module.parameters())
+    torch.nn.utils.vector_to_parameters(torch.from_numpy(x.copy()), parameters)
+    linear = [m.weight for m in module.modules() if isinstance(m, torch.nn.Linear)]
+    rest = [p for p in parameters if all(p is not q for q in linear)]
+    optimisers = [
+        torch.optim.Muon(linear, 0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, 0.01, weight_decay=0.1),
+    ]
+    for step in range(3):
+        y = torch.nn.utils.parameters_to_vector(parameters).detach().numpy().copy()
+        g = task.gradient(y[None], np.array([0]), np.array([step]))[1][0]
+        at = 0
+        for p in parameters:
+            p.grad = torch.from_numpy(g[at : at + p.numel()].reshape(p.shape))
+            at += p.numel()
+        for optimiser in optimisers:
+            optimiser.step()
+    moved = x - torch.nn.utils.parameters_to_vector(parameters).detach().numpy()
+    assert len(task.matrices) == len(linear) == 8
+    assert np.linalg.norm(update - moved) < 0.03 * np.linalg.norm(moved)
+    inside = np.zeros(len(x), bool)
+    for first, a, b in task.matrices:
+        inside[first : first + a * b] = True
+    assert inside.sum() == sum(p.numel() for p in linear)
+
+
+def test_orthogonal_keeps_singular_vectors_and_evens_out_their_values():
+    x = np.random.default_rng(0).standard_normal((2, 30, 12))
+    found = orthogonal(x)
+    assert np.linalg.svd(found)[1].min() > 0.65
+    assert np.linalg.svd(found)[1].max() < 1.25
+    u, _, v = np.linalg.svd(x, full_matrices=False)
+    inner = np.abs(u.transpose(0, 2, 1) @ found @ v.transpose(0, 2, 1))
+    off = inner - np.stack([np.diag(np.diag(each)) for each in inner])
+    assert off.max() < 1e-10
+    np.testing.assert_array_equal(orthogonal(x[1:]), found[1:])
 
 
 def one_job(work, task, x, worker, draw, steps, kept):
@@ -226,6 +276,10 @@ def test_evaluations_are_at_their_gradients():
         ("local-step", 'no work is called "local-step"; did you mean "local-steps"?'),
         ("local-steps(adam)", 'no inner optimiser is called "adam"; did you mean "adamw"?'),
         ("local-steps(sgd(lr=-1.0))", 'inner optimiser "sgd": "lr" should be greater than 0'),
+        (
+            "local-steps(muon)",
+            "muon needs a task with torch's linear layers, such as lm; take adamw",
+        ),
         ("local-steps(steps=0)", 'work "local-steps": "steps" should be greater than or equal'),
         ("local-steps(warmup=9, total=9)", "total=9 must be more than warmup=9"),
         ("local-steps(sgd(lr=0.1), last_lr=0.2)", "last_lr=0.2 is above the learning rate 0.1"),
@@ -251,3 +305,57 @@ def test_work_is_in_the_file(tmp_path):
 def test_several_steps_need_work_that_has_steps():
     with pytest.raises(ConfigError, match="assigned 2 local steps to workers that compute one gr"):
         offbeat.run("quadratic", Restless(), stop={"steps": 9})
+
+
+class Doubled:
+    """Work made by hand: twice the gradient."""
+
+    spec, steps = None, 1
+
+    def keep(self, n, x):
+        return {}
+
+    def update(self, task, x, worker, draw, steps, kept):
+        losses, gradients = task.gradient(x, worker, draw)
+        return losses, 2 * gradients
+
+
+def test_work_made_by_hand_runs_and_resumes_with_its_object(tmp_path):
+    options = {"task": "quadratic(5)", "fleet": "10 1..10"}
+    twice = offbeat.run(algorithm="pure(lr=0.25)", stop={"steps": 90}, **options)
+    offbeat.run(
+        algorithm="pure(lr=0.125)", work=Doubled(), stop={"steps": 40}, folder=tmp_path / "r",
+        **options,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r'work "python:Doubled".*resume.*work='):
+        offbeat.resume(tmp_path / "r")
+    again = offbeat.resume(tmp_path / "r", work=Doubled(), overrides=["stop.steps=90"])
+    np.testing.assert_array_equal(again.x, twice.x)
+    np.testing.assert_array_equal(offbeat.replay(tmp_path / "r", work=Doubled()).x, twice.x)
+
+
+class Roaming(Algorithm):
+    """Plain gradients; every third job is on somebody else's data."""
+
+    def arrive(self, server, update):
+        server.apply(0.1 * update.payload)
+        if update.number % 3 == 2:
+            server.assign(update.worker, shard=(update.worker + 1) % server.n)
+        else:
+            server.assign(update.worker)
+
+
+def test_a_shard_gives_no_sample_twice_whoever_asks(tmp_path):
+    task, seen = quadratic(3, workers=4, noise=0.1), []
+    once = task.gradient
+    task.gradient = lambda x, w, d: (
+        seen.extend(zip(w.tolist(), d.tolist(), strict=True)) or once(x, w, d)
+    )
+    result = offbeat.run(task, Roaming(), "4 1..4", stop={"steps": 200}, folder=tmp_path / "r")
+    assert len(seen) >= 200
+    assert len(set(seen)) == len(seen)
+    for shard in range(4):
+        draws = sorted(d for w, d in seen if w == shard)
+        assert draws == list(range(len(draws)))
+    replayed = offbeat.replay(tmp_path / "r", task=task, algorithm=Roaming())
+    np.testing.assert_array_equal(result.x, replayed.x)
