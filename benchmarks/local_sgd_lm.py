@@ -33,6 +33,7 @@ ARMS = {
     "async Nesterov": f"async-local-sgd(lr={LR / 4}, {ASYNC}0.5)",
     "async buffer": f"async-local-sgd(lr={LR}, buffer=4, {ASYNC}0.5)",
     "async DN": f"delayed-nesterov(lr={LR}, {ASYNC}0.5)",
+    "DyLU, 0.5 s": f"delayed-nesterov(lr={LR}, dylu=true, {ASYNC}0.5, seconds=%s)",
     "async DN + DyLU": f"delayed-nesterov(lr={LR}, dylu=true, {ASYNC}2.5, seconds=%s)",
 }
 
