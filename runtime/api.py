@@ -35,6 +35,7 @@ from offbeat.topologies import TOPOLOGIES, Topology
 from offbeat.workers.fleet import Fleet, Timing
 from offbeat.workers.speeds import Clock
 from offbeat.workers.tasks import TASKS, Task
+from offbeat.workers.work import WORK, Work
 
 Progress = Callable[[float], None]
 # What a run folder holds.
@@ -122,7 +123,7 @@ class RecordedClock(Clock):
     def __init__(self, trace: NDArray) -> None:
         self._times = _times(trace)
 
-    def finish(self, worker: int, number: int, start_s: float) -> float:
+    def finish(self, worker: int, number: int, start_s: float, steps: int = 1) -> float:
         """See ``Clock``."""
         return self._times.get((worker, number), (0.0, np.inf, 0.0))[1]
 
@@ -135,7 +136,7 @@ class RecordedTiming(Timing):
         self.finish = None
 
     def plan(
-        self, worker: int, number: int, assigned_s: float, free_s: float
+        self, worker: int, number: int, assigned_s: float, free_s: float, steps: int = 1
     ) -> tuple[float, float, float]:
         """See ``Timing``."""
         never = max(assigned_s, free_s), np.inf, np.inf
@@ -150,6 +151,7 @@ def run(
     *,
     mode: str | None = None,
     replicas: str = "links",
+    work: Work | str | Mapping[str, Any] = "gradient",
     stop: Stop | Mapping[str, Any] | None = None,
     evaluate: Evaluate | Mapping[str, Any] | None = None,
     record: Record | Mapping[str, Any] | None = None,
@@ -167,6 +169,8 @@ def run(
             task, all equally fast, if absent.
         topology: of a gossip method, its text ("ring") or its table.
         mode, replicas: of gossip; see ``Experiment``.
+        work: what a worker does with a job: "gradient", or
+            "local-steps(adamw(lr=1e-3), steps=50)".
         stop: when to end; 5000 steps (rounds of gossip) if absent.
         evaluate: how often to evaluate; about a hundred times if absent.
         record: what to keep.
@@ -205,6 +209,7 @@ def run(
         topology=made_topology,
         mode=mode,
         replicas=replicas,
+        work=make_part(WORK, work),
         stop=made_stop,
         evaluate=make_settings(Evaluate, evaluate)
         if evaluate is not None
@@ -243,6 +248,7 @@ def resume(
     *,
     task: Task | None = None,
     algorithm: Algorithm | None = None,
+    work: Work | None = None,
     overrides: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -252,13 +258,13 @@ def resume(
 
     Args:
         folder: of the run.
-        task, algorithm: needed where the run was made with objects that no file can hold.
+        task, algorithm, work: needed where the run was made with objects that no file can hold.
         overrides: new ends, such as ``["stop.steps=20000"]``.
         progress: called with the fraction done.
     """
     folder = Path(folder)
     overrides = [overrides] if isinstance(overrides, str) else list(overrides or [])
-    experiment = with_more(load_experiment(folder, task, algorithm), overrides)
+    experiment = with_more(load_experiment(folder, task, algorithm, work), overrides)
     if overrides:
         reached = checkpointed(folder) if checkpoint.exist(folder / "checkpoint") else None
         if reached and experiment.stop.steps and experiment.stop.steps < reached["step"]:
@@ -279,23 +285,29 @@ def resume(
 
 
 def replay(
-    folder: str | Path, *, task: Task | None = None, algorithm: Algorithm | None = None
+    folder: str | Path,
+    *,
+    task: Task | None = None,
+    algorithm: Algorithm | None = None,
+    work: Work | None = None,
 ) -> Result:
     """Run a recorded run again, in memory, with its arrivals as its trace has them.
 
     The result's model equals the recorded one bit for bit; ``offbeat replay`` compares them.
     """
     folder = Path(folder)
-    experiment = load_experiment(folder, task, algorithm)
+    experiment = load_experiment(folder, task, algorithm, work)
     if not checkpoint.exist(folder / "checkpoint"):
         raise ConfigError(f"{folder}: has not begun; there is nothing to replay")
     if not (folder / "trace.jsonl").exists():
         raise ConfigError(f"{folder}: has no trace.jsonl; run with record.trace = true")
     state = checkpointed(folder)
-    arrivals = state["records"]["flushed"]
-    trace = read_trace(folder / "trace.jsonl")[:arrivals]
+    trace = read_trace(folder / "trace.jsonl")[: state["records"]["flushed"]]
     engine = _engine(experiment, None, None, trace)
-    engine.stop = Stop(gradients=max(1, arrivals))
+    engine.stop = Stop(gradients=max(1, state["gradients"]))
+    engine.run()
+    if engine.step < state["step"]:  # steps that a timer made after the last arrival
+        engine.stop = Stop(steps=state["step"])
     return _finish(engine, experiment, None)
 
 
@@ -305,13 +317,16 @@ def checkpointed(folder: Path) -> dict[str, Any]:
 
 
 def load_experiment(
-    folder: Path, task: Task | None = None, algorithm: Algorithm | None = None
+    folder: Path,
+    task: Task | None = None,
+    algorithm: Algorithm | None = None,
+    work: Work | None = None,
 ) -> Experiment:
     """The experiment of a run folder."""
     path = folder / "experiment.toml"
     if not path.exists():
         raise ConfigError(f"{folder}: is no run folder (it has no experiment.toml)")
-    made = {"task": task, "algorithm": algorithm}
+    made = {"task": task, "algorithm": algorithm, "work": work}
     return read(path, {key: value for key, value in made.items() if value is not None})[0]
 
 
@@ -361,9 +376,9 @@ def _engine(
         if e.asynchronous:
             return Pairs(*parts, timing, records, **around)
         return Rounds(*parts, timing, records, replicas=e.replicas, **around)
-    model_bytes = int(e.task.initial(e.seed).nbytes)
-    timing = e.fleet.timing(e.seed, model_bytes) if trace is None else RecordedTiming(trace)
-    workers = VirtualWorkers(e.task, e.fleet, timing)
+    x = e.task.initial(e.seed)
+    timing = e.fleet.timing(e.seed, int(x.nbytes)) if trace is None else RecordedTiming(trace)
+    workers = VirtualWorkers(e.task, e.fleet, timing, e.work, x)
     return Engine(e.task, copy.deepcopy(e.algorithm), workers, records, **around)
 
 

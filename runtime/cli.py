@@ -28,6 +28,7 @@ from offbeat.workers.data import BUNDLED
 from offbeat.workers.partition import PARTITIONS
 from offbeat.workers.speeds import SPEEDS
 from offbeat.workers.tasks import TASKS
+from offbeat.workers.work import INNERS, WORK
 
 INTERRUPTED = 130
 THREADS = {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"}  # the user's word on it
@@ -35,6 +36,8 @@ RUNS = Path("runs")
 LISTS = {
     "algorithms": ALGORITHMS,
     "tasks": TASKS,
+    "work": WORK,
+    "inners": INNERS,
     "speeds": SPEEDS,
     "partitions": PARTITIONS,
     "compressors": COMPRESSORS,
@@ -77,6 +80,9 @@ def run(
     stragglers: Annotated[
         str | None, typer.Option(help="2x10: two workers ten times slower.")
     ] = None,
+    work: Annotated[
+        str | None, typer.Option(help='What a job is: gradient, "local-steps(adamw, steps=50)".')
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Stop after so many server steps, or rounds.")
     ] = None,
@@ -99,6 +105,7 @@ def run(
         "fleet.workers": workers,
         "fleet.speeds": speeds,
         "fleet.stragglers": stragglers,
+        "work": work,
         "stop.steps": steps,
         "stop.seconds": seconds,
         "seed": seed,
@@ -350,6 +357,7 @@ COLUMNS = {
     "loss": ("loss", "{:.4g}"),
     "grad_norm": ("grad norm", "{:.3g}"),
     "accuracy": ("accuracy", "{:.3f}"),
+    "perplexity": ("perplexity", "{:.3f}"),
     "distance2": ("distance²", "{:.3g}"),
     "consensus": ("consensus", "{:.3g}"),
     "loss_worst": ("worst node", "{:.4g}"),
@@ -403,6 +411,7 @@ def main() -> None:
     """Entry point: one sentence and an exit code for every mistake."""
     if not THREADS & os.environ.keys():  # small products gain nothing from threads, and spin
         threadpool_limits(1)
+        os.environ["OMP_NUM_THREADS"] = "1"  # for torch, which is not loaded yet
     logging.basicConfig(
         level="WARNING",
         format="%(message)s",

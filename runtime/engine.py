@@ -21,19 +21,20 @@ from offbeat.runtime.errors import ConfigError, Diverged
 from offbeat.runtime.loop import MOST_AT_ONCE, Loop, stands_still
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.records import ROWS_HELD, Records
-from offbeat.runtime.virtual import Job, Joined, Left, VirtualWorkers
+from offbeat.runtime.virtual import Job, Joined, Left, More, Timer, VirtualWorkers
 from offbeat.workers.tasks.contract import Task
 
 
 class ServerState:
     """The facade through which a method acts; see ``offbeat.algorithms.server.Server``."""
 
-    __slots__ = ("_records", "_seed", "_workers", "n", "step", "x")
+    __slots__ = ("_records", "_seed", "_workers", "n", "step", "steps", "x")
 
     def __init__(self, x: NDArray, workers: VirtualWorkers, records: Records, seed: int) -> None:
         x.flags.writeable = False
         self.x, self.step, self._seed = x, 0, seed
         self.n, self._workers, self._records = workers.n, workers, records
+        self.steps = workers.work.steps
 
     @property
     def outstanding(self) -> int:
@@ -47,16 +48,54 @@ class ServerState:
         self.x = x
         self.step += 1
 
-    def assign(self, worker: int, like: Update | None = None) -> None:
+    def assign(self, worker: int, like: Update | None = None, **job: Any) -> None:
         """Queue a job for ``worker``."""
         if worker.__class__ is not int or not 0 <= worker < self.n:  # numpy's integers will do
             worker = operator.index(worker)
             if not 0 <= worker < self.n:
                 raise ConfigError(f"the method assigned worker {worker}; they are 0..{self.n - 1}")
-        if like is None:
+        if job:
+            self._assign(worker, like, **job)
+        elif like is None:
             self._workers.take(worker, self.x, self.step)
         else:
             self._workers.take(worker, like.x, like.step)
+
+    def _assign(
+        self,
+        worker: int,
+        like: Update | None,
+        *,
+        steps: int | None = None,
+        shard: int | None = None,
+        at: NDArray | None = None,
+        since_s: float | None = None,
+    ) -> None:
+        """Queue a job that says more than the model it begins with."""
+        if steps is not None and steps < 1:
+            raise ConfigError(f"the method assigned {steps} local steps; a job has at least one")
+        if self._workers.plain and (steps or 1) > 1:
+            raise ConfigError(
+                f"the method assigned {steps} local steps to workers that compute one gradient a "
+                'job; give work = "local-steps(adamw, steps=50)"'
+            )
+        if shard is not None and not 0 <= shard < self.n:
+            raise ConfigError(f"the method assigned shard {shard}; they are 0..{self.n - 1}")
+        x, step = (self.x, self.step) if like is None else (like.x, like.step)
+        if at is not None:
+            x = at
+            x.flags.writeable = False
+        self._workers.take(worker, x, step, More(steps, shard, since_s))
+
+    def after(self, seconds: float, token: int = 0) -> None:
+        """Have the method's ``timer`` called with ``token`` when so many seconds have passed."""
+        if seconds < math.inf:
+            self._workers.after(max(0.0, seconds), token)
+
+    @property
+    def sizes(self) -> NDArray:
+        """``[n]``: how much data each shard has."""
+        return np.asarray(getattr(self._workers.task, "sizes", np.ones(self.n)))
 
     def cancel(self, worker: int) -> int:
         """Drop every outstanding job of ``worker``; answers how many there were."""
@@ -140,11 +179,14 @@ class Engine(Loop):
             # Until one of these is met, nothing but arrivals needs attention.
             mark_step = min(self.stop.steps or math.inf, self._next_step)
             mark_s = min(self.stop.seconds or math.inf, self._next_s)
-            most_rows = min(ROWS_HELD, (self.stop.gradients or math.inf) - records.flushed)
+            mark = min(self.stop.gradients or math.inf, self._next_gradients) - self.gradients
+            most_rows = min(ROWS_HELD, len(rows) + mark / workers.most_steps)
             while True:
                 event = pop(mark_s)
                 if type(event) is not Job:
-                    if event is not None:
+                    if isinstance(event, Timer):
+                        self.algorithm.timer(server, event.token)
+                    elif event is not None:
                         self._outage(event)  # flushes the rows that most_rows counts
                     break
                 if event.loss != event.loss:
@@ -164,7 +206,11 @@ class Engine(Loop):
                 workers.now_s = mark_s
             if len(rows) >= most_rows:
                 records.flush()
-            if server.step >= self._next_step or workers.now_s >= self._next_s:
+            if (
+                server.step >= self._next_step
+                or workers.now_s >= self._next_s
+                or self.gradients >= self._next_gradients
+            ):
                 self._look()
             if records.arrivals - stuck[1] >= MOST_AT_ONCE:
                 if workers.now_s == stuck[0]:
@@ -172,6 +218,11 @@ class Engine(Loop):
                 stuck = workers.now_s, records.arrivals
             if clock() >= self._alarm_s and (reason := self._alarm()):
                 return reason
+
+    @property
+    def gradients(self) -> int:
+        """Gradients in the results that arrived: one each, or as many as local steps."""
+        return self.records.arrivals + self.workers.extra
 
     def _measured(self) -> dict[str, float]:
         """A row of metrics of this moment."""
@@ -189,12 +240,18 @@ class Engine(Loop):
         if not workers.reassigns:
             workers.lost += len(event.jobs)
             self._lost[event.worker] = len(event.jobs)
-        for _ in event.jobs:
+        for job in event.jobs:
             if workers.reassigns:
                 workers.reassigned += 1
-                server.assign(event.worker)
+                self._again(event.worker, job)
             else:
                 self.algorithm.lost(server, event.worker)
+
+    def _again(self, worker: int, job: Job) -> None:
+        """Assign the like of ``job``, with the newest model."""
+        steps = None if self.workers.plain else job.steps
+        shard = None if job.shard == job.worker else job.shard  # whoever takes it has data too
+        self.server.assign(worker, steps=steps, shard=shard)
 
     def _diverged(self, job: Job) -> None:
         raise Diverged(
@@ -220,6 +277,8 @@ class Engine(Loop):
             "step": self.server.step,
             "next_step": self._next_step,
             "next_s": self._next_s,
+            "next_gradients": self._next_gradients,
+            "gradients": self.gradients,
             "workers": self.workers.state(),
             "records": self.records.state(),
             "algorithm": trees.dump(self.algorithm),
@@ -236,3 +295,4 @@ class Engine(Loop):
         trees.load(self.algorithm, state["algorithm"])
         self._lost = trees.load(None, state["lost"])
         self._next_step, self._next_s = state["next_step"], state["next_s"]
+        self._next_gradients = state["next_gradients"]

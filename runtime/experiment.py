@@ -18,6 +18,7 @@ from offbeat.runtime.settings import DEFAULT_STEPS, Evaluate, Stop
 from offbeat.topologies import TOPOLOGIES, Topology
 from offbeat.workers.fleet import Fleet, Outage
 from offbeat.workers.tasks import TASKS, Task
+from offbeat.workers.work import WORK, Gradient, Work, gradient
 
 T = TypeVar("T")
 
@@ -46,6 +47,7 @@ class Experiment:
         topology: who talks to whom, where the method is one of gossip.
         mode: "synchronous" or "asynchronous" gossip; None: as the method can, synchronous first.
         replicas: see ``Rounds``.
+        work: what a worker does with a job.
         stop, evaluate, record: see there.
         seed: of sampling, durations, permutations and the initial model.
         engine: where gradients are computed and what orders arrivals; "virtual".
@@ -60,6 +62,7 @@ class Experiment:
     stop: Stop
     evaluate: Evaluate
     record: Record = field(default_factory=Record)
+    work: Work = field(default_factory=gradient)
     seed: int = 0
     engine: str = "virtual"
 
@@ -90,6 +93,8 @@ class Experiment:
         name = method.spec.name if method.spec else type(method).__name__
         if self.topology is None:
             raise ConfigError(f'{name} is a gossip method: give a topology, as topology = "ring"')
+        if not isinstance(self.work, Gradient):
+            raise ConfigError(f"{name} is given gradients: work is for methods with a server")
         if self.mode not in (None, *MODES):
             raise ConfigError(f'mode must be one of {", ".join(MODES)}, not "{self.mode}"')
         if self.replicas not in REPLICAS:
@@ -117,6 +122,7 @@ class Experiment:
             "task": _part(self.task),
             "algorithm": _part(self.algorithm),
             "fleet": _fleet_table(self.fleet),
+            "work": _part(self.work),
             **{key: _given(getattr(self, key)) for key in ("stop", "evaluate", "record")},
         }
 
@@ -127,7 +133,12 @@ class Experiment:
 
 FILES = {"data", "path", "file"}  # options that may name one
 # By which an object is known.
-NEEDED = {"task": ("gradient",), "algorithm": ("arrive", "ask"), "topology": ("matrix",)}
+NEEDED = {
+    "task": ("gradient",),
+    "algorithm": ("arrive", "ask"),
+    "topology": ("matrix",),
+    "work": ("update",),
+}
 MODES = ("synchronous", "asynchronous")
 REPLICAS = ("links", "global")
 KEYS = [entry.name for entry in fields(Experiment)]
@@ -218,6 +229,7 @@ def from_table(table: Mapping[str, Any]) -> list[Experiment]:
     stop = attempt(make_settings, Stop, table.get("stop", {"steps": DEFAULT_STEPS}))
     evaluate = attempt(make_settings, Evaluate, table["evaluate"]) if "evaluate" in table else None
     record = attempt(make_settings, Record, table.get("record", {}))
+    work = attempt(make_part, WORK, table.get("work", "gradient"))
     for key in ("algorithm", "topology", "mode"):
         if table.get(key) == []:
             mistakes.append(f"{key}: an empty list; name at least one")
@@ -245,6 +257,7 @@ def from_table(table: Mapping[str, Any]) -> list[Experiment]:
             topology=topology,
             mode=mode,
             replicas=table.get("replicas", "links"),
+            work=work,
             stop=stop,
             evaluate=evaluate or Evaluate.sensible(stop),
             record=record,

@@ -58,7 +58,7 @@ class Loop(ABC):
         self.task, self.records, self.stop, self.evaluate = task, records, stop, evaluate
         self._save, self._save_every_s, self._progress = save, save_every_s, progress
         self._started = False
-        self._next_step = self._next_s = math.inf  # of evaluation
+        self._next_step = self._next_s = self._next_gradients = math.inf  # of evaluation
         self._alarm_s = self._next_save_s = self._wall_end_s = math.inf  # wall clock
         self._interrupted = False
 
@@ -71,6 +71,11 @@ class Loop(ABC):
     @abstractmethod
     def time_s(self) -> float:
         """Virtual seconds so far."""
+
+    @property
+    def gradients(self) -> int:
+        """Gradients in the results that arrived."""
+        return self.records.arrivals
 
     @property
     @abstractmethod
@@ -138,7 +143,11 @@ class Loop(ABC):
                 if self.time_s == stuck[0]:
                     raise stands_still(stuck[0], MOST_AT_ONCE)
                 stuck = self.time_s, self.records.arrivals
-            if self.step >= self._next_step or self.time_s >= self._next_s:
+            if (
+                self.step >= self._next_step
+                or self.time_s >= self._next_s
+                or self.gradients >= self._next_gradients
+            ):
                 self._look()
             if time.monotonic() >= self._alarm_s and (reason := self._alarm()):
                 return reason
@@ -167,7 +176,7 @@ class Loop(ABC):
             return "steps"
         if stop.seconds is not None and self.time_s >= stop.seconds:
             return "seconds"
-        if stop.gradients is not None and self.records.arrivals >= stop.gradients:
+        if stop.gradients is not None and self.gradients >= stop.gradients:
             return "gradients"
         return None
 
@@ -175,7 +184,7 @@ class Loop(ABC):
         parts = [
             self.step / (self.stop.steps or math.inf),
             self.time_s / (self.stop.seconds or math.inf),
-            self.records.arrivals / (self.stop.gradients or math.inf),
+            self.gradients / (self.stop.gradients or math.inf),
         ]
         return min(1.0, max(parts))
 
@@ -193,6 +202,10 @@ class Loop(ABC):
                 now_s, math.inf
             )  # where marks are closer than seconds can be
             self._next_s = next((mark_s for mark_s in marks if mark_s > now_s), soonest_s)
+
+        if self.evaluate.gradients is not None:
+            passed = self.gradients // self.evaluate.gradients
+            self._next_gradients = (passed + 1) * self.evaluate.gradients
 
     def _evaluated(self, x: np.ndarray) -> dict[str, float]:
         """The task's facts at ``x [d]``, which are finite."""

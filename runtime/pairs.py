@@ -478,13 +478,14 @@ class Pairs(Loop):
     _STATE = (
         *("now_s", "told", "bytes", "messages", "messages_lost", "order", "heap", "jobs", "begun"),
         *("rounds", "numbers", "count", "link_s", "busy", "seen", "ages", "channels"),
-        *("_next_step", "_next_s"),
+        *("_next_step", "_next_s", "_next_gradients"),
     )
 
     def state(self) -> dict[str, Any]:
         """See ``Loop``."""
         return {
             "x": self.x,
+            "gradients": self.gradients,
             "step": self.step,
             "nodes": [trees.dump(node.fields()) for node in self.nodes],
             "state": {key: trees.dump(getattr(self, key)) for key in self._STATE},

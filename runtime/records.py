@@ -136,7 +136,8 @@ class Records:
     def row(self, workers: VirtualWorkers, step: int, facts: dict[str, float]) -> dict[str, float]:
         """One row of metrics, not recorded."""
         self.flush()
-        row = {"time_s": workers.now_s, "step": step, "gradients": self.flushed}
+        gradients = self.flushed + workers.extra
+        row = {"time_s": workers.now_s, "step": step, "gradients": gradients}
         busy, outstanding = self.busy(workers), workers.outstanding
         return row | facts | self.staleness() | {"busy": busy, "outstanding": outstanding}
 

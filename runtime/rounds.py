@@ -227,12 +227,13 @@ class Rounds(Loop):
     def _sound(self) -> bool:
         return bool(np.isfinite(self.node.x).all())
 
-    _COUNTERS = ("round", *COUNTS, "_next_step", "_next_s")
+    _COUNTERS = ("round", *COUNTS, "_next_step", "_next_s", "_next_gradients")
 
     def state(self) -> dict[str, Any]:
         """See ``Loop``."""
         return {
             "x": self.x,
+            "gradients": self.gradients,
             "step": self.round,
             "node": self.node.state(),
             "times": [self.end_s, self.free_s, self._sent],

@@ -14,7 +14,7 @@ class Stop:
     Args:
         steps: server steps; rounds of gossip, on average over the nodes.
         seconds: virtual seconds.
-        gradients: results that arrived.
+        gradients: in the results that arrived; a local step is one.
         loss: the full objective, looked at when the run evaluates.
         wall_s: real seconds of this process.
     """
@@ -35,10 +35,11 @@ class Stop:
 
 @settings
 class Evaluate:
-    """Evaluate every so many steps or virtual seconds; it does not disturb the run."""
+    """Evaluate every so many steps, gradients or virtual seconds; it does not disturb the run."""
 
     steps: Count | None = None
     seconds: Positive | None = None
+    gradients: Count | None = None
 
     @staticmethod
     def sensible(stop: Stop) -> "Evaluate":

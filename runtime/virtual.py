@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from offbeat.workers.fleet import Fleet, Timing
 from offbeat.workers.tasks.contract import Task
+from offbeat.workers.work import Gradient, Work
 
 STACK_BYTES = 2**22  # models stacked for one batched call
 ALONE_BYTES = 2**20  # models this large are computed one by one, when due
@@ -32,21 +33,26 @@ class Job:
 
     __slots__ = (
         "assigned_s",
+        "draw",
         "dropped",
         "end_s",
+        "kept",
         "loss",
         "number",
         "order",
         "payload",
         "serial",
+        "shard",
         "start_s",
         "step",
+        "steps",
         "time_s",
         "worker",
         "x",
     )
     x: Any  # the model [d]; None once dropped
     payload: Any
+    kept: dict[str, NDArray]  # rows [1, ...] that its worker shall keep; set where there are any
     loss: float
     order: int  # of start, among all jobs: breaks ties
     start_s: float
@@ -57,10 +63,19 @@ class Job:
         self, serial: int, worker: int, number: int, x: NDArray, step: int, assigned_s: float
     ) -> None:
         self.serial, self.worker, self.number = serial, worker, number
+        self.shard, self.draw, self.steps = worker, number, 1  # as for one gradient
         self.x, self.step, self.assigned_s = x, step, assigned_s
         self.payload = None
         self.order = -1  # not started
         self.dropped = False
+
+
+class More(NamedTuple):
+    """What a job can say beside its model."""
+
+    steps: int | None = None  # None: the work's own number
+    shard: int | None = None  # None: the worker's own data
+    since_s: float | None = None  # it counts as begun then, before now
 
 
 class Left(NamedTuple):
@@ -76,18 +91,34 @@ class Joined(NamedTuple):
     worker: int
 
 
+class Timer(NamedTuple):
+    """A time that the method asked to be told of; ``token`` is its own."""
+
+    token: int
+
+
 class VirtualWorkers:
     """All workers of a fleet: takes jobs, answers events in order of virtual time.
 
     Args:
-        task: computes the results.
+        task: what is minimised.
         fleet: the workers' availability.
         timing: the times of their jobs.
+        work: what they do with a job.
+        x: a model ``[d]``, for what they keep between jobs.
     """
 
-    def __init__(self, task: Task, fleet: Fleet, timing: Timing) -> None:
+    def __init__(self, task: Task, fleet: Fleet, timing: Timing, work: Work, x: NDArray) -> None:
         self.task, self._plan, self._finish = task, timing.plan, timing.finish
         n = self.n = fleet.workers
+        self.work, self.plain = work, type(work) is Gradient
+        self._kept = work.keep(n, x)
+        self.extra = 0  # gradients in the results that arrived, beyond one each
+        self.most_steps = work.steps  # of a job so far
+        # Samples of each shard that jobs were given; until a job is anything but one gradient of
+        # its worker's own data, the jobs' numbers say the same (and nothing is spent on it).
+        self._drawn: list[int] | None = None if self.plain else [0] * n
+        self._timers: list[tuple[float, int, int]] = []  # heap of (time, order, token)
         self.now_s = 0.0
         self.outstanding = 0
         self.peak = 0  # most jobs outstanding at a time
@@ -107,7 +138,8 @@ class VirtualWorkers:
         self._changes: list[tuple[float, int, int]] = []
         self._next_change = 0
         self._away: set[int] = set()
-        self._stranded: list[tuple[NDArray, int]] = []  # jobs with nobody there to take them
+        # Jobs with nobody there to take them: the arguments of ``take``.
+        self._stranded: list[tuple[NDArray, int, More | None]] = []
         windows = fleet.windows()
         if fleet.on_outage != "pause":
             spans = [(w, span) for w, mine in windows.items() for span in mine]
@@ -115,7 +147,7 @@ class VirtualWorkers:
             self._changes = sorted(c for c in changes if c[0] < math.inf)
         self._await_change()
 
-    def take(self, worker: int, x: NDArray, step: int) -> None:
+    def take(self, worker: int, x: NDArray, step: int, more: More | None = None) -> None:
         """Queue a job for ``worker``, or for who stands in for it while it is away."""
         self.outstanding = outstanding = self.outstanding + 1
         if outstanding > self.peak:
@@ -123,27 +155,45 @@ class VirtualWorkers:
         if worker in self._away:
             here = self._least_loaded()
             if here is None:
-                self._stranded.append((x, step))
+                self._stranded.append((x, step, more))
                 return
             worker = here
         number = self._numbers[worker]
         self._numbers[worker] = number + 1
         job = Job(self._serial, worker, number, x, step, self.now_s)
+        if more is not None or self._drawn is not None:
+            self._address(job, more or More())
         self._serial += 1
         self._missing.append(job)
         if self._running[worker] is None:
-            self._start(job)
+            self._start(job, job.assigned_s)
         else:
             self._queues[worker].append(job)
 
-    def _start(self, job: Job) -> None:
+    def _address(self, job: Job, more: More) -> None:
+        """Say what is more to a job than its worker's next gradient."""
+        if self._drawn is None:
+            self._drawn = list(self._numbers)
+            self._drawn[job.worker] -= 1  # this job's own
+        if more.shard is not None:
+            job.shard = more.shard
+        if more.since_s is not None:
+            job.assigned_s = more.since_s
+        job.steps = more.steps or self.work.steps
+        job.draw = self._drawn[job.shard]
+        self._drawn[job.shard] += job.steps
+        self.most_steps = max(self.most_steps, job.steps)
+
+    def _start(self, job: Job, start_s: float) -> None:
         worker, now_s = job.worker, self.now_s
-        if self._finish is not None:  # no link: it starts now, and arrives when it ends
-            job.start_s = now_s
-            job.end_s = time_s = self._finish(worker, job.number, now_s)
+        if self._finish is not None:  # no link: it starts at once, and arrives when it ends
+            job.start_s = start_s
+            job.end_s = time_s = self._finish(worker, job.number, start_s, job.steps)
+            if start_s < now_s:  # it was given a start in the past
+                time_s = max(time_s, now_s)
         else:
             job.start_s, job.end_s, time_s = self._plan(
-                worker, job.number, job.assigned_s, self._free_s[worker]
+                worker, job.number, job.assigned_s, self._free_s[worker], job.steps
             )
             self._free_s[worker] = job.end_s
             # A link delivers in order: nothing arrives before what was sent earlier.
@@ -158,7 +208,13 @@ class VirtualWorkers:
         else:
             heappush(self._heap, (time_s, order, job))
 
-    def pop(self, before_s: float) -> Job | Left | Joined | None:
+    def after(self, seconds: float, token: int) -> None:
+        """Answer ``Timer(token)`` when so many seconds have passed, behind results due then."""
+        self._order += 1
+        heappush(self._timers, (self.now_s + seconds, self._order, token))
+        self._await_change()
+
+    def pop(self, before_s: float) -> Job | Left | Joined | Timer | None:
         """The next event, a result with its payload; None where none happens before then."""
         heap = self._heap
         if self._popped:
@@ -168,8 +224,7 @@ class VirtualWorkers:
             heappop(heap)
         time_s, _, job = heap[0] if heap else NEVER
         if self._change_s < time_s:
-            ahead = self._changes[self._next_change]
-            return self._change(*ahead) if ahead[0] < before_s else None
+            return self._change() if self._change_s < before_s else None
         if time_s >= before_s:
             return None
         self._popped = True
@@ -180,7 +235,9 @@ class VirtualWorkers:
         self.outstanding -= 1
         self._running[worker] = None
         if queue := self._queues.get(worker):
-            self._start(queue.popleft())
+            self._start(queue.popleft(), time_s)
+        if not self.plain:
+            self._arrived(job)
         return job
 
     def idle(self) -> bool:
@@ -224,7 +281,7 @@ class VirtualWorkers:
         self._running[worker] = None
         self._free_s[worker] = min(self._free_s[worker], self.now_s)
         if queue:
-            self._start(queue.popleft())
+            self._start(queue.popleft(), self.now_s)
         self._stale += 1
         if self._stale > len(self._heap) // 2 + 64 and not self._popped:
             self._stale = 0
@@ -242,6 +299,9 @@ class VirtualWorkers:
         jobs, self._missing = self._missing, []
         if self.cancelled or self._away or self._next_change:
             jobs = [job for job in jobs if not job.dropped]
+        if self._kept:  # a queued job needs what its worker will keep of the one before it
+            self._missing = [job for job in jobs if job.order < 0]
+            jobs = [job for job in jobs if job.order >= 0]
         rows = max(1, STACK_BYTES // due.x.nbytes)
         for first in range(0, len(jobs), rows):
             self._batch(jobs[first : first + rows])
@@ -252,12 +312,17 @@ class VirtualWorkers:
             for job in chain(self._running, *self._queues.values()):
                 if job is not None and job.payload is not None:
                     job.payload = job.payload.copy()
+                    if hasattr(job, "kept"):
+                        job.kept = {name: row.copy() for name, row in job.kept.items()}
 
     def _batch(self, jobs: list[Job]) -> None:
         x = np.array([job.x for job in jobs]) if len(jobs) > 1 else jobs[0].x[None]
-        worker = np.array([job.worker for job in jobs])
-        draw = np.array([job.number for job in jobs])
-        rows, payloads = self.task.gradient(x, worker, draw)
+        worker = np.array([job.shard for job in jobs])
+        draw = np.array([job.draw for job in jobs])
+        if self.plain:
+            rows, payloads = self.task.gradient(x, worker, draw)
+        else:
+            rows, payloads = self._work(jobs, x, worker, draw)
         losses, flat = rows.tolist(), payloads.reshape(-1)
         if not math.isfinite(flat.dot(flat) + sum(losses)):
             # Not a number marks the rows that are not finite; their arrival stops the run.
@@ -266,10 +331,41 @@ class VirtualWorkers:
         for job, loss, payload in zip(jobs, losses, payloads, strict=True):
             job.loss, job.payload = loss, payload
 
+    def _work(
+        self, jobs: list[Job], x: NDArray, shard: NDArray, draw: NDArray
+    ) -> tuple[NDArray, NDArray]:
+        """Losses ``[k]`` and updates ``[k, d]``, and in each job what its worker shall keep."""
+        steps = np.array([job.steps for job in jobs])
+        if jobs[0].x.nbytes >= ALONE_BYTES:  # it is due: its worker's rows may change in place
+            mine = slice(jobs[0].worker, jobs[0].worker + 1)
+            kept = {name: held[mine] for name, held in self._kept.items()}
+            return self.work.update(self.task, x, shard, draw, steps, kept)
+        # It is ahead of its time, and leaves no trace if it is cancelled.
+        worker = np.array([job.worker for job in jobs])
+        kept = {name: held[worker] for name, held in self._kept.items()}
+        losses, updates = self.work.update(self.task, x, shard, draw, steps, kept)
+        if kept:
+            for j, job in enumerate(jobs):
+                job.kept = {name: rows[j : j + 1] for name, rows in kept.items()}
+        return losses, updates
+
+    def _arrived(self, job: Job) -> None:
+        """Count the gradients of a result, and keep what its worker shall keep."""
+        self.extra += job.steps - 1
+        if hasattr(job, "kept"):
+            for name, row in job.kept.items():
+                self._kept[name][job.worker : job.worker + 1] = row
+            del job.kept
+
     # -- Outages ------------------------------------------------------------------------------
 
-    def _change(self, time_s: float, back: int, worker: int) -> Left | Joined:
-        """A worker leaves or returns."""
+    def _change(self) -> Left | Joined | Timer:
+        """A worker leaves or returns, or a timer rings."""
+        if self._timers and self._timers[0][0] <= self._change_s:
+            self.now_s, _, token = heappop(self._timers)
+            self._await_change()
+            return Timer(token)
+        time_s, back, worker = self._changes[self._next_change]
         self.now_s = time_s
         self._next_change += 1
         self._await_change()
@@ -277,8 +373,8 @@ class VirtualWorkers:
             self._away.discard(worker)
             stranded, self._stranded = self._stranded, []
             self.outstanding -= len(stranded)
-            for x, step in stranded:
-                self.take(worker, x, step)
+            for waiting in stranded:
+                self.take(worker, *waiting)
             return Joined(worker)
         self._away.add(worker)
         # What is computed and on its way still arrives.
@@ -288,8 +384,10 @@ class VirtualWorkers:
         return Left(worker, jobs)
 
     def _await_change(self) -> None:
+        """Set when the next outage begins or ends, or the next timer rings."""
         ahead = self._changes[self._next_change :]
-        self._change_s = ahead[0][0] if ahead else math.inf
+        times = [at[0][0] for at in (ahead, self._timers) if at]
+        self._change_s = min(times, default=math.inf)
 
     def _least_loaded(self) -> int | None:
         here = [w for w in range(self.n) if w not in self._away]
@@ -308,18 +406,20 @@ class VirtualWorkers:
     _COUNTERS = (
         *("now_s", "outstanding", "peak", "lost", "reassigned", "cancelled"),
         *("_serial", "_order", "_held", "_next_change", "_numbers", "_free_s"),
+        *("extra", "most_steps", "_drawn", "_kept"),
     )
 
     def state(self) -> dict[str, Any]:
         """All that a restart needs, as plain values and arrays; equal models are kept once."""
         jobs = self.jobs()
-        models = {id(x): x for x in [j.x for j in jobs] + [x for x, _ in self._stranded]}
+        models = {id(x): x for x in [j.x for j in jobs] + [held[0] for held in self._stranded]}
         at = {key: index for index, key in enumerate(models)}
         return {
             "counters": {key: getattr(self, key) for key in self._COUNTERS},
             "away": sorted(self._away),
             "models": list(models.values()),
-            "stranded": [[at[id(x)], step] for x, step in self._stranded],
+            "stranded": [[at[id(x)], step, more] for x, step, more in self._stranded],
+            "timers": sorted(self._timers),
             "jobs": [
                 {
                     "model": at[id(job.x)],
@@ -335,11 +435,14 @@ class VirtualWorkers:
         for key, value in state["counters"].items():
             setattr(self, key, value)
         self._away = set(state["away"])
+        self._timers = [(time_s, order, token) for time_s, order, token in state["timers"]]
         self._await_change()
         models = state["models"]
         for x in models:
             x.flags.writeable = False
-        self._stranded = [(models[at], step) for at, step in state["stranded"]]
+        self._stranded = [
+            (models[at], step, more and More(*more)) for at, step, more in state["stranded"]
+        ]
         for saved in state["jobs"]:
             fields = dict(saved)
             x = models[fields.pop("model")]

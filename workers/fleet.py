@@ -161,7 +161,7 @@ class Timing:
         self.finish = None if linked else self.clock.finish
 
     def plan(
-        self, worker: int, number: int, assigned_s: float, free_s: float
+        self, worker: int, number: int, assigned_s: float, free_s: float, steps: int = 1
     ) -> tuple[float, float, float]:
         """(start, end, arrival at the server) of a job assigned then, the worker free since."""
         down = up = self.message_s
@@ -169,7 +169,7 @@ class Timing:
             extra = self._jitter(worker, number)
             down, up = down + extra[0], up + extra[1]
         start = max(assigned_s + down, free_s)
-        end = self.clock.finish(worker, number, start)
+        end = self.clock.finish(worker, number, start, steps)
         return start, end, end + up
 
     def finish_all(self, number: int, start_s: NDArray) -> NDArray:

@@ -1,9 +1,9 @@
 """Speed laws: how long a job takes a worker, in virtual seconds.
 
-``mean`` is a worker's seconds a job: one number for all, a list with one number a worker, or a
-range ``"1..10"`` spread evenly over the workers.  Times are drawn, never measured: the time of a
-job is a function of (seed, worker, the worker's job number) and, for laws that follow the clock,
-of the second at which it starts.
+``mean`` is a worker's seconds a job (a local step, where jobs have several): one number for all,
+a list with one number a worker, or a range ``"1..10"`` spread evenly over the workers.  Times are
+drawn, never measured: the time of a job is a function of (seed, worker, the worker's job number)
+and, for laws that follow the clock, of the second at which it starts.
 """
 
 import ast
@@ -34,8 +34,11 @@ Draw = Callable[[np.random.Generator, Any, Any], Any]  # (generator, means, size
 class Clock(Protocol):
     """When jobs end."""
 
-    def finish(self, worker: int, number: int, start_s: float) -> float:
-        """The second at which ``worker`` ends its job ``number`` begun at ``start_s``."""
+    def finish(self, worker: int, number: int, start_s: float, steps: int = 1) -> float:
+        """The second at which ``worker`` ends its job ``number`` begun at ``start_s``.
+
+        A job of several local steps takes so many times what a single gradient would take.
+        """
         ...
 
 
@@ -87,9 +90,9 @@ class Constant(Clock):
     def __init__(self, means: NDArray) -> None:
         self.means, self._means = means, means.tolist()
 
-    def finish(self, worker: int, number: int, start_s: float) -> float:
+    def finish(self, worker: int, number: int, start_s: float, steps: int = 1) -> float:
         """See ``Clock``."""
-        return start_s + self._means[worker]
+        return start_s + steps * self._means[worker]
 
 
 class Slowed(Clock):
@@ -98,9 +101,9 @@ class Slowed(Clock):
     def __init__(self, clock: Clock, factors: NDArray) -> None:
         self._finish, self._factors = clock.finish, factors.tolist()
 
-    def finish(self, worker: int, number: int, start_s: float) -> float:
+    def finish(self, worker: int, number: int, start_s: float, steps: int = 1) -> float:
         """See ``Clock``."""
-        end_s, factor = self._finish(worker, number, start_s), self._factors[worker]
+        end_s, factor = self._finish(worker, number, start_s, steps), self._factors[worker]
         return end_s if factor == 1.0 else start_s + factor * (end_s - start_s)
 
 
@@ -116,12 +119,12 @@ class Drawn(Clock):
         self._times: list[list[float]] = [[]] * len(means)
         self._from = [0] * len(means)  # number of the first job in _times
 
-    def finish(self, worker: int, number: int, start_s: float) -> float:
+    def finish(self, worker: int, number: int, start_s: float, steps: int = 1) -> float:
         """See ``Clock``."""
         at, times = number - self._from[worker], self._times[worker]
         if not 0 <= at < len(times):
             at, times = self._refill(worker, number)
-        return start_s + times[at]
+        return start_s + steps * times[at]
 
     def _refill(self, worker: int, number: int) -> tuple[int, list[float]]:
         """Draw the block that has job ``number``; answers its place in it, and the block."""
@@ -142,7 +145,7 @@ class Drawn(Clock):
 class Changing(Clock):
     """Speed that changes with the hour: ``segments(worker)`` yields (length_s, slowdown).
 
-    A job needs ``mean`` seconds of work; a segment of slowdown f gives 1/f seconds of work a
+    A job needs ``mean`` seconds of work a step; a segment of slowdown f gives 1/f seconds of work a
     second.
     """
 
@@ -154,10 +157,10 @@ class Changing(Clock):
         self._ends: list[list[float]] = [[] for _ in means]  # of the segments made so far
         self._slowdowns: list[list[float]] = [[] for _ in means]
 
-    def finish(self, worker: int, number: int, start_s: float) -> float:
+    def finish(self, worker: int, number: int, start_s: float, steps: int = 1) -> float:
         """See ``Clock``."""
         ends, slowdowns = self._ends[worker], self._slowdowns[worker]
-        work, now, at = self._means[worker], start_s, bisect_right(self._ends[worker], start_s)
+        work, now, at = steps * self._means[worker], start_s, bisect_right(ends, start_s)
         while True:
             while at == len(ends):
                 length, slowdown = next(self._segments[worker])
@@ -304,10 +307,10 @@ class Recorded(Clock):
     def __init__(self, times: list[list[float]]) -> None:
         self._times = times
 
-    def finish(self, worker: int, number: int, start_s: float) -> float:
+    def finish(self, worker: int, number: int, start_s: float, steps: int = 1) -> float:
         """See ``Clock``."""
         mine = self._times[worker]
-        return start_s + mine[number % len(mine)]
+        return start_s + steps * mine[number % len(mine)]
 
 
 def _trace_rows(path: Path) -> Iterator[tuple[int, int, float]]:
@@ -353,13 +356,13 @@ class Paused(Clock):
     def __init__(self, clock: Clock, windows: dict[int, list[tuple[float, float]]]) -> None:
         self._clock, self._windows = clock, windows
 
-    def finish(self, worker: int, number: int, start_s: float) -> float:
+    def finish(self, worker: int, number: int, start_s: float, steps: int = 1) -> float:
         """See ``Clock``."""
         windows = self._windows.get(worker)
         if windows is None:
-            return self._clock.finish(worker, number, start_s)
+            return self._clock.finish(worker, number, start_s, steps)
         awake_s = start_s - away(windows, 0.0, start_s)
-        return _wake(windows, self._clock.finish(worker, number, awake_s))
+        return _wake(windows, self._clock.finish(worker, number, awake_s, steps))
 
 
 def away(windows: list[tuple[float, float]], start_s: float, end_s: float) -> float:

@@ -11,9 +11,18 @@ from offbeat.algorithms.server.asgrad import (
     shuffled,
 )
 from offbeat.algorithms.server.contract import ALGORITHMS, Algorithm, Server, Update
+from offbeat.algorithms.server.decoupled import decoupled_diloco
 from offbeat.algorithms.server.delay_adaptive import delay_adaptive
 from offbeat.algorithms.server.fedasync import fedasync
 from offbeat.algorithms.server.fedbuff import fedbuff
+from offbeat.algorithms.server.halos import halos
+from offbeat.algorithms.server.local_sgd import (
+    async_local_sgd,
+    delayed_nesterov,
+    diloco,
+    local_sgd,
+    look_ahead,
+)
 from offbeat.algorithms.server.method import Method
 from offbeat.algorithms.server.rennala import rennala
 from offbeat.algorithms.server.rescaled import rescaled
@@ -26,9 +35,16 @@ __all__ = [
     "Method",
     "Server",
     "Update",
+    "async_local_sgd",
+    "decoupled_diloco",
     "delay_adaptive",
+    "delayed_nesterov",
+    "diloco",
     "fedasync",
     "fedbuff",
+    "halos",
+    "local_sgd",
+    "look_ahead",
     "minibatch",
     "pure",
     "random",

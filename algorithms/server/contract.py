@@ -15,15 +15,23 @@ class Update(Protocol):
 
     worker: int
     number: int
-    """The worker's own count of its jobs, from 0; it addresses the job's sample."""
+    """The worker's own count of its jobs, from 0."""
+    steps: int
+    """Local steps of the job; 1 where it was one gradient."""
+    shard: int
+    """Whose data it used; the worker's, where the method said nothing else."""
     step: int
     """The server step whose model the job was given."""
     x: NDArray
     """That model, ``[d]``; read-only."""
     payload: Any
-    """The gradient ``[d]``; the method's to keep."""
+    """What the work made of it, ``[d]``: a gradient, or x less the model after local steps."""
     loss: float
     """The loss on the job's sample."""
+    start_s: float
+    """When its worker began it."""
+    end_s: float
+    """When its worker was done."""
     time_s: float
     """When it reached the server."""
 
@@ -36,7 +44,14 @@ class Server(Protocol):
     step: int
     """Steps taken so far."""
     n: int
-    """Number of workers; they are 0..n-1."""
+    """Number of workers; they are 0..n-1, and so are the shards of the data."""
+    steps: int
+    """Local steps of a job where nothing else is said."""
+
+    @property
+    def sizes(self) -> NDArray:
+        """``[n]``: how much data each shard has."""
+        ...
 
     @property
     def outstanding(self) -> int:
@@ -47,8 +62,30 @@ class Server(Protocol):
         """x <- x - delta; one step."""
         ...
 
-    def assign(self, worker: int, like: Update | None = None) -> None:
-        """Queue a job for ``worker``: the model of this moment, or the one ``like`` had."""
+    def assign(
+        self,
+        worker: int,
+        like: Update | None = None,
+        *,
+        steps: int | None = None,
+        shard: int | None = None,
+        at: NDArray | None = None,
+        since_s: float | None = None,
+    ) -> None:
+        """Queue a job for ``worker``: the model of this moment, or the one ``like`` had.
+
+        Args:
+            worker: who.
+            like: an update whose model and step it shall have.
+            steps: local steps; the work's own number if absent.
+            shard: whose data; the worker's own if absent.
+            at: another model ``[d]`` to begin with; not to be changed afterwards.
+            since_s: it counts as begun then, before now.  Only a virtual clock can do that.
+        """
+        ...
+
+    def after(self, seconds: float, token: int = 0) -> None:
+        """Have ``timer`` called with ``token`` when so many seconds have passed (inf: never)."""
         ...
 
     def cancel(self, worker: int) -> int:
@@ -65,7 +102,7 @@ class Server(Protocol):
 
 
 class Algorithm(ABC):
-    """Base of server methods: two events to answer, and two more with a plain default.
+    """Base of server methods: two events to answer, and three more with a plain default.
 
     All state is in fields that can be written to a checkpoint: numbers, text, arrays, lists and
     dictionaries of these, and objects that are made of these.
@@ -84,6 +121,9 @@ class Algorithm(ABC):
     @abstractmethod
     def arrive(self, server: Server, update: Update) -> None:
         """A result is in."""
+
+    def timer(self, server: Server, token: int) -> None:  # noqa: B027 - nor to be told of
+        """The time that ``server.after`` was given has passed; nothing by default."""
 
     def lost(self, server: Server, worker: int) -> None:  # noqa: B027 - nor to mend
         """A job of ``worker`` is gone and will not come back; nothing by default."""

@@ -1,4 +1,4 @@
-"""A method as a composition: a schedule (who works next) and a chain of update rules.
+"""A method as a composition: a plan (who works next, and when) and a chain of update rules.
 
 Rules are transformations of one update, in the manner of gradient transformations: each takes
 what the one before it answered and returns it changed, or None where nothing is to be applied.
@@ -20,6 +20,34 @@ class Rule(Protocol):
 
     def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray | None:
         """``g [d]`` changed, or None: the update goes no further."""
+        ...
+
+
+class Plan(Protocol):
+    """Who works next, and when; ``Schedule`` is one, ``Windows`` another."""
+
+    def check(self, n: int) -> None:
+        """Raise ConfigError where n workers cannot follow it."""
+        ...
+
+    def start(self, server: Server) -> None:
+        """Hand out the first jobs."""
+        ...
+
+    def arrived(self, server: Server, update: Update) -> None:
+        """One more result is in and has been applied."""
+        ...
+
+    def timer(self, server: Server, token: int) -> None:
+        """The time it asked for has come; nothing by default."""
+        return None
+
+    def lost(self, server: Server) -> None:
+        """One result will never come."""
+        ...
+
+    def joined(self, server: Server, worker: int, lost: int) -> None:
+        """A worker is back, ``lost`` of whose jobs were lost."""
         ...
 
 
@@ -75,7 +103,7 @@ class Permuted(Order):
 
 
 @dataclass
-class Schedule:
+class Schedule(Plan):
     """Hands out new jobs once ``wait`` results are in, all with the same model.
 
     Asynchronous: every worker has a job from the start, and each result is replaced by a job.
@@ -105,12 +133,12 @@ class Schedule:
             for worker in range(server.n):
                 server.assign(worker)
 
-    def arrived(self, server: Server, worker: int) -> None:
+    def arrived(self, server: Server, update: Update) -> None:
         """One more result is in and has been applied."""
         if self.wait == 1 and not self.synchronous:  # the common case, without the detour
-            server.assign(self.order.next(server, worker))
+            server.assign(self.order.next(server, update.worker))
             return
-        self.done.append(worker)
+        self.done.append(update.worker)
         if len(self.done) == self.wait or not server.outstanding:
             self._hand_out(server)
 
@@ -133,9 +161,9 @@ class Schedule:
 
 
 class Method(Algorithm):
-    """A server method made of a schedule and update rules, applied in turn."""
+    """A server method made of a plan and update rules, applied in turn."""
 
-    def __init__(self, schedule: Schedule, rules: Sequence[Rule]) -> None:
+    def __init__(self, schedule: Plan, rules: Sequence[Rule]) -> None:
         self.schedule, self.rules = schedule, list(rules)
 
     def check(self, n: int) -> None:
@@ -155,7 +183,11 @@ class Method(Algorithm):
                 break
         else:
             server.apply(g)
-        self.schedule.arrived(server, update.worker)
+        self.schedule.arrived(server, update)
+
+    def timer(self, server: Server, token: int) -> None:
+        """See ``Algorithm``."""
+        self.schedule.timer(server, token)
 
     def lost(self, server: Server, worker: int) -> None:
         """See ``Algorithm``."""

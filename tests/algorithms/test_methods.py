@@ -43,15 +43,39 @@ METHODS = {
     "ringleader": {},
     "fedbuff": {"buffer": 3},
     "fedasync": {"weight": "hinge"},
+    "local-sgd": {},
+    "diloco": {"momentum": 0.5, "dylu": True},
+    "async-local-sgd": {
+        "momentum": 0.5, "power": 0.5, "discard": 30, "buffer": 2, "sample_shards": True
+    },
+    "delayed-nesterov": {
+        "buffer": 4, "c": 0.1, "momentum": 0.5, "grace_s": 0.3, "charged": False, "dylu": True,
+    },
+    "look-ahead": {"momentum": 0.5, "grace_s": 0.2},
+    "decoupled-diloco": {"momentum": 0.5, "quorum": 3, "grace_s": 0.4},
+    "halos": {"region_lr": 0.1, "region_momentum": 0.5, "region_buffer": 2, "push": 3, "lr": 0.5},
+}  # fmt: skip
+# What workers do with a job, where it is more than a gradient.
+WORKS = {
+    name: "local-steps(momentum(lr=0.2, beta=0.3), steps=3)"
+    for name in (
+        *("local-sgd", "diloco", "async-local-sgd", "delayed-nesterov"),
+        *("look-ahead", "decoupled-diloco", "halos"),
+    )
 }
 ONE_IN_ONE_OUT = {*METHODS} - {
     *("shuffle-once", "minibatch", "random-reshuffling", "shuffle-once-sgd", "sgd"),
+    *("local-sgd", "diloco", "delayed-nesterov", "look-ahead", "decoupled-diloco"),
 }
 EVERY = pytest.mark.parametrize("name", METHODS)
 
 
 def make(name, **more):
     return ALGORITHMS[name](**{"lr": 0.05, **METHODS[name], **more})
+
+
+def run(task, name, fleet, **options):
+    return offbeat.run(task, make(name), fleet, work=WORKS.get(name, "gradient"), **options)
 
 
 def applied(trace):
@@ -68,7 +92,7 @@ def test_the_table_is_complete():
 @EVERY
 def test_converges_where_workers_are_alike(name):
     task = Quadratic(np.tile(np.arange(5.0), (N, 1)))
-    result = offbeat.run(task, make(name), f"{N} lognormal(0.5)", stop={"steps": 3000})
+    result = run(task, name, f"{N} lognormal(0.5)", stop={"steps": 3000})
     assert result.reason == "steps"
     assert result.final["loss"] < 1e-12
 
@@ -78,7 +102,14 @@ def test_is_repeatable_and_leaves_the_method_alone(name):
     task, method = quadratic(5, workers=N, noise=0.3), make(name)
     before = copy.deepcopy(trees.dump(method))
     runs = [
-        offbeat.run(task, method, f"{N} exponential", stop={"steps": 200}, seed=s)
+        offbeat.run(
+            task,
+            method,
+            f"{N} exponential",
+            work=WORKS.get(name, "gradient"),
+            stop={"steps": 200},
+            seed=s,
+        )
         for s in (5, 5, 6)
     ]
     assert trees.dump(method) == before
@@ -91,7 +122,7 @@ def test_is_repeatable_and_leaves_the_method_alone(name):
 def test_evaluating_does_not_disturb(name):
     task = quadratic(5, workers=N, noise=0.3)
     often, rarely = (
-        offbeat.run(task, make(name), f"{N} exponential", stop={"steps": 200}, evaluate=evaluate)
+        run(task, name, f"{N} exponential", stop={"steps": 200}, evaluate=evaluate)
         for evaluate in ({"steps": 1, "seconds": 0.37}, {"steps": 200})
     )
     np.testing.assert_array_equal(often.x, rarely.x)
@@ -103,8 +134,8 @@ def test_resumes_and_replays_to_the_same_bits(name, tmp_path):
     """Cut at arbitrary points, resumed, replayed: one trajectory."""
     task = quadratic(5, workers=N, noise=0.3, seed=2)
     options = {"fleet": f"{N} lognormal(1.0)", "evaluate": {"steps": 13}, "seed": 4}
-    whole = offbeat.run(task, make(name), stop={"steps": 150}, folder=tmp_path / "a", **options)
-    offbeat.run(task, make(name), stop={"steps": 41}, folder=tmp_path / "b", **options)
+    whole = run(task, name, stop={"steps": 150}, folder=tmp_path / "a", **options)
+    run(task, name, stop={"steps": 41}, folder=tmp_path / "b", **options)
     for steps in (42, 97, 150):
         again = offbeat.resume(tmp_path / "b", overrides=[f"stop.steps={steps}"])
     np.testing.assert_array_equal(whole.x, again.x)
@@ -129,7 +160,7 @@ def test_survives_outages(name, on_outage, tmp_path):
             offbeat.Outage(worker=5, from_s=40.0, to_s=200.0),
         ],
     )
-    result = offbeat.run(task, make(name), fleet, stop={"seconds": 600}, folder=tmp_path / "r")
+    result = run(task, name, fleet, stop={"seconds": 600}, folder=tmp_path / "r")
     assert result.reason == "seconds"
     late = result.trace[column(result.trace, "time_s") > 400]
     assert set(column(late, "worker")) == set(range(N))  # everybody works again

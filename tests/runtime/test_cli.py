@@ -10,6 +10,9 @@ import pytest
 
 import offbeat
 from offbeat.runtime import api, cli
+from offbeat.runtime.experiment import read
+
+ROOT = Path(__file__).parents[2]
 
 FILE = """
 seed = 3
@@ -276,3 +279,12 @@ def test_help_says_what_there_is():
     )  # fmt: skip
     for option in ("--algorithm", "--task", "--workers", "--speeds", "--set", "--out"):
         assert option in done.stdout
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.toml")), ids=lambda p: p.stem)
+def test_examples_run(path):
+    """Each of them as it stands, but for its end."""
+    for experiment in read(path, {"stop": {"steps": 2}}):
+        result = api.execute(experiment)
+        assert result.reason == "steps"
+        assert np.isfinite(result.final["loss"])

@@ -3,7 +3,9 @@
 from offbeat.workers.tasks.contract import TASKS, Task
 from offbeat.workers.tasks.empirical import EmpiricalRisk
 from offbeat.workers.tasks.least_squares import LeastSquares, least_squares
+from offbeat.workers.tasks.lm import LanguageModel, lm
 from offbeat.workers.tasks.logistic import logistic
+from offbeat.workers.tasks.mixtures import mixtures
 from offbeat.workers.tasks.mlp import mlp
 from offbeat.workers.tasks.module import TorchTask
 from offbeat.workers.tasks.quadratic import Quadratic, quadratic
@@ -11,12 +13,15 @@ from offbeat.workers.tasks.quadratic import Quadratic, quadratic
 __all__ = [
     "TASKS",
     "EmpiricalRisk",
+    "LanguageModel",
     "LeastSquares",
     "Quadratic",
     "Task",
     "TorchTask",
     "least_squares",
+    "lm",
     "logistic",
+    "mixtures",
     "mlp",
     "quadratic",
 ]

@@ -57,7 +57,7 @@ class EmpiricalRisk:
         self, shards: Shards, model: Model, *, l2: float = 0.0, nonconvex: float = 0.0
     ) -> None:
         self.shards, self.model, self.l2, self.nonconvex = shards, model, l2, nonconvex
-        self.workers, self.dim = shards.workers, model.dim
+        self.workers, self.dim, self.sizes = shards.workers, model.dim, shards.draws.sizes
         shards.prepare(model.inputs, model.labelled)
         self._weights = shards.weights
         self._even: dict[int, NDArray] = {}  # batch size -> [B], all 1/B

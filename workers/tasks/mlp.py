@@ -81,9 +81,13 @@ class MLP:
                 delta *= (h > 0) if self.relu else (1 - h * h)
         return losses, gradient
 
+    def logits(self, x: NDArray, a: NDArray) -> NDArray:
+        """``[N, C]`` of inputs ``a [N, f]`` with parameters ``x [d]``."""
+        return self._forward(self._layers(x[None]), a[None])[-1][0]
+
     def hits(self, x: NDArray, a: NDArray, y: NDArray) -> NDArray:
         """See ``Model``."""
-        return self._forward(self._layers(x[None]), a[None])[-1][0].argmax(axis=1) == y
+        return self.logits(x, a).argmax(axis=1) == y
 
 
 @TASKS.register("mlp")

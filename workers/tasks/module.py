@@ -70,15 +70,27 @@ class TorchTask:
         self._names, self._shapes = list(named), [p.shape for p in named.values()]
         self._sizes = [p.numel() for p in named.values()]
         self.dim = sum(self._sizes)
+        self.matrices = self._between()  # of linear layers: (first entry, rows, columns)
         self._check(named, dataset)
         self._initial = torch.nn.utils.parameters_to_vector(named.values()).detach().cpu().numpy()
         labels = self._labels() if partition.split("(")[0] != "iid" else np.zeros(len(dataset))
         parts = PARTITIONS.parse(partition)(labels, workers, seed)
         self._order = np.concatenate(parts)
         self._draws = Draws(parts, batch=batch, sampling=sampling, seed=seed)
+        self.sizes = self._draws.sizes
         self._dropout = Streams(seed, "dropout", workers)
         self._vmaps = True
         self._grad = torch.func.grad_and_value(self._value)
+
+    def _between(self) -> list[tuple[int, int, int]]:
+        linear = {
+            f"{name}.weight".removeprefix(".")
+            for name, part in self._module.named_modules()
+            if isinstance(part, self._torch.nn.Linear)
+        }
+        firsts = np.cumsum([0, *self._sizes]).tolist()
+        found = zip(firsts, self._names, self._shapes, strict=False)
+        return [(first, *shape) for first, name, shape in found if name in linear]
 
     def _check(self, named: dict[str, Any], dataset: Sized) -> None:
         if not len(dataset):

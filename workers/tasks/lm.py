@@ -1,0 +1,175 @@
+"""A language model on text: a decoder-only transformer that predicts the next byte."""
+
+import glob
+import math
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.registry import Count, Positive, Seed
+from offbeat.workers.tasks.contract import TASKS
+from offbeat.workers.tasks.module import TorchTask
+from offbeat.workers.tasks.shards import Sampling
+
+BYTES = 256
+BUNDLED = "topics"  # the texts of Python's help(), 0.7 MB of English and code
+EVALUATED = 32  # windows at a time
+MOST_BYTES = 2**30  # of text
+
+
+class Shape(NamedTuple):
+    """Layers, width, attention heads, size of a head."""
+
+    layers: int
+    width: int
+    heads: int
+    head: int
+
+
+# The three largest are those of arXiv:2401.09135, named as there: with its vocabulary of 32,000.
+# On bytes they have 5, 32 and 127 million parameters.
+SHAPES = {
+    "0.1M": Shape(2, 64, 4, 16),
+    "1M": Shape(5, 128, 4, 32),
+    "20M": Shape(6, 256, 4, 64),
+    "60M": Shape(3, 896, 16, 64),
+    "150M": Shape(12, 896, 16, 64),
+}
+
+
+def read_text(source: str) -> bytes:
+    """The bytes of "topics", of a file, or of the files of a glob in the order of their names."""
+    if source == BUNDLED:
+        from pydoc_data.topics import topics
+
+        return "\n".join(topics[key] for key in sorted(topics)).encode()
+    pattern = str(Path(source.removeprefix("text:")).expanduser())
+    paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+    paths = [path for path in paths if path.is_file()]
+    if not paths:
+        raise ConfigError(
+            f'lm: no text file "{pattern}"; give a path, a glob such as text:books/*.txt, or '
+            f'"{BUNDLED}" for the texts that come with Python'
+        )
+    if (size := sum(path.stat().st_size for path in paths)) > MOST_BYTES:
+        raise ConfigError(f"lm: {pattern} is {size:,} bytes; at most {MOST_BYTES:,} are read")
+    try:
+        return b"\n".join(path.read_bytes() for path in paths)
+    except OSError as error:
+        raise ConfigError(f"lm: {error.filename}: cannot be read ({error.strerror})") from None
+
+
+class LanguageModel(TorchTask):
+    """f_i(x) = mean cross-entropy (nats a byte) over worker i's windows of the text.
+
+    The text's end is held out, by position; ``evaluate`` looks at it alone.
+
+    Args:
+        text: bytes ``[T]``.
+        shape: of the transformer.
+        length: bytes a window.
+        holdout: fraction of the text held out.
+        evaluated: most windows that an evaluation looks at, spread over what is held out.
+        options: workers, partition, batch, sampling and seed, see ``TorchTask``; the classes of
+            partitions by class are the tenths of the text.
+    """
+
+    def __init__(
+        self,
+        text: NDArray[np.uint8],
+        shape: Shape,
+        *,
+        length: int,
+        holdout: float,
+        evaluated: int,
+        seed: int,
+        **options: Any,
+    ) -> None:
+        import torch
+
+        from offbeat.workers.tasks.transformer import Transformer, next_token_loss
+
+        kept = len(text) - round(holdout * len(text))
+        self._train, held = torch.from_numpy(text[:kept]), torch.from_numpy(text[kept:])
+        self.length, windows = length, (kept - 1) // length
+        if windows < options["workers"] or len(held) <= length:
+            raise ConfigError(
+                f"lm: {len(text)} bytes of text are too few for {options['workers']} workers and "
+                f"windows of {length} bytes with holdout={holdout}; give more text"
+            )
+        self._span = torch.arange(length + 1)
+        starts = torch.arange(0, len(held) - length, length)
+        few = torch.linspace(0, len(starts) - 1, min(evaluated, len(starts))).long()
+        self._held = held[starts[few][:, None] + self._span].long()
+        module = Transformer(BYTES, length, *shape, seed=seed)
+        super().__init__(module, next_token_loss, range(windows), seed=seed, **options)
+        self._vmaps = False  # attention is slower under vmap than in a loop
+
+    def _labels(self) -> NDArray:
+        return np.arange(len(self._data)) * 10 // len(self._data)
+
+    def _samples(self, rows: NDArray) -> tuple[Any, Any]:
+        first = self._torch.from_numpy(rows) * self.length
+        tokens = self._train[first[..., None] + self._span].long().to(self.device)
+        return tokens[..., :-1], tokens[..., 1:]
+
+    def evaluate(self, x: NDArray) -> dict[str, float]:
+        """Mean loss and perplexity on the text held out."""
+        total, flat = 0.0, self._tensor(x)
+        with self._torch.inference_mode():
+            for windows in self._held.split(EVALUATED):
+                here = windows.to(self.device)
+                value = self._value(flat, here[:, :-1], here[:, 1:])
+                total += float(value) * len(here)
+        loss = total / len(self._held)
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+
+@TASKS.register("lm")
+def lm(
+    data: str = BUNDLED,
+    *,
+    workers: Count = 10,
+    size: Literal["0.1M", "1M", "20M", "60M", "150M"] = "0.1M",
+    length: Count = 64,
+    batch: Count = 16,
+    partition: str = "iid",
+    sampling: Sampling = "replacement",
+    holdout: Positive = 0.1,
+    evaluated: Count = 128,
+    seed: Seed = 0,
+    device: str = "cpu",
+) -> LanguageModel:
+    """A decoder-only transformer that predicts the next byte of a text.
+
+    Args:
+        data: "topics" (comes with Python), a file, or a glob, as text:books/*.txt.
+        workers: n.
+        size: of the model, by its usual name.
+        length: bytes a window.
+        batch: windows a gradient.
+        partition: how the windows are divided; classes are tenths of the text.
+        sampling: "replacement" or "passes".
+        holdout: fraction at the end of the text that is for evaluation.
+        evaluated: windows looked at in an evaluation.
+        seed: of parameters, division and sampling.
+        device: where gradients are computed.
+    """
+    if holdout >= 1:
+        raise ConfigError(f"lm: holdout={holdout} leaves nothing to learn from; give less than 1")
+    return LanguageModel(
+        np.frombuffer(read_text(data), np.uint8).copy(),
+        SHAPES[size],
+        length=length,
+        holdout=holdout,
+        evaluated=evaluated,
+        seed=seed,
+        workers=workers,
+        partition=partition,
+        batch=batch,
+        sampling=sampling,
+        device=device,
+    )
