@@ -374,8 +374,8 @@ def _engine(
         if trace is not None:
             timing.clock = RecordedClock(trace)
         if e.asynchronous:
-            return Pairs(*parts, timing, records, **around)
-        return Rounds(*parts, timing, records, replicas=e.replicas, **around)
+            return Pairs(*parts, timing, records, work=e.work, **around)
+        return Rounds(*parts, timing, records, work=e.work, replicas=e.replicas, **around)
     x = e.task.initial(e.seed)
     timing = e.fleet.timing(e.seed, int(x.nbytes)) if trace is None else RecordedTiming(trace)
     workers = VirtualWorkers(e.task, e.fleet, timing, e.work, x)

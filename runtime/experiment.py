@@ -18,7 +18,7 @@ from offbeat.runtime.settings import DEFAULT_STEPS, Evaluate, Stop
 from offbeat.topologies import TOPOLOGIES, Topology
 from offbeat.workers.fleet import Fleet, Outage
 from offbeat.workers.tasks import TASKS, Task
-from offbeat.workers.work import WORK, Gradient, Work, gradient
+from offbeat.workers.work import WORK, Work, gradient
 
 T = TypeVar("T")
 
@@ -93,8 +93,10 @@ class Experiment:
         name = method.spec.name if method.spec else type(method).__name__
         if self.topology is None:
             raise ConfigError(f'{name} is a gossip method: give a topology, as topology = "ring"')
-        if not isinstance(self.work, Gradient):
-            raise ConfigError(f"{name} is given gradients: work is for methods with a server")
+        if self.work.keep(1, self.task.initial(self.seed)):
+            raise ConfigError(
+                f"{name}: a gossip node keeps nothing between rounds; give its work fresh = true"
+            )
         if self.mode not in (None, *MODES):
             raise ConfigError(f'mode must be one of {", ".join(MODES)}, not "{self.mode}"')
         if self.replicas not in REPLICAS:

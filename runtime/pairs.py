@@ -44,6 +44,7 @@ from offbeat.topologies import Topology
 from offbeat.workers.fleet import Fleet, Timing
 from offbeat.workers.speeds import away
 from offbeat.workers.tasks.contract import Task
+from offbeat.workers.work import Work, gradient
 
 MOST_EDGES = 10_000  # links up to which each one's ages are told
 DONE, OFFER, ANSWER, SHARES, LEFT, AGAIN = range(6)  # kinds of events
@@ -102,6 +103,7 @@ class Pairs(Loop):
         task, method, topology, fleet, timing, records: the parts.
         seed: of the run.
         initial: ``[n, d]``, where the nodes start; None: all at the task's initial point.
+        work: what takes a gradient's place; it keeps nothing between rounds.
         around: see ``Loop``.
 
     Raises:
@@ -119,9 +121,11 @@ class Pairs(Loop):
         *,
         seed: int,
         initial: NDArray | None = None,
+        work: Work | None = None,
         **around: Any,
     ) -> None:
         super().__init__(task, records, **around)
+        self.work = work or gradient()
         self.method, self.fleet, self.timing, self.n = method, fleet, timing, fleet.workers
         self.seed, self.topology = seed, topology
         self.network = Network(topology, fleet, method, seed, asynchronous=True)
@@ -154,6 +158,11 @@ class Pairs(Loop):
     def step(self) -> int:
         """Rounds done: gradients told a node, on average."""
         return self.told // self.n
+
+    @property
+    def gradients(self) -> int:
+        """Gradients of all nodes: as many a job as it has local steps."""
+        return self.records.arrivals * self.work.steps
 
     @property
     def time_s(self) -> float:
@@ -211,7 +220,7 @@ class Pairs(Loop):
             "read": self.told,
             "found": None,
         }
-        end_s = self.timing.clock.finish(i, number, self.now_s)
+        end_s = self.timing.clock.finish(i, number, self.now_s, self.work.steps)
         for from_s, to_s in self._windows.get(i, []):
             if from_s < end_s and self.now_s < to_s:
                 self._later(max(from_s, self.now_s), LEFT, i, to_s)
@@ -263,10 +272,12 @@ class Pairs(Loop):
             jobs = jobs[: max(1, STACK_BYTES // size)]
         nodes = {id(job): i for i, job in self.jobs.items()}
         worker = np.array([nodes[id(job)] for job in jobs])
-        draw = np.array([job["number"] for job in jobs])
+        draw = np.array([job["number"] for job in jobs]) * self.work.steps
+        steps = np.full(len(jobs), self.work.steps)
         found = []
         for points in zip(*(job["points"] for job in jobs), strict=True):
-            losses, gradients = self.task.gradient(np.stack(points), worker, draw)
+            x = np.stack(points)
+            losses, gradients = self.work.update(self.task, x, worker, draw, steps, {})
             good = np.isfinite(losses) & np.isfinite(gradients).all(axis=1)
             if not good.all():
                 raise Diverged(
@@ -457,7 +468,7 @@ class Pairs(Loop):
 
     def _measured(self) -> dict[str, float]:
         self.records.flush()
-        row = {"time_s": self.now_s, "step": self.step, "gradients": self.records.arrivals}
+        row = {"time_s": self.now_s, "step": self.step, "gradients": self.gradients}
         row |= measure(self._models(), self._evaluated)
         row["bytes"], row["bytes_edge"] = self.bytes, self.bytes / max(self.messages, 1)
         row |= self.records.staleness()

@@ -29,6 +29,7 @@ from offbeat.runtime.stacked import Broadcast, Links, Shares, Stacked, Wire
 from offbeat.topologies import Topology
 from offbeat.workers.fleet import Fleet, Timing
 from offbeat.workers.tasks.contract import Task
+from offbeat.workers.work import Work, gradient
 
 COUNTS = ("bytes", "messages", "messages_lost")  # of all nodes
 CHUNK = 2**20  # numbers looked at together where all nodes' models are measured
@@ -44,6 +45,7 @@ class Rounds(Loop):
             the two ends of every link, or "global": every message reaches all who are ever
             neighbours, in every round.
         initial: ``[n, d]``, where the nodes start; None: all at the task's initial point.
+        work: what takes a gradient's place; it keeps nothing between rounds.
         around: see ``Loop``.
     """
 
@@ -59,9 +61,11 @@ class Rounds(Loop):
         seed: int,
         replicas: str = "links",
         initial: NDArray | None = None,
+        work: Work | None = None,
         **around: Any,
     ) -> None:
         super().__init__(task, records, **around)
+        self.work = work or gradient()
         keep_freed()
         self.method, self.fleet, self.timing, self.n = method, fleet, timing, fleet.workers
         self.network = Network(topology, fleet, method, seed)
@@ -84,6 +88,7 @@ class Rounds(Loop):
         self.end_s = np.zeros(self.n)  # of each node's last round
         self.free_s = np.zeros(self.n)  # when what it sent then has arrived, but for the bytes
         self._sent = np.zeros(self.n)  # seconds its bytes took
+        self._steps = np.full(self.n, self.work.steps)
         self._all, self._draws = np.arange(self.n), np.zeros(self.n, np.int64)
 
     def _wire(self, name: str, seed: int) -> Wire:
@@ -100,6 +105,11 @@ class Rounds(Loop):
     def step(self) -> int:
         """Rounds done."""
         return self.round
+
+    @property
+    def gradients(self) -> int:
+        """Gradients of all nodes: as many a job as it has local steps."""
+        return self.records.arrivals * self.work.steps
 
     @property
     def time_s(self) -> float:
@@ -153,11 +163,11 @@ class Rounds(Loop):
 
     def _gradients(self, wanted: Points, draw: int) -> Any:
         draws = self._draws
-        draws.fill(draw)
+        draws.fill(draw * self.work.steps)
         points = wanted if isinstance(wanted, tuple) else (wanted,)
         found = []
         for x in points:
-            losses, gradients = self.task.gradient(x, self._all, draws)
+            losses, gradients = self.work.update(self.task, x, self._all, draws, self._steps, {})
             if not math.isfinite(np.add.reduce(losses)):
                 good = np.isfinite(losses) & np.isfinite(gradients).all(axis=1)
                 if not good.all():
@@ -187,7 +197,7 @@ class Rounds(Loop):
     def _spend(self, number: int, ready: NDArray, present: NDArray | None) -> None:
         """Job ``number`` of every node that is there takes its time."""
         start = self.end_s if self.method.overlap else ready
-        end = self.timing.finish_all(number, start)
+        end = self.timing.finish_all(number, start, self.work.steps)
         if present is None:
             self.records.round(self.round, number, None, start, end)
         else:
@@ -217,7 +227,7 @@ class Rounds(Loop):
 
     def _measured(self) -> dict[str, float]:
         self.records.flush()
-        row = {"time_s": self.time_s, "step": self.round, "gradients": self.records.arrivals}
+        row = {"time_s": self.time_s, "step": self.round, "gradients": self.gradients}
         row |= measure(self.method.models(self.node), self._evaluated)
         row["bytes"], row["bytes_edge"] = self.bytes, self.bytes / max(self.messages, 1)
         busy_s = float(self.records.busy_s.sum())

@@ -172,12 +172,12 @@ class Timing:
         end = self.clock.finish(worker, number, start, steps)
         return start, end, end + up
 
-    def finish_all(self, number: int, start_s: NDArray) -> NDArray:
+    def finish_all(self, number: int, start_s: NDArray, steps: int = 1) -> NDArray:
         """``[n]``: when each worker ends its job ``number`` begun at ``start_s [n]``."""
         if isinstance(self.clock, Constant):
-            return start_s + self.clock.means
+            return start_s + steps * self.clock.means
         finish = self.clock.finish
-        ends = [finish(worker, number, s) for worker, s in enumerate(start_s.tolist())]
+        ends = [finish(worker, number, s, steps) for worker, s in enumerate(start_s.tolist())]
         return np.array(ends, float)
 
     def jitters(self, number: int) -> NDArray | float:

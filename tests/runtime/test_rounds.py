@@ -181,6 +181,28 @@ def test_nobody_can_wait_for_ever():
     assert pairs(TASK, dsgd(lr=0.01), "ring", fleet, steps=20, every=20).run()[0] == "steps"
 
 
+@pytest.mark.parametrize("mode", ["synchronous", "asynchronous"])
+def test_local_steps_between_rounds(mode):
+    """What they moved takes the gradient's place; one step is a gradient times its rate."""
+    task, more = "quadratic(4, noise=0.1)", {"topology": "ring", "mode": mode}
+
+    def run(method, work, steps=30):
+        return offbeat.run(task, method, "6 1..3", work=work, stop={"steps": steps}, **more)
+
+    plain, local = (
+        run("dsgd(lr=0.1)", "gradient"),
+        run("dsgd(lr=1.0)", "local-steps(sgd(0.1), steps=1)"),
+    )
+    np.testing.assert_allclose(plain.x, local.x, atol=1e-14)
+    four = run("dsgd(lr=1.0)", "local-steps(sgd(0.1), steps=4)")
+    assert four.final["gradients"] == 4 * local.final["gradients"]
+    assert four.final["time_s"] == pytest.approx(4 * local.final["time_s"])
+    assert run("motef-vr", "local-steps(sgd(0.1), steps=4)").final["loss"] < four.metrics[0]["loss"]
+    with pytest.raises(ConfigError, match="fresh = true"):
+        run("dsgd", "local-steps(adamw, steps=4)")
+    assert run("dsgd", "local-steps(adamw(lr=0.1), steps=4, fresh=True)").reason == "steps"
+
+
 def test_large_networks_run():
     task = Quadratic(np.random.default_rng(0).standard_normal((3000, 5)))
     method, graph = "choco(compressor='qsgd(4)')", "random-regular(degree=4)"
