@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from offbeat.algorithms.server import Algorithm, Update
 from offbeat.runtime import trees
 from offbeat.runtime.errors import ConfigError, Diverged
-from offbeat.runtime.loop import MOST_AT_ONCE, Loop, stands_still
+from offbeat.runtime.loop import Loop
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.records import ROWS_HELD, Records
 from offbeat.runtime.virtual import Job, Joined, Left, More, Timer, VirtualWorkers
@@ -165,14 +165,10 @@ class Engine(Loop):
     def _start(self) -> None:
         self.algorithm.start(self.server)
 
-    def _advance(self) -> bool:
-        raise NotImplementedError  # this engine's own loop is faster
-
     def _loop(self) -> str:
         server, workers, records = self.server, self.workers, self.records
         arrive, rows, clock = self.algorithm.arrive, records.rows, time.monotonic
         pop = workers.pop
-        stuck = workers.now_s, records.arrivals  # when it was last seen that time goes on
         while True:
             if reason := self._reached():
                 return reason
@@ -212,10 +208,7 @@ class Engine(Loop):
                 or self.gradients >= self._next_gradients
             ):
                 self._look()
-            if records.arrivals - stuck[1] >= MOST_AT_ONCE:
-                if workers.now_s == stuck[0]:
-                    raise stands_still(stuck[0], MOST_AT_ONCE)
-                stuck = workers.now_s, records.arrivals
+            self._check_time()
             if clock() >= self._alarm_s and (reason := self._alarm()):
                 return reason
 

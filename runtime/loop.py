@@ -61,6 +61,7 @@ class Loop(ABC):
         self._next_step = self._next_s = self._next_gradients = math.inf  # of evaluation
         self._alarm_s = self._next_save_s = self._wall_end_s = math.inf  # wall clock
         self._interrupted = False
+        self._moved = 0.0, 0  # time and arrivals when it was last seen that time goes on
 
     @property
     @abstractmethod
@@ -103,10 +104,6 @@ class Loop(ABC):
         """What comes before the first event."""
 
     @abstractmethod
-    def _advance(self) -> bool:
-        """The next event; False if there is none."""
-
-    @abstractmethod
     def _measured(self) -> dict[str, float]:
         """A row of metrics of this moment."""
 
@@ -127,30 +124,23 @@ class Loop(ABC):
             self._alarm_s = began_s
             self._wall_end_s = began_s + (self.stop.wall_s or math.inf)
             self._next_save_s = began_s + self._save_every_s
+            self._moved = self.time_s, self.records.arrivals
             reason = self._loop()
             final = self._measured()
             self._checkpoint()
         return reason, final
 
+    @abstractmethod
     def _loop(self) -> str:
-        stuck = self.time_s, self.records.arrivals  # when it was last seen that time goes on
-        while True:
-            if reason := self._reached():
-                return reason
-            if not self._advance():
-                return "idle"
-            if self.records.arrivals - stuck[1] >= MOST_AT_ONCE:
-                if self.time_s == stuck[0]:
-                    raise stands_still(stuck[0], MOST_AT_ONCE)
-                stuck = self.time_s, self.records.arrivals
-            if (
-                self.step >= self._next_step
-                or self.time_s >= self._next_s
-                or self.gradients >= self._next_gradients
-            ):
-                self._look()
-            if time.monotonic() >= self._alarm_s and (reason := self._alarm()):
-                return reason
+        """Events until a stop rule is met; answers which."""
+
+    def _check_time(self) -> None:
+        """Refuse a run in which so many jobs take no time at all."""
+        time_s, arrivals = self._moved
+        if self.records.arrivals - arrivals >= MOST_AT_ONCE:
+            if self.time_s == time_s:
+                raise stands_still(time_s, MOST_AT_ONCE)
+            self._moved = self.time_s, self.records.arrivals
 
     def _alarm(self) -> str | None:
         """Look up from the work: at the wall clock, at signals, at the checkpoint that is due."""

@@ -32,19 +32,17 @@ from offbeat.algorithms.compression.contract import HEADER
 from offbeat.algorithms.gossip import Gossip, Points
 from offbeat.runtime import trees
 from offbeat.runtime.errors import ConfigError, Diverged
-from offbeat.runtime.loop import Loop
-from offbeat.runtime.network import Network
+from offbeat.runtime.gossip import GossipLoop, measure
 from offbeat.runtime.peer import Links
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.records import ROWS_HELD, Records
-from offbeat.runtime.rounds import COUNTS, measure
 from offbeat.runtime.stacked import NOTHING
 from offbeat.runtime.virtual import ALONE_BYTES, STACK_BYTES
 from offbeat.topologies import Topology
 from offbeat.workers.fleet import Fleet, Timing
 from offbeat.workers.speeds import away
 from offbeat.workers.tasks.contract import Task
-from offbeat.workers.work import Work, gradient
+from offbeat.workers.work import Work
 
 MOST_EDGES = 10_000  # links up to which each one's ages are told
 DONE, OFFER, ANSWER, SHARES, LEFT, AGAIN = range(6)  # kinds of events
@@ -96,7 +94,7 @@ class PairNode:
         return {key: value for key, value in vars(self).items() if not key.startswith("_")}
 
 
-class Pairs(Loop):
+class Pairs(GossipLoop):
     """One asynchronous run of a gossip method.
 
     Args:
@@ -124,11 +122,11 @@ class Pairs(Loop):
         work: Work | None = None,
         **around: Any,
     ) -> None:
-        super().__init__(task, records, **around)
-        self.work = work or gradient()
-        self.method, self.fleet, self.timing, self.n = method, fleet, timing, fleet.workers
-        self.seed, self.topology = seed, topology
-        self.network = Network(topology, fleet, method, seed, asynchronous=True)
+        super().__init__(
+            task, method, topology, fleet, timing, records,
+            seed=seed, work=work, asynchronous=True, **around,
+        )  # fmt: skip
+        self.seed = seed
         x = np.broadcast_to(task.initial(seed) if initial is None else initial, (self.n, task.dim))
         self.channels = [Channels(method.channels) for _ in range(self.n)]
         self.nodes = [
@@ -138,7 +136,6 @@ class Pairs(Loop):
         self._apart = initial is not None
         self.now_s = 0.0
         self.told = 0  # gradients, of all nodes
-        self.bytes = self.messages = self.messages_lost = 0
         self.order = 0  # of events
         self.heap: list[Event] = []
         self.jobs: dict[int, dict[str, Any]] = {}  # node -> what it computes
@@ -160,11 +157,6 @@ class Pairs(Loop):
         return self.told // self.n
 
     @property
-    def gradients(self) -> int:
-        """Gradients of all nodes: as many a job as it has local steps."""
-        return self.records.arrivals * self.work.steps
-
-    @property
     def time_s(self) -> float:
         """Virtual seconds so far."""
         return self.now_s
@@ -176,7 +168,7 @@ class Pairs(Loop):
 
     def facts(self) -> dict[str, Any]:
         """See ``Loop``."""
-        told: dict[str, Any] = {key: getattr(self, key) for key in COUNTS}
+        told = super().facts()
         if len(self.ages) <= MOST_EDGES:
             told["edges"] = [
                 [*divmod(link, self.n), count, total / count, most]

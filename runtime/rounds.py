@@ -12,7 +12,6 @@ delay_j = latency + all its bytes / bandwidth + jitter.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -21,21 +20,17 @@ from numpy.typing import NDArray
 
 from offbeat.algorithms.gossip import Gossip, Points
 from offbeat.runtime.errors import ConfigError, Diverged
-from offbeat.runtime.loop import Loop
+from offbeat.runtime.gossip import COUNTS, GossipLoop, measure
 from offbeat.runtime.memory import keep_freed
-from offbeat.runtime.network import Network, Round
 from offbeat.runtime.records import Records
-from offbeat.runtime.stacked import Broadcast, Links, Shares, Stacked, Wire
+from offbeat.runtime.stacked import Broadcast, Links, Round, Shares, Stacked, Wire
 from offbeat.topologies import Topology
 from offbeat.workers.fleet import Fleet, Timing
 from offbeat.workers.tasks.contract import Task
-from offbeat.workers.work import Work, gradient
-
-COUNTS = ("bytes", "messages", "messages_lost")  # of all nodes
-CHUNK = 2**20  # numbers looked at together where all nodes' models are measured
+from offbeat.workers.work import Work
 
 
-class Rounds(Loop):
+class Rounds(GossipLoop):
     """One synchronous run of a gossip method.
 
     Args:
@@ -64,17 +59,17 @@ class Rounds(Loop):
         work: Work | None = None,
         **around: Any,
     ) -> None:
-        super().__init__(task, records, **around)
-        self.work = work or gradient()
+        super().__init__(
+            task, method, topology, fleet, timing, records,
+            seed=seed, work=work, asynchronous=False, **around,
+        )  # fmt: skip
         keep_freed()
-        self.method, self.fleet, self.timing, self.n = method, fleet, timing, fleet.workers
-        self.network = Network(topology, fleet, method, seed)
         self._windows = fleet.windows() if self.network.dropping else {}
         self._reach: NDArray | None = None  # [n], who must hear every message
         if replicas == "global" and not self.network.fixed and not method.exact:
             if self.network.loss or self.network.dropping:
                 raise ConfigError(
-                    'gossip.replicas = "global" needs every message to reach everybody; with lost '
+                    'replicas = "global" needs every message to reach everybody; with lost '
                     'messages or nodes that are away, take "links"'
                 )
             self._reach = _reach(topology)
@@ -83,8 +78,6 @@ class Rounds(Loop):
         x = np.repeat(start[None], self.n, axis=0) if initial is None else np.array(initial)
         self.node = Stacked(x, wires, common=initial is None)
         self.round = 0
-        self.bytes = 0  # sent by all
-        self.messages = self.messages_lost = 0  # over one link in one round, all channels
         self.end_s = np.zeros(self.n)  # of each node's last round
         self.free_s = np.zeros(self.n)  # when what it sent then has arrived, but for the bytes
         self._sent = np.zeros(self.n)  # seconds its bytes took
@@ -107,11 +100,6 @@ class Rounds(Loop):
         return self.round
 
     @property
-    def gradients(self) -> int:
-        """Gradients of all nodes: as many a job as it has local steps."""
-        return self.records.arrivals * self.work.steps
-
-    @property
     def time_s(self) -> float:
         """When the last node was done with the last round."""
         return float(self.end_s.max())
@@ -120,10 +108,6 @@ class Rounds(Loop):
     def x(self) -> NDArray:
         """The nodes' mean ``[d]``."""
         return self.method.models(self.node).mean(axis=0)
-
-    def facts(self) -> dict[str, Any]:
-        """See ``Loop``."""
-        return {key: getattr(self, key) for key in COUNTS}
 
     # -- Rounds --------------------------------------------------------------------------------
 
@@ -259,27 +243,6 @@ class Rounds(Loop):
         for key, value in state["counters"].items():
             setattr(self, key, value)
         self.records.restore(state["records"])
-
-
-def measure(models: NDArray, evaluated: Callable[[NDArray], dict[str, float]]) -> dict[str, float]:
-    """The task's facts at the mean of ``models [n, d]``, and how far the nodes are from it.
-
-    ``consensus`` is the root of the mean squared distance to the mean; ``loss_worst`` the loss of
-    the node that is farthest away.
-    """
-    mean = models.mean(axis=0)
-    apart = distances2(models, mean)
-    row = evaluated(mean)
-    row["loss_worst"] = evaluated(models[apart.argmax()])["loss"]
-    row["consensus"] = math.sqrt(float(apart.mean()))
-    return row
-
-
-def distances2(models: NDArray, mean: NDArray) -> NDArray:
-    """``[n]`` squared distances of ``models [n, d]`` from ``mean [d]``, in little memory."""
-    rows = max(1, CHUNK // len(mean))
-    pieces = [models[at : at + rows] - mean for at in range(0, len(models), rows)]
-    return np.concatenate([np.vecdot(piece, piece) for piece in pieces]).astype(float)
 
 
 def _reach(topology: Topology) -> NDArray:

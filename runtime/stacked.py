@@ -263,7 +263,7 @@ class Slots:
                     raise ConfigError(
                         f"the copies that {len(self.keys):,} links keep would need "
                         f"{size / 2**30:.1f} GiB a channel; take fewer nodes, a fixed graph, or "
-                        'gossip.replicas = "global"'
+                        'replicas = "global"'
                     )
                 zeros = np.zeros((len(new), table.shape[1]), table.dtype)
                 grown[place] = np.concatenate([table, zeros])

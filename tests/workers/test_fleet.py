@@ -264,8 +264,8 @@ def test_cancelled_jobs_do_not_pile_up():
 
 
 def test_time_that_stands_still_is_noticed(monkeypatch):
-    from offbeat.runtime import engine
+    from offbeat.runtime import loop
 
-    monkeypatch.setattr(engine, "MOST_AT_ONCE", 5000)
+    monkeypatch.setattr(loop, "MOST_AT_ONCE", 5000)
     with pytest.raises(ConfigError, match="virtual time stands still at 0 s"):
         offbeat.run("quadratic(3)", "pure", "4 poisson(1e-12)", stop={"seconds": 5})
