@@ -116,6 +116,12 @@ class StaleJob(PeerError):
     name = "stale_job"
 
 
+class CrewError(OffbeatError):
+    """The processes that compute are gone, or their code fails."""
+
+    exit_code = 5
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``'; did you mean "x"?'`` where a known name is close, else the list of known names.
 
