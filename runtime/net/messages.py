@@ -15,18 +15,14 @@ KEPT = "kept."  # before the names of what a worker keeps between jobs
 Text = Annotated[str, Meta(max_length=MOST_TEXT)]
 
 
-class Body(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
-    """Base of what messages say beside their header."""
-
-
-class Hello(Body):
+class Hello(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
     """A worker asks to join; ``nonce`` is of its process."""
 
     nonce: Counter
     package: Name
 
 
-class Welcome(Body):
+class Welcome(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
     """It may: as which incarnation, in whose place, and what to compute."""
 
     nonce: Counter
@@ -37,7 +33,7 @@ class Welcome(Body):
     manifest: Text
 
 
-class Refusal(Body):
+class Refusal(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
     """It may not, at least not now."""
 
     nonce: Counter
@@ -48,21 +44,21 @@ class Refusal(Body):
     """Another process has taken its place."""
 
 
-class Again(Body):
+class Again(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
     """The server does not know who speaks: it is to say hello."""
 
 
-class Ready(Body):
+class Ready(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
     """The task is built; ``manifest`` is what it found."""
 
     manifest: Text
 
 
-class Pulse(Body):
+class Pulse(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
     """Still there; carries an acknowledgement."""
 
 
-class Work(Body):
+class Work(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
     """Compute a job; without an array x, at the model of the order before."""
 
     job: Counter
@@ -72,13 +68,13 @@ class Work(Body):
     step: Counter
 
 
-class Cancel(Body):
+class Cancel(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
     """A job is not wanted any more."""
 
     job: Counter
 
 
-class Result(Body):
+class Result(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
     """What came of a job."""
 
     job: Counter
@@ -86,31 +82,31 @@ class Result(Body):
     spent_s: float
 
 
-class Failure(Body):
+class Failure(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
     """The task's own code raised."""
 
     job: Counter
     why: Text
 
 
-class Leave(Body):
+class Leave(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
     """A worker goes; what it has not answered it hands back."""
 
     why: Text
 
 
-class Over(Body):
+class Over(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
     """The run is at its end, or the server stops."""
 
     why: Text
     done: bool
 
 
-class Ask(Body):
+class Ask(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
     """How is the run?"""
 
 
-class Status(Body):
+class Status(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
     """It is so; JSON."""
 
     text: Text

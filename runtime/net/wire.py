@@ -136,8 +136,8 @@ def parcels(kind: str, body: Struct, arrays: Mapping[str, Any] | None = None) ->
     said, frames, pieces = [], [], []
     for name, value in (arrays or {}).items():
         if isinstance(value, np.ndarray):
-            flat = memoryview(np.ascontiguousarray(value)).cast("B")
-            one = Array(name, value.dtype.str, value.shape, "raw", flat.nbytes)  # type: ignore[arg-type]
+            flat = np.ascontiguousarray(value).data.cast("B")
+            one = Array(name, value.dtype.str, value.shape, "raw", flat.nbytes)
         else:
             flat = memoryview(value)
             one = Array(name, "|u1", (flat.nbytes,), "coded", flat.nbytes)
@@ -340,7 +340,7 @@ class Assembly:
             return None
         whole, one = self._message, self._missing.pop(0)
         spec = self._kinds[whole.head.kind].arrays[one.name]
-        whole.arrays[one.name] = opened(one, spec, memoryview(self._buffer))
+        whole.arrays[one.name] = opened(one, spec, self._buffer.data)
         if self._missing:
             self._open()
             return None
