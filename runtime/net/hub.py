@@ -177,7 +177,7 @@ class Hub:
         except OldIncarnation:
             self._again(address, head)
             raise
-        member.heard_s = now_s
+        self.roster.heard(member, now_s)
         seat = self.seats[head.node]
         if head.kind == "pulse" and head.sequence == 0:
             if head.acknowledged:
@@ -216,13 +216,12 @@ class Hub:
             self._post(address, "refusal", say.Refusal(hello.nonce, why, -1.0), 0)
             return
         try:
-            member, before = self.roster.hello(head.node, hello.nonce, now_s)
+            member = self.roster.hello(head.node, hello.nonce, now_s)
         except NotNow as refusal:
             retry_s = -1.0 if refusal.retry_s is None else refusal.retry_s
-            self._post(address, "refusal", say.Refusal(hello.nonce, refusal.why, retry_s), 0)
+            answer = say.Refusal(hello.nonce, refusal.why, retry_s, refusal.replaced)
+            self._post(address, "refusal", answer, 0)
             return
-        if before is not None:
-            self._dismiss(before, "another process took its place")
         if head.node not in self.seats:
             link: Link = Link(
                 resend_s=self.liveness.resend_s, ack_s=self.liveness.tick_s
@@ -370,11 +369,8 @@ class Hub:
             self._shut_out(seat, f"the key of {node} is not in the run's list any more")
 
     def _lose(self, member: Member, why: str) -> None:
+        """``member`` is not here any more: its jobs are the run's again."""
         self.roster.drop(member)
-        self._dismiss(member, why)
-
-    def _dismiss(self, member: Member, why: str) -> None:
-        """``member`` is out of the roster: its jobs are the run's again."""
         del self.seats[member.node]
         serials = self.jobs.release(member)
         self.counts["jobs_released"] += len(serials)

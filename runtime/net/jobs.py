@@ -44,7 +44,7 @@ class Liveness:
     @property
     def heartbeat_s(self) -> float:
         """How often a node says that it is alive."""
-        return self.suspect_after_s / 2
+        return self.suspect_after_s / 4
 
     @property
     def down_after_s(self) -> float:
@@ -74,6 +74,7 @@ class Member:
     nonce: int
     incarnation: int
     heard_s: float
+    spoke: bool = False  # since it was welcomed
     ready: bool = False  # it has built its task
     offences: int = 0
     strikes: int = 0  # results in a row that were not finite
@@ -86,11 +87,12 @@ class NotNow(Exception):
     Args:
         why: said to it.
         retry_s: when to ask again; None: never.
+        replaced: another process of the node has taken its place.
     """
 
-    def __init__(self, why: str, retry_s: float | None) -> None:
+    def __init__(self, why: str, retry_s: float | None, replaced: bool = False) -> None:
         super().__init__(why)
-        self.why, self.retry_s = why, retry_s
+        self.why, self.retry_s, self.replaced = why, retry_s, replaced
 
 
 class Roster:
@@ -106,38 +108,53 @@ class Roster:
         self.members: dict[str, Member] = {}
         self.quarantined: dict[str, str] = {}  # node -> why
         self._incarnations: dict[str, int] = {}  # the highest one of every node that was here
-        self._nonces: dict[str, int] = {}  # of the process that was here last
+        self._nonces: dict[str, deque[int]] = {}  # of its processes, the last one last
         self._slots: dict[str, int] = {}  # where it was
         self._joins: dict[str, deque[float]] = {}
         self._looked_s: float | None = None
 
-    def hello(self, node: str, nonce: int, now_s: float) -> tuple[Member, Member | None]:
-        """``node`` as a member, and the member whose place it takes, if it was here.
+    def hello(self, node: str, nonce: int, now_s: float) -> Member:
+        """``node`` as a member.
+
+        A process that is here is not replaced while it is heard: of two under one name the second
+        waits, and so does one that restarted sooner than its predecessor was found dead.
 
         Raises:
-            NotNow: it is shut out, restarts too often, or all slots are taken.
+            NotNow: it is shut out, restarts too often, or there is no place.
         """
         if why := self.quarantined.get(node):
             raise NotNow(why, None)
         member = self.members.get(node)
-        if member is not None and member.nonce == nonce:
-            member.heard_s = now_s
-            return member, None  # it did not hear the answer
-        self._throttle(node, nonce, now_s)
-        if member is None and len(self.members) >= self.slots:
-            raise NotNow(f"all {self.slots} places are taken", self.liveness.down_after_s)
+        nonces = self._nonces.setdefault(node, deque(maxlen=2 * MOST_RESTARTS))
+        self._joins.setdefault(node, deque(maxlen=MOST_RESTARTS))
+        if nonce in list(nonces)[:-1]:  # late words, or a process that slept
+            raise NotNow(f"another process joined as {node}", None, replaced=True)
         if member is not None:
-            self.drop(member)
+            if member.nonce != nonce:
+                raise NotNow(f"another process is here as {node}", self.liveness.heartbeat_s)
+            return member  # it did not hear the answer
+        if len(self.members) >= self.slots:
+            raise NotNow(f"all {self.slots} places are taken", self.liveness.down_after_s)
+        if nonce not in nonces:
+            self._throttle(node, now_s)
         incarnation = self._incarnations[node] = self._incarnations.get(node, 0) + 1
-        self._nonces[node] = nonce
         slot = self._slots[node] = self._free(node)
-        self.members[node] = joined = Member(node, slot, nonce, incarnation, now_s)
-        return joined, member
+        member = self.members[node] = Member(node, slot, nonce, incarnation, now_s)
+        return member
 
-    def _throttle(self, node: str, nonce: int, now_s: float) -> None:
-        joins = self._joins.setdefault(node, deque(maxlen=MOST_RESTARTS))
-        if self._nonces.get(node) == nonce:
-            return  # the same process, which was away
+    def heard(self, member: Member, now_s: float) -> None:
+        """``member`` speaks; only now it is certain that its greeting was not a dead one's."""
+        member.heard_s = now_s
+        if not member.spoke:
+            member.spoke = True
+            nonces = self._nonces[member.node]
+            if member.nonce not in nonces:
+                nonces.append(member.nonce)
+                self._joins[member.node].append(now_s)
+
+    def _throttle(self, node: str, now_s: float) -> None:
+        """Have a node whose processes keep dying wait, and then no more."""
+        joins = self._joins[node]
         while joins and joins[0] < now_s - RESTARTS_S:
             joins.popleft()
         if len(joins) >= MOST_RESTARTS:
@@ -149,7 +166,6 @@ class Roster:
             wait_s = joins[-1] + min(2.0 ** (many - 1), WAIT_MOST_S) - now_s
             if wait_s > 0:
                 raise NotNow(f"{node} restarts too often", wait_s)
-        joins.append(now_s)
 
     def _free(self, node: str) -> int:
         taken = {member.slot for member in self.members.values()}
@@ -175,7 +191,7 @@ class Roster:
     def replaced(self, node: str, incarnation: int) -> bool:
         """Whether another process of ``node`` joined after the one that speaks."""
         member = self.members.get(node)
-        return member is not None and member.incarnation > incarnation
+        return member is not None and member.spoke and member.incarnation > incarnation
 
     def suspects(self, member: Member, now_s: float) -> bool:
         """Whether ``member`` has been silent for too long to be given work."""
@@ -198,14 +214,16 @@ class Roster:
         meanwhile is nobody's fault.
         """
         looked_s, self._looked_s = self._looked_s, now_s
-        if looked_s is not None and (away_s := now_s - looked_s) > self.liveness.heartbeat_s:
+        if looked_s is not None and (away_s := now_s - looked_s) > 2 * self.liveness.heartbeat_s:
             for member in self.members.values():
                 member.heard_s = max(member.heard_s, min(now_s, member.heard_s + away_s))
         down_s = self.liveness.down_after_s
+        building_s = max(down_s, BUILD_S)
         return [
             member
             for member in self.members.values()
-            if now_s - member.heard_s > (down_s if member.ready else max(down_s, BUILD_S))
+            if now_s - member.heard_s
+            > (building_s if member.spoke and not member.ready else down_s)
         ]
 
 

@@ -66,7 +66,8 @@ class Link(Generic[T]):
         self._wait_s = self._round_s = resend_s
         self._smooth_s: float | None = None
         self._vary_s = 0.0
-        self._again_s = 0.0  # when the oldest is due again
+        self._again_s = 0.0  # when the oldest is due again,
+        self._burst = 1  # and how many with it
         # In.
         self.acknowledged = 0  # passed on without a gap
         self._early: dict[int, T] = {}
@@ -99,10 +100,12 @@ class Link(Generic[T]):
         due: list[Sent[T]] = []
         flight = self._flight
         if flight and now_s >= self._again_s:
-            item, when, _ = flight[0]
-            flight[0] = item, when, True
-            due.append(Sent(self._base + 1, item))
-            self.resends += 1
+            for place in range(min(self._burst, len(flight))):
+                item, when, _ = flight[place]
+                flight[place] = item, when, True
+                due.append(Sent(self._base + 1 + place, item))
+            self.resends += len(due)
+            self._burst = 1
             self._wait_s = min(2 * self._wait_s, RESEND_MOST * self._round_s)
             self._again_s = now_s + self._wait_s
         while self._queue and len(flight) < self.window:
@@ -135,15 +138,18 @@ class Link(Generic[T]):
         count = acknowledged - self._base
         if not 0 < count <= len(self._flight):
             return  # old, or of what was never sent
+        again = False  # of these, one was sent again: nobody knows which copy is acknowledged
         for _ in range(count):
-            _, when, again = self._flight.popleft()
+            _, when, twice = self._flight.popleft()
+            again = again or twice
         self._base = acknowledged
         if not again:
             self._measure(now_s - when)
         self._wait_s = self._round_s
-        # What comes next may have been lost with what was: do not wait as long for it again.
-        behind = self._flight and again and not self._flight[0][2]
-        self._again_s = now_s if behind else now_s + self._wait_s
+        self._again_s = now_s + self._wait_s
+        if self._flight and again and not self._flight[0][2]:
+            # What follows was lost with what came before it: send twice as much again, now.
+            self._again_s, self._burst = now_s, min(2 * count, self.window)
 
     def _measure(self, trip_s: float) -> None:
         """Time to wait for an acknowledgement, from what it took (RFC 6298)."""

@@ -41,6 +41,7 @@ class Spoke:
         self.state = "calling"  # then "building", "working", and "over" or, with a fate, "ended"
         self.welcome: say.Welcome | None = None  # to be built and answered with ``ready``
         self.orders: deque[Order] = deque()  # to be computed, oldest first; serial is the job
+        self._taken: list[Order] = []  # being computed
         self.fate: OffbeatError | None = None
         self.why = ""  # it is over
         self.outbox: list[list[Any]] = []
@@ -99,12 +100,13 @@ class Spoke:
         self._retry_s = self.liveness.heartbeat_s
         self.welcome, self.state = body, "building"
         self.pulse = self._unordered("pulse", say.Pulse(), 0)
+        self._pulsate()
 
     def _reset(self) -> None:
         self._link = Link(resend_s=self.liveness.resend_s, ack_s=self.liveness.tick_s)
         self._assembly = Assembly(self._kinds, self._allocate)
         self._model = None
-        self.orders.clear()
+        self._forget()
 
     def _refused(self, refusal: say.Refusal, now_s: float) -> None:
         self.last_said = refusal.why
@@ -116,14 +118,19 @@ class Spoke:
             self.state, self.pulse = "calling", None
             self._hello_s = now_s + refusal.retry_s
 
+    def _forget(self) -> None:
+        """What was to be computed does not count any more."""
+        self.orders.clear()
+        self._taken.clear()
+
     def _end(self, fate: OffbeatError) -> None:
         self.state, self.fate, self.pulse = "ended", fate, None
-        self.orders.clear()
+        self._forget()
 
     def _call(self, now_s: float) -> None:
         """Say hello again: what was being done does not count any more."""
         self.state, self.pulse, self.welcome = "calling", None, None
-        self.orders.clear()
+        self._forget()
         self.counts["rejoins"] += 1
         self._hello_s = now_s
 
@@ -146,7 +153,7 @@ class Spoke:
         elif kind == "over":
             self.why = body.why
             self.state, self.pulse = "over" if body.done else "calling", None
-            self.orders.clear()
+            self._forget()
 
     # -- What the worker does --------------------------------------------------------------------
 
@@ -169,20 +176,40 @@ class Spoke:
                 "give both the same data and the same version of offbeat"
             )
 
-    def answer(self, answer: Answer, now_s: float) -> None:
-        """Send the result of the job that ``answer.serial`` names."""
+    def take(self) -> Order | None:
+        """The next order to compute, if there is one."""
+        if not self.orders:
+            return None
+        self._taken.append(self.orders.popleft())
+        return self._taken[-1]
+
+    def _done(self, order: Order) -> bool:
+        """Whether ``order`` still counts: jobs of another incarnation have the same numbers."""
+        for place, taken in enumerate(self._taken):
+            if taken is order:
+                del self._taken[place]
+                return True
+        self.counts["in_vain"] += 1
+        return False
+
+    def answer(self, order: Order, answer: Answer, now_s: float) -> None:
+        """Send what came of ``order``."""
+        if not self._done(order):
+            return
         arrays = {"payload": answer.payload}
         arrays |= {say.KEPT + name: row for name, row in answer.kept.items()}
         body = say.Result(answer.serial, answer.loss, answer.spent_s)
         self._say("result", body, arrays, now_s)
 
-    def failed(self, job: int, why: str, now_s: float) -> None:
-        """The code of the task raised in ``job``."""
-        self._say("failure", say.Failure(job, why[-say.MOST_TEXT // 8 :]), None, now_s)
+    def failed(self, order: Order, why: str, now_s: float) -> None:
+        """The code of the task raised in ``order``."""
+        if self._done(order):
+            failure = say.Failure(order.serial, why[-say.MOST_TEXT // 8 :])
+            self._say("failure", failure, None, now_s)
 
     def leave(self, why: str, now_s: float) -> None:
         """Hand back what is not computed, and go."""
-        self.orders.clear()
+        self._forget()
         if self.state in ("building", "working"):
             self._say("leave", say.Leave(why), None, now_s)
 
