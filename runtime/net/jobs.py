@@ -17,11 +17,12 @@ from offbeat.runtime.errors import (
 
 MOST_OFFENCES = 10  # messages that cannot be right, before a node is cut off
 MOST_STRIKES = 3  # results in a row that are not finite
-RESTARTS_S = 60.0  # the window in which restarts are counted,
+RESTARTS_S = 120.0  # the window in which restarts are counted,
 FREE_RESTARTS = 3  # after so many of which a node has to wait,
 BUILD_S = 60.0  # silence that is allowed while a task is built: imports let nothing else run
 WAIT_MOST_S = 32.0  # twice as long each time, up to this,
-MOST_RESTARTS = 20  # and with so many it is shut out
+MOST_RESTARTS = 9  # and with so many it is shut out
+MOST_NONCES = 32  # processes of a node that are remembered
 
 
 @dataclass(frozen=True)
@@ -125,13 +126,14 @@ class Roster:
         if why := self.quarantined.get(node):
             raise NotNow(why, None)
         member = self.members.get(node)
-        nonces = self._nonces.setdefault(node, deque(maxlen=2 * MOST_RESTARTS))
+        nonces = self._nonces.setdefault(node, deque(maxlen=MOST_NONCES))
         self._joins.setdefault(node, deque(maxlen=MOST_RESTARTS))
         if nonce in list(nonces)[:-1]:  # late words, or a process that slept
             raise NotNow(f"another process joined as {node}", None, replaced=True)
         if member is not None:
             if member.nonce != nonce:
                 raise NotNow(f"another process is here as {node}", self.liveness.heartbeat_s)
+            member.heard_s = now_s
             return member  # it did not hear the answer
         if len(self.members) >= self.slots:
             raise NotNow(f"all {self.slots} places are taken", self.liveness.down_after_s)

@@ -91,8 +91,8 @@ class Spoke:
 
     def _welcomed(self, message: Message, now_s: float) -> None:
         head, body = message.head, message.body
-        if (head.incarnation, body.incarnation) == (self.server, self.incarnation):
-            return  # a second answer to the same greeting
+        if (head.incarnation, body.incarnation) <= (self.server, self.incarnation):
+            return  # another answer to the same greeting, or to an older one
         self.run, self.server, self.incarnation = head.run, head.incarnation, body.incarnation
         self.liveness = Liveness(body.suspect_after_s)
         self._reader = Reader(self.run, self._kinds)
