@@ -376,6 +376,15 @@ def _engine(
         "save_every_s": e.record.save_every_s,
         "progress": progress,
     }
+    try:
+        return _loop(e, records, around, trace)
+    except BaseException:
+        records.close()
+        raise
+
+
+def _loop(e: Experiment, records: Records, around: dict[str, Any], trace: NDArray | None) -> Loop:
+    """The loop of ``e`` on the engine it names, or in this process where it follows a trace."""
     if isinstance(e.algorithm, Gossip):
         assert e.topology is not None
         if trace is None and (loop := e.engine.gossip(e, records, **around)) is not None:
