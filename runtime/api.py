@@ -43,7 +43,7 @@ Progress = Callable[[float], None]
 # What a run folder holds.
 WRITTEN = {
     *("experiment.toml", "metrics.jsonl", "trace.jsonl", "checkpoint", "summary.json"),
-    "picture.png",
+    *("picture.png", "server.json", "server.lock"),
 }
 
 
@@ -402,7 +402,7 @@ def _loop(e: Experiment, records: Records, around: dict[str, Any], trace: NDArra
         workers = VirtualWorkers(e.task, e.fleet, RecordedTiming(trace), e.work, x)
         return Engine(e.task, algorithm, workers, records, **around)
     jobs = e.task, e.fleet, e.fleet.timing(e.seed, int(x.nbytes)), e.work, x
-    if (crew := e.engine.crew(e)) is None:
+    if (crew := e.engine.crew(e, folder)) is None:
         return Engine(e.task, algorithm, VirtualWorkers(*jobs), records, **around)
     try:
         workers = LiveWorkers(*jobs, crew, e.pace) if e.real else RemoteWorkers(*jobs, crew)
