@@ -206,7 +206,7 @@ class Public(End):
 
     def send(self, links: Links, anew: Sequence[int]) -> dict[int, Item]:
         """See ``End``."""
-        sent = dict.fromkeys(links.hears, self.frame)
+        sent: dict[int, Item] = dict.fromkeys(links.hears, self.frame)
         if self.q is not None:
             sent |= {j: self.h + self._damping * self.q for j in anew}
         return sent
@@ -345,7 +345,7 @@ class Peer:
     ) -> None:
         self.x = x
         self._i, self._n, self._seed, self._starting = i, n, seed, common
-        self._pushes, self._d = method.pushes, len(x)
+        self._pushes = method.pushes
         self._ends = {
             name: self._end(name, channel, method, fixed)
             for name, channel in method.channels.items()
@@ -402,34 +402,12 @@ class Peer:
         return {j: [items[j] for items in sent] for j in links.hears}
 
     def read(self, items: Sequence[Item]) -> list[Read]:
-        """What a neighbour sent.
-
-        Raises:
-            PeerError: it is not what a node of this run sends.
-        """
-        if len(items) != len(self._ends):
-            raise PeerError(f"a message has {len(items)} items, not one a channel")
-        read = []
-        for item, end in zip(items, self._ends.values(), strict=True):
-            if item is None:
-                read.append(Read(None, False))
-            elif isinstance(item, np.ndarray):
-                size = self._d if not self._pushes or end.value is None else len(end.value)
-                if item.shape != (size,) or item.dtype != self.x.dtype:
-                    raise PeerError(
-                        f"a vector is {item.dtype} of shape {list(item.shape)}, where "
-                        f"{self.x.dtype} of shape [{size}] is right"
-                    )
-                if not np.isfinite(item).all():
-                    raise PeerError("a vector is not finite")
-                read.append(Read(item, True))
-            else:
-                message = decode([item], self._d)
-                value = message.dense()
-                if message.dtype != self.x.dtype or not np.isfinite(value).all():
-                    raise PeerError(f"a frame is not of finite {self.x.dtype}")
-                read.append(Read(value, False))
-        return read
+        """What a neighbour sent; see ``read``."""
+        values = [self.x if end.value is None else end.value for end in self._ends.values()]
+        found = read(items, [len(value) for value in values], self.x.dtype)
+        if self._pushes and any(one.value is None for one in found):
+            raise PeerError("a share is missing")
+        return found
 
     def inbox(self, links: Links, mail: Mapping[int, Sequence[Read]]) -> None:
         """What came this round, of which ``links.takes`` says what counts."""
@@ -462,6 +440,32 @@ class Peer:
             setattr(self, key, value)
         for name, end in self._ends.items():
             end.restore(state["ends"][name])
+
+
+def read(items: Sequence[Item], sizes: Sequence[int], dtype: np.dtype) -> list[Read]:
+    """One item a channel, of these sizes.
+
+    Raises:
+        PeerError: it is not what a node of this run sends.
+    """
+    if len(items) != len(sizes):
+        raise PeerError(f"a message has {len(items)} items, not one a channel")
+    found = []
+    for item, d in zip(items, sizes, strict=True):
+        if item is None:
+            found.append(Read(None, False))
+            continue
+        whole = isinstance(item, np.ndarray)
+        value = item if isinstance(item, np.ndarray) else decode([item], d).dense()
+        if value.shape != (d,) or value.dtype != dtype:
+            raise PeerError(
+                f"a vector is {value.dtype} of shape {list(value.shape)}, where {dtype} of shape "
+                f"[{d}] is right"
+            )
+        if not np.isfinite(value).all():
+            raise PeerError("a vector is not finite")
+        found.append(Read(value, whole))
+    return found
 
 
 def nbytes(items: Sequence[Item]) -> int:
