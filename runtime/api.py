@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from offbeat.algorithms.gossip import Gossip
 from offbeat.algorithms.server import ALGORITHMS, Algorithm
 from offbeat.runtime import checkpoint
+from offbeat.runtime.backends import ENGINES, Backend
 from offbeat.runtime.engine import Engine
 from offbeat.runtime.errors import ConfigError, StorageError
 from offbeat.runtime.experiment import (
@@ -28,6 +29,7 @@ from offbeat.runtime.experiment import (
 from offbeat.runtime.loop import Loop
 from offbeat.runtime.pairs import Pairs
 from offbeat.runtime.records import TRACE_COLUMNS, Records, column, read_trace
+from offbeat.runtime.remote import LiveWorkers, RemoteWorkers
 from offbeat.runtime.rounds import Rounds
 from offbeat.runtime.settings import DEFAULT_STEPS, Evaluate, Stop
 from offbeat.runtime.virtual import VirtualWorkers
@@ -156,7 +158,9 @@ def run(
     evaluate: Evaluate | Mapping[str, Any] | None = None,
     record: Record | Mapping[str, Any] | None = None,
     seed: int = 0,
-    engine: str = "virtual",
+    engine: Backend | str | Mapping[str, Any] = "virtual",
+    clock: str | None = None,
+    pace: float = 1.0,
     folder: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -175,7 +179,8 @@ def run(
         evaluate: how often to evaluate; about a hundred times if absent.
         record: what to keep.
         seed: of everything that is drawn.
-        engine: "virtual".
+        engine: where gradients are computed; its text or table.
+        clock, pace: see ``Experiment``.
         folder: a new folder for records and checkpoints; without one, all stays in memory.
         progress: called with the fraction done.
 
@@ -216,7 +221,9 @@ def run(
         else Evaluate.sensible(made_stop),
         record=make_settings(Record, record or {}),
         seed=seed,
-        engine=engine,
+        engine=make_part(ENGINES, engine),
+        clock=clock,
+        pace=pace,
     )
     return execute(experiment, None if folder is None else Path(folder), progress=progress)
 
@@ -227,9 +234,7 @@ def execute(
     """Run ``experiment`` from its beginning, recorded in ``folder`` if one is given."""
     if folder is not None:
         prepare(experiment, folder)
-    engine = _engine(experiment, folder, progress)
-    engine.records.begin()
-    return _finish(engine, experiment, folder)
+    return _finish(_engine(experiment, folder, progress), experiment, folder)
 
 
 def prepare(experiment: Experiment, folder: Path) -> None:
@@ -249,6 +254,7 @@ def resume(
     task: Task | None = None,
     algorithm: Algorithm | None = None,
     work: Work | None = None,
+    engine: Backend | str | Mapping[str, Any] | None = None,
     overrides: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -259,13 +265,17 @@ def resume(
     Args:
         folder: of the run.
         task, algorithm, work: needed where the run was made with objects that no file can hold.
+        engine: where gradients are computed from now on; the clock stays what it was.
         overrides: new ends, such as ``["stop.steps=20000"]``.
         progress: called with the fraction done.
     """
     folder = Path(folder)
     overrides = [overrides] if isinstance(overrides, str) else list(overrides or [])
     experiment = with_more(load_experiment(folder, task, algorithm, work), overrides)
-    if overrides:
+    if engine is not None:
+        clock = "real" if experiment.real else "virtual"
+        experiment = replace(experiment, engine=make_part(ENGINES, engine), clock=clock)
+    if overrides or engine is not None:
         reached = checkpointed(folder) if checkpoint.exist(folder / "checkpoint") else None
         if reached and experiment.stop.steps and experiment.stop.steps < reached["step"]:
             raise ConfigError(
@@ -276,12 +286,9 @@ def resume(
     if not checkpoint.exist(folder / "checkpoint"):  # stopped before the first: begin again
         for name in ("metrics.jsonl", "trace.jsonl"):
             (folder / name).unlink(missing_ok=True)
-        engine = _engine(experiment, folder, progress)
-        engine.records.begin()
-        return _finish(engine, experiment, folder)
+        return _finish(_engine(experiment, folder, progress), experiment, folder)
     state, notes = checkpoint.read(folder / "checkpoint")
-    engine = _engine(experiment, folder, progress)
-    return _finish(engine, experiment, folder, state, notes)
+    return _finish(_engine(experiment, folder, progress), experiment, folder, state, notes)
 
 
 def replay(
@@ -304,6 +311,8 @@ def replay(
     state = checkpointed(folder)
     trace = read_trace(folder / "trace.jsonl")[: state["records"]["flushed"]]
     engine = _engine(experiment, None, None, trace)
+    if experiment.real and isinstance(engine, Engine):
+        engine.workers.follow(state["records"]["events"])
     engine.stop = Stop(gradients=max(1, state["gradients"]))
     engine.run()
     if engine.step < state["step"]:  # steps that a timer made after the last arrival
@@ -369,6 +378,8 @@ def _engine(
     }
     if isinstance(e.algorithm, Gossip):
         assert e.topology is not None
+        if trace is None and (loop := e.engine.gossip(e, records, **around)) is not None:
+            return loop
         parts = e.task, e.algorithm, e.topology, e.fleet
         timing = e.fleet.timing(e.seed, 0)
         if trace is not None:
@@ -377,9 +388,19 @@ def _engine(
             return Pairs(*parts, timing, records, work=e.work, **around)
         return Rounds(*parts, timing, records, work=e.work, replicas=e.replicas, **around)
     x = e.task.initial(e.seed)
-    timing = e.fleet.timing(e.seed, int(x.nbytes)) if trace is None else RecordedTiming(trace)
-    workers = VirtualWorkers(e.task, e.fleet, timing, e.work, x)
-    return Engine(e.task, copy.deepcopy(e.algorithm), workers, records, **around)
+    algorithm = copy.deepcopy(e.algorithm)
+    if trace is not None:
+        workers = VirtualWorkers(e.task, e.fleet, RecordedTiming(trace), e.work, x)
+        return Engine(e.task, algorithm, workers, records, **around)
+    jobs = e.task, e.fleet, e.fleet.timing(e.seed, int(x.nbytes)), e.work, x
+    if (crew := e.engine.crew(e)) is None:
+        return Engine(e.task, algorithm, VirtualWorkers(*jobs), records, **around)
+    try:
+        workers = LiveWorkers(*jobs, crew, e.pace) if e.real else RemoteWorkers(*jobs, crew)
+        return Engine(e.task, algorithm, workers, records, **around)
+    except BaseException:
+        crew.close()
+        raise
 
 
 def _finish(
@@ -394,9 +415,12 @@ def _finish(
     try:
         if state is not None:
             engine.restore(state)
+        elif folder is not None:
+            records.begin()
         reason, final = engine.run()
     finally:
         records.close()
+        engine.close()
     facts = engine.facts()
     result = Result(
         experiment=experiment,

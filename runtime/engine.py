@@ -21,7 +21,7 @@ from offbeat.runtime.errors import ConfigError, Diverged
 from offbeat.runtime.loop import Loop
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.records import ROWS_HELD, Records
-from offbeat.runtime.virtual import Job, Joined, Left, More, Timer, VirtualWorkers
+from offbeat.runtime.virtual import Job, Joined, Left, More, Note, Timer, VirtualWorkers
 from offbeat.workers.tasks.contract import Task
 
 
@@ -155,8 +155,11 @@ class Engine(Loop):
     def facts(self) -> dict[str, Any]:
         """See ``Loop``: concurrency, and what became of jobs; who is still out."""
         workers = self.workers
-        counts = {key: getattr(workers, key) for key in ("lost", "reassigned", "cancelled")}
-        return {"concurrency": workers.peak, **counts}
+        return {"concurrency": workers.peak, **workers.facts()}
+
+    def close(self) -> None:
+        """See ``Loop``."""
+        self.workers.close()
 
     def outstanding(self) -> list[int]:
         """See ``Loop``."""
@@ -182,6 +185,11 @@ class Engine(Loop):
                 if type(event) is not Job:
                     if isinstance(event, Timer):
                         self.algorithm.timer(server, event.token)
+                        if workers.real:  # else a replay knows
+                            rung = {"event": "timer", "token": event.token}
+                            records.event(rung, workers.now_s)
+                    elif isinstance(event, Note):
+                        records.event(event.row, workers.now_s)
                     elif event is not None:
                         self._outage(event)  # flushes the rows that most_rows counts
                     break
@@ -199,7 +207,7 @@ class Engine(Loop):
             if event is None:
                 if workers.idle():
                     return "idle"
-                workers.now_s = mark_s
+                workers.reach(mark_s)
             if len(rows) >= most_rows:
                 records.flush()
             if (

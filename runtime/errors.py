@@ -34,6 +34,12 @@ class PeerError(OffbeatError, ValueError):
     exit_code = 5
 
 
+class CrewError(OffbeatError):
+    """The processes that compute are gone, or their code fails."""
+
+    exit_code = 5
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``'; did you mean "x"?'`` where a known name is close, else the list of known names.
 

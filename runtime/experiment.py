@@ -1,5 +1,6 @@
 """An experiment: a value that a TOML file, a command line or Python describes alike."""
 
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -11,6 +12,7 @@ import tomli_w
 
 from offbeat.algorithms.gossip import Gossip
 from offbeat.algorithms.server import ALGORITHMS, Algorithm
+from offbeat.runtime.backends import ENGINES, Backend, virtual
 from offbeat.runtime.errors import ConfigError, nearest
 from offbeat.runtime.network import Network
 from offbeat.runtime.registry import MADE_BY_HAND, MOST_SEEDS, Positive, Registry, settings
@@ -50,7 +52,9 @@ class Experiment:
         work: what a worker does with a job.
         stop, evaluate, record: see there.
         seed: of sampling, durations, permutations and the initial model.
-        engine: where gradients are computed and what orders arrivals; "virtual".
+        engine: where gradients are computed.
+        clock: what orders arrivals, "virtual" or "real"; None: as is natural to the engine.
+        pace: real seconds a second of the fleet's, under a real clock.
     """
 
     task: Task
@@ -64,7 +68,9 @@ class Experiment:
     record: Record = field(default_factory=Record)
     work: Work = field(default_factory=gradient)
     seed: int = 0
-    engine: str = "virtual"
+    engine: Backend = field(default_factory=virtual)
+    clock: str | None = None
+    pace: float = 1.0
 
     def __post_init__(self) -> None:
         """What no part can see alone."""
@@ -73,8 +79,7 @@ class Experiment:
                 f"the task is divided among {self.task.workers} workers, but the fleet has "
                 f"{self.fleet.workers}"
             )
-        if self.engine != "virtual":
-            raise ConfigError(f'no engine is called "{self.engine}"; known: virtual')
+        self._check_clock()
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed must be a whole number, not {self.seed!r}")
         if not 0 <= self.seed < MOST_SEEDS:
@@ -88,6 +93,30 @@ class Experiment:
         elif self.fleet.loss:
             raise ConfigError("fleet.loss is for gossip; a server's messages are not lost")
         self.algorithm.check(self.fleet.workers)
+
+    def _check_clock(self) -> None:
+        clocks = self.engine.clocks
+        if self.clock is not None and self.clock not in clocks:
+            raise ConfigError(
+                f'clock must be {" or ".join(clocks)} with engine = "{self.engine.spec}", '
+                f'not "{self.clock}"'
+            )
+        if isinstance(self.pace, bool) or not isinstance(self.pace, int | float):
+            raise ConfigError(f"pace must be a number, not {self.pace!r}")
+        if not 0 < self.pace < math.inf:
+            raise ConfigError(f"pace must be positive and finite, not {self.pace}")
+        if self.fleet.law().measured and not self.real:
+            raise ConfigError(
+                'fleet.speeds = "real" needs a real clock; take clock = "real" and '
+                'engine = "ray" or "zmq", or a speed law such as "lognormal(1.0)"'
+            )
+        if self.fleet.law().measured and self.fleet.stragglers:
+            raise ConfigError("fleet.stragglers: nothing is emulated where speeds are real")
+
+    @property
+    def real(self) -> bool:
+        """Whether time is real."""
+        return (self.clock or self.engine.clocks[0]) == "real"
 
     def _check_gossip(self, method: Gossip) -> None:
         name = method.spec.name if method.spec else type(method).__name__
@@ -119,7 +148,9 @@ class Experiment:
             gossip |= {"mode": self.mode} if self.mode is not None else {}
         return {
             "seed": self.seed,
-            "engine": self.engine,
+            "engine": _short(self.engine),
+            **({"clock": self.clock} if self.clock is not None else {}),
+            **({"pace": self.pace} if self.pace != 1.0 else {}),
             **gossip,
             "task": _part(self.task),
             "algorithm": _part(self.algorithm),
@@ -140,6 +171,7 @@ NEEDED = {
     "algorithm": ("arrive", "ask"),
     "topology": ("matrix",),
     "work": ("update",),
+    "engine": ("crew",),
 }
 MODES = ("synchronous", "asynchronous")
 REPLICAS = ("links", "global")
@@ -232,6 +264,7 @@ def from_table(table: Mapping[str, Any]) -> list[Experiment]:
     evaluate = attempt(make_settings, Evaluate, table["evaluate"]) if "evaluate" in table else None
     record = attempt(make_settings, Record, table.get("record", {}))
     work = attempt(make_part, WORK, table.get("work", "gradient"))
+    engine = attempt(make_part, ENGINES, table.get("engine", "virtual"))
     for key in ("algorithm", "topology", "mode"):
         if table.get(key) == []:
             mistakes.append(f"{key}: an empty list; name at least one")
@@ -264,7 +297,9 @@ def from_table(table: Mapping[str, Any]) -> list[Experiment]:
             evaluate=evaluate or Evaluate.sensible(stop),
             record=record,
             seed=seed,
-            engine=table.get("engine", "virtual"),
+            engine=engine,
+            clock=table.get("clock"),
+            pace=table.get("pace", 1.0),
         )
         for topology, algorithm, mode in product(
             topologies, algorithms, _several(table, "mode", None)
@@ -340,6 +375,12 @@ def _part(made: Any) -> dict[str, Any]:
                 table[key] = str(path.resolve())
         return table
     return {"name": f"{MADE_BY_HAND}{type(made).__name__}"}
+
+
+def _short(made: Any) -> str | dict[str, Any]:
+    """A part's name where that says all, else its table."""
+    table = _part(made)
+    return table["name"] if len(table) == 1 else table
 
 
 def _given(record: Any) -> dict[str, Any]:

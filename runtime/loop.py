@@ -87,6 +87,9 @@ class Loop(ABC):
     def facts(self) -> dict[str, Any]:
         """Facts about the run for its summary."""
 
+    def close(self) -> None:  # noqa: B027 - most hold nothing
+        """Let go of all that outlives the run: processes, sockets; may be called twice."""
+
     def outstanding(self) -> list[int]:
         """The step that each job still out was given."""
         return []

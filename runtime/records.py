@@ -160,12 +160,15 @@ class Records:
 
     def outage(self, workers: VirtualWorkers, event: Left | Joined) -> None:
         """A worker left or came back."""
-        self.flush()
-        row: dict[str, Any] = {"time_s": workers.now_s, "worker": event.worker}
+        row: dict[str, Any] = {"worker": event.worker, "event": "joined"}
         if isinstance(event, Left):
             row |= {"event": "left", "jobs": [job.number for job in event.jobs]}
-        else:
-            row["event"] = "joined"
+        self.event(row, workers.now_s)
+
+    def event(self, row: dict[str, Any], time_s: float) -> None:
+        """Something happened that is no arrival; ``row`` says what under "event"."""
+        self.flush()
+        row = {"time_s": time_s} | row
         self.events.append(row)
         self._write("trace.jsonl", json.dumps(row) + "\n")
 

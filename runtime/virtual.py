@@ -18,12 +18,12 @@ from typing import Any, NamedTuple, final
 import numpy as np
 from numpy.typing import NDArray
 
+from offbeat.runtime.crew import ALONE_BYTES, rows
 from offbeat.workers.fleet import Fleet, Timing
 from offbeat.workers.tasks.contract import Task
 from offbeat.workers.work import Gradient, Work
 
 STACK_BYTES = 2**22  # models stacked for one batched call
-ALONE_BYTES = 2**20  # models this large are computed one by one, when due
 NEVER: Any = math.inf, 0, None  # what an empty heap would have on top
 
 
@@ -37,12 +37,14 @@ class Job:
         "dropped",
         "end_s",
         "kept",
+        "late",
         "loss",
         "number",
         "order",
         "payload",
         "serial",
         "shard",
+        "spent_s",
         "start_s",
         "step",
         "steps",
@@ -53,6 +55,8 @@ class Job:
     x: Any  # the model [d]; None once dropped
     payload: Any
     kept: dict[str, NDArray]  # rows [1, ...] that its worker shall keep; set where there are any
+    late: bool  # of a crew: it took longer than its worker would have
+    spent_s: float  # of a crew: real seconds
     loss: float
     order: int  # of start, among all jobs: breaks ties
     start_s: float
@@ -97,6 +101,12 @@ class Timer(NamedTuple):
     token: int
 
 
+class Note(NamedTuple):
+    """Something that is no business of the method, for the records."""
+
+    row: dict[str, Any]
+
+
 class VirtualWorkers:
     """All workers of a fleet: takes jobs, answers events in order of virtual time.
 
@@ -107,6 +117,8 @@ class VirtualWorkers:
         work: what they do with a job.
         x: a model ``[d]``, for what they keep between jobs.
     """
+
+    real = False  # time is virtual
 
     def __init__(self, task: Task, fleet: Fleet, timing: Timing, work: Work, x: NDArray) -> None:
         self.task, self._plan, self._finish = task, timing.plan, timing.finish
@@ -119,6 +131,7 @@ class VirtualWorkers:
         # its worker's own data, the jobs' numbers say the same (and nothing is spent on it).
         self._drawn: list[int] | None = None if self.plain else [0] * n
         self._timers: list[tuple[float, int, int]] = []  # heap of (time, order, token)
+        self._follows = False  # a trace, which says when timers rang
         self.now_s = 0.0
         self.outstanding = 0
         self.peak = 0  # most jobs outstanding at a time
@@ -210,11 +223,13 @@ class VirtualWorkers:
 
     def after(self, seconds: float, token: int) -> None:
         """Answer ``Timer(token)`` when so many seconds have passed, behind results due then."""
+        if self._follows:
+            return
         self._order += 1
         heappush(self._timers, (self.now_s + seconds, self._order, token))
         self._await_change()
 
-    def pop(self, before_s: float) -> Job | Left | Joined | Timer | None:
+    def pop(self, before_s: float) -> Job | Left | Joined | Timer | Note | None:
         """The next event, a result with its payload; None where none happens before then."""
         heap = self._heap
         if self._popped:
@@ -239,6 +254,26 @@ class VirtualWorkers:
         if not self.plain:
             self._arrived(job)
         return job
+
+    def reach(self, mark_s: float) -> None:
+        """Time goes on to ``mark_s``; ask after ``pop`` answered None."""
+        self.now_s = mark_s
+
+    def facts(self) -> dict[str, int]:
+        """What became of jobs."""
+        return {key: getattr(self, key) for key in ("lost", "reassigned", "cancelled")}
+
+    def close(self) -> None:
+        """The run is over."""
+
+    def follow(self, events: list[dict[str, Any]]) -> None:
+        """Have workers leave and return, and timers ring, when a trace's ``events`` say so."""
+        told = [e for e in events if e["event"] in ("left", "joined")]
+        self._changes = [(e["time_s"], int(e["event"] == "joined"), e["worker"]) for e in told]
+        rung = [e for e in events if e["event"] == "timer"]
+        self._timers = [(e["time_s"], order, e["token"]) for order, e in enumerate(rung)]
+        self._follows = True
+        self._await_change()
 
     def idle(self) -> bool:
         """Whether nothing is left to happen; ask after ``pop`` answered None."""
@@ -319,34 +354,28 @@ class VirtualWorkers:
         x = np.array([job.x for job in jobs]) if len(jobs) > 1 else jobs[0].x[None]
         worker = np.array([job.shard for job in jobs])
         draw = np.array([job.draw for job in jobs])
-        if self.plain:
-            rows, payloads = self.task.gradient(x, worker, draw)
-        else:
-            rows, payloads = self._work(jobs, x, worker, draw)
-        losses, flat = rows.tolist(), payloads.reshape(-1)
-        if not math.isfinite(flat.dot(flat) + sum(losses)):
-            # Not a number marks the rows that are not finite; their arrival stops the run.
-            good = np.isfinite(payloads).all(axis=1) & np.isfinite(rows)
-            losses = np.where(good, rows, np.nan).tolist()
+        losses, payloads = self._work(jobs, x, worker, draw)
         for job, loss, payload in zip(jobs, losses, payloads, strict=True):
             job.loss, job.payload = loss, payload
 
     def _work(
         self, jobs: list[Job], x: NDArray, shard: NDArray, draw: NDArray
-    ) -> tuple[NDArray, NDArray]:
-        """Losses ``[k]`` and updates ``[k, d]``, and in each job what its worker shall keep."""
+    ) -> tuple[list[float], NDArray]:
+        """Losses and updates ``[k, d]``, and in each job what its worker shall keep."""
+        if self.plain:
+            return rows(self.task, self.work, x, shard, draw, draw, {})
         steps = np.array([job.steps for job in jobs])
         if jobs[0].x.nbytes >= ALONE_BYTES:  # it is due: its worker's rows may change in place
             mine = slice(jobs[0].worker, jobs[0].worker + 1)
             kept = {name: held[mine] for name, held in self._kept.items()}
-            return self.work.update(self.task, x, shard, draw, steps, kept)
+            return rows(self.task, self.work, x, shard, draw, steps, kept)
         # It is ahead of its time, and leaves no trace if it is cancelled.
         worker = np.array([job.worker for job in jobs])
         kept = {name: held[worker] for name, held in self._kept.items()}
-        losses, updates = self.work.update(self.task, x, shard, draw, steps, kept)
+        losses, updates = rows(self.task, self.work, x, shard, draw, steps, kept)
         if kept:
             for j, job in enumerate(jobs):
-                job.kept = {name: rows[j : j + 1] for name, rows in kept.items()}
+                job.kept = {name: held[j : j + 1] for name, held in kept.items()}
         return losses, updates
 
     def _arrived(self, job: Job) -> None:
@@ -369,19 +398,26 @@ class VirtualWorkers:
         self.now_s = time_s
         self._next_change += 1
         self._await_change()
-        if back:
-            self._away.discard(worker)
-            stranded, self._stranded = self._stranded, []
-            self.outstanding -= len(stranded)
-            for waiting in stranded:
-                self.take(worker, *waiting)
-            return Joined(worker)
+        return self._return(worker) if back else self._leave(worker)
+
+    def _leave(self, worker: int) -> Left:
         self._away.add(worker)
-        # What is computed and on its way still arrives.
-        jobs = [j for j in self._jobs_of(worker) if j.order < 0 or j.end_s > time_s]
+        jobs = self._unfinished(worker)
         for job in reversed(jobs):
             self._drop(job)
         return Left(worker, jobs)
+
+    def _return(self, worker: int) -> Joined:
+        self._away.discard(worker)
+        stranded, self._stranded = self._stranded, []
+        self.outstanding -= len(stranded)
+        for waiting in stranded:
+            self.take(worker, *waiting)
+        return Joined(worker)
+
+    def _unfinished(self, worker: int) -> list[Job]:
+        """What a worker that goes away leaves; what is computed and on its way still arrives."""
+        return [j for j in self._jobs_of(worker) if j.order < 0 or j.end_s > self.now_s]
 
     def _await_change(self) -> None:
         """Set when the next outage begins or ends, or the next timer rings."""

@@ -46,6 +46,7 @@ class Law:
     """A speed law: ``clock`` makes it definite for a number of workers and a seed."""
 
     spec: Spec | None = None
+    measured = False  # rather than emulated
 
     def __init__(self, mean: Seconds, make: Callable[[NDArray, int], Clock]) -> None:
         self.mean, self._make = mean, make
@@ -330,6 +331,22 @@ def _trace_rows(path: Path) -> Iterator[tuple[int, int, float]]:
                 yield number, int(worker), float(taken)
         except (ValueError, IndexError, TypeError):
             raise ConfigError(f'{path} line {number}: "{line[:40]}" is no worker,seconds') from None
+
+
+class Instant(Clock):
+    """Jobs take no time of their own: what they really take is all."""
+
+    def finish(self, worker: int, number: int, start_s: float, steps: int = 1) -> float:
+        """See ``Clock``."""
+        return start_s
+
+
+@SPEEDS.register("real")
+def real() -> Law:
+    """As fast as the machines are: nothing is emulated; for a real clock only."""
+    law = Law(1.0, lambda means, seed: Instant())
+    law.measured = True
+    return law
 
 
 def parse(text: str | float | list[float]) -> Law:

@@ -1,0 +1,169 @@
+"""Who computes jobs somewhere else: the contract between a server run and what carries it.
+
+    crew.submit(order); ...; for event in crew.collect(timeout_s): ...
+
+The run says what is to be computed; the crew moves it to a process that has the task, has a
+``Runner`` there compute it, and brings the answer back, once or not at all.  When results count is
+not its business: see ``runtime.remote``.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offbeat.workers.tasks.contract import Task
+from offbeat.workers.work import Gradient, Kept, Work
+
+ALONE_BYTES = 2**20  # models this large are computed one by one
+
+
+class Order(NamedTuple):
+    """A job as the process that computes it needs it."""
+
+    serial: int
+    """Its number among all jobs of the run; an answer names it."""
+    worker: int
+    """Whose job it is, 0..n-1; a worker's orders are computed in the order of submission."""
+    shard: int
+    draw: int
+    steps: int
+    step: int
+    """The server step of the model: orders of one step mostly have one model (see ``x``)."""
+    x: NDArray
+    """The model ``[d]``, never changed; the same object where it is the same model."""
+    kept: Kept | None
+    """Rows ``[1, ...]`` that its worker keeps, where its process may not have them; else None."""
+
+
+class Answer(NamedTuple):
+    """What came of an order."""
+
+    serial: int
+    loss: float
+    """Not a number where loss or payload is not finite."""
+    payload: NDArray
+    """``[d]``."""
+    kept: Kept
+    """Rows ``[1, ...]`` that the worker keeps from now on."""
+    spent_s: float
+    """Real seconds that were spent computing."""
+
+
+class Gone(NamedTuple):
+    """A worker's process is gone, and all it had been given with it."""
+
+    worker: int
+    why: str
+    """Part of a sentence: "its process was killed"."""
+
+
+class Back(NamedTuple):
+    """A worker has a process again, which knows nothing."""
+
+    worker: int
+
+
+class Failed(NamedTuple):
+    """The task's or the work's own code raised."""
+
+    serial: int
+    why: str
+    """The traceback."""
+
+
+Event = Answer | Gone | Back | Failed
+
+
+class Crew(ABC):
+    """Processes that compute.
+
+    A worker that is not there at the beginning is ``Gone`` at the first ``collect``.  After
+    ``Gone`` the orders it had are forgotten: what is still wanted is submitted again after
+    ``Back``, or to another.
+    """
+
+    @abstractmethod
+    def submit(self, order: Order) -> None:
+        """Have it computed; does not block."""
+
+    def cancel(self, serial: int) -> None:  # noqa: B027 - it may be computed in vain
+        """Its answer is not wanted any more; one that comes all the same is no error."""
+
+    @abstractmethod
+    def collect(self, timeout_s: float) -> Sequence[Event]:
+        """What happened, waiting for at most so long where nothing has; 0 does not wait.
+
+        Raises:
+            CrewError: nobody is left to compute.
+        """
+
+    def checkpointed(self, step: int) -> None:  # noqa: B027 - most need not know
+        """All that arrived up to ``step`` is on the disk."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End every process it began; may be called twice."""
+
+
+class Runner:
+    """Computes orders, on the worker's side.
+
+    Args:
+        task: whose gradients.
+        work: what a worker does with a job.
+    """
+
+    def __init__(self, task: Task, work: Work) -> None:
+        self.task, self.work = task, work
+        self._kept: dict[int, Kept] = {}
+
+    def compute(self, orders: Sequence[Order]) -> list[Answer]:
+        """Answers to ``orders``, at once where models are small and the workers differ."""
+        alone = orders[0].x.nbytes >= ALONE_BYTES or (
+            type(self.work) is not Gradient and len({o.worker for o in orders}) < len(orders)
+        )
+        groups = [[order] for order in orders] if alone else [list(orders)]
+        return [answer for group in groups for answer in self._batch(group)]
+
+    def _batch(self, orders: list[Order]) -> list[Answer]:
+        began_s = time.perf_counter()
+        x = np.array([o.x for o in orders]) if len(orders) > 1 else orders[0].x[None]
+        shard, draw, steps = np.array([(o.shard, o.draw, o.steps) for o in orders]).T
+        mine = [self._keeps(order) for order in orders]
+        kept = {name: np.concatenate([row[name] for row in mine]) for name in mine[0]}
+        losses, payloads = rows(self.task, self.work, x, shard, draw, steps, kept)
+        spent_s = (time.perf_counter() - began_s) / len(orders)
+        answers = []
+        for j, (order, loss) in enumerate(zip(orders, losses, strict=True)):
+            row = {name: held[j : j + 1] for name, held in kept.items()}
+            if row:
+                self._kept[order.worker] = row
+            answers.append(Answer(order.serial, loss, payloads[j], row, spent_s))
+        return answers
+
+    def _keeps(self, order: Order) -> Kept:
+        if order.kept is not None:
+            return order.kept
+        if order.worker in self._kept:
+            return self._kept[order.worker]
+        return self.work.keep(1, order.x)
+
+
+def rows(
+    task: Task, work: Work, x: NDArray, shard: NDArray, draw: NDArray, steps: NDArray, kept: Kept
+) -> tuple[list[float], NDArray]:
+    """Losses and payloads ``[k, d]`` of k jobs; the loss of what is not finite is not a number."""
+    if type(work) is Gradient:
+        losses, payloads = task.gradient(x, shard, draw)
+    else:
+        losses, payloads = work.update(task, x, shard, draw, steps, kept)
+    flat = payloads.reshape(-1)
+    told = losses.tolist()
+    if not np.isfinite(flat.dot(flat) + sum(told)):
+        good = np.isfinite(payloads).all(axis=1) & np.isfinite(losses)
+        told = np.where(good, losses, np.nan).tolist()
+    return told, payloads

@@ -1,0 +1,200 @@
+"""Jobs computed by a crew: the same run under the virtual clock, a replayable one under a real."""
+
+import time
+
+import numpy as np
+import pytest
+from servers import METHODS, WORKS, N, make
+
+import offbeat
+from offbeat.runtime.backends import ENGINES, Virtual
+from offbeat.runtime.crew import Back, Crew, Failed, Gone, Runner
+from offbeat.runtime.errors import CrewError
+from offbeat.workers.tasks import quadratic
+
+EVERY = pytest.mark.parametrize("name", METHODS)
+
+
+class HereCrew(Crew):
+    """Computes in this process, one order a call, of an arbitrary worker; loses processes.
+
+    Args:
+        experiment: what to run.
+        seed: of whose turn it is, and who is killed.
+        kills: probability that a call ends a process instead; it is back at a later call.
+    """
+
+    def __init__(self, experiment, seed=0, kills=0.0):
+        self.task, self.work = experiment.task, experiment.work
+        self.runners = [Runner(self.task, self.work) for _ in range(experiment.task.workers)]
+        self.pending = {}
+        self.random, self.kills, self.killed = np.random.default_rng(seed), kills, []
+        self.away, self.closed = [], False
+
+    def submit(self, order):
+        assert not order.x.flags.writeable
+        if order.worker not in self.away:  # else it is forgotten
+            self.pending[order.serial] = order
+
+    def cancel(self, serial):
+        self.pending.pop(serial, None)
+
+    def collect(self, timeout_s):
+        if self.away and self.random.random() < 0.5:
+            return [Back(self.away.pop(0))]
+        workers = sorted({order.worker for order in self.pending.values()})
+        if not workers:
+            time.sleep(timeout_s)
+            return []
+        worker = int(self.random.choice(workers))
+        if self.random.random() < self.kills:
+            self.runners[worker] = Runner(self.task, self.work)
+            gone = [s for s, order in self.pending.items() if order.worker == worker]
+            for serial in gone:
+                del self.pending[serial]
+            self.away.append(worker)
+            self.killed.append(worker)
+            return [Gone(worker, "the test killed it")]
+        mine = [serial for serial, order in self.pending.items() if order.worker == worker]
+        return self.runners[worker].compute([self.pending.pop(min(mine))])
+
+    def close(self):
+        self.closed = True
+
+
+class Here(Virtual):
+    """An engine whose crews are ``HereCrew``, or of another class."""
+
+    clocks = ("virtual", "real")
+
+    def __init__(self, make, **options):
+        self.make, self.options = make, options
+
+    def crew(self, experiment):
+        self.made = self.make(experiment, **self.options)
+        return self.made
+
+
+@ENGINES.register("here")
+def here(kills: float = 0.0, seed: int = 0) -> Here:
+    """For tests: this process, as if it were others."""
+    return Here(HereCrew, kills=kills, seed=seed)
+
+
+def run(name, engine, fleet=f"{N} lognormal(1.0)", steps=120, **more):
+    task = quadratic(5, workers=N, noise=0.3, seed=2)
+    work = WORKS.get(name, "gradient")
+    options = {"stop": {"steps": steps}, "seed": 4, **more}
+    return offbeat.run(task, make(name), fleet, work=work, engine=engine, **options)
+
+
+@EVERY
+def test_a_crew_under_the_virtual_clock_changes_nothing(name):
+    engine = here(kills=0.05, seed=1)
+    ours, plain = run(name, engine), run(name, "virtual")
+    np.testing.assert_array_equal(ours.x, plain.x)
+    np.testing.assert_array_equal(ours.trace, plain.trace)
+    assert len(engine.made.killed) > 2
+    assert ours.facts["restarts"] >= len(engine.made.killed) - N
+    assert engine.made.closed
+
+
+@EVERY
+@pytest.mark.parametrize("speeds", ["lognormal(1.0)", "real"])
+def test_a_real_run_replays_to_the_same_bits(name, speeds, tmp_path):
+    fleet = f"{N} {speeds}"
+    engine = here(kills=0.03, seed=1)
+    pace = 1e-3 if speeds == "real" else 1e-5
+    result = run(name, engine, fleet, clock="real", pace=pace, folder=tmp_path / "run")
+    assert result.reason == "steps"
+    assert (np.diff(result.trace[:, 0]) > 0).all()
+    gone = [event for event in result.events if event["event"] == "gone"]
+    assert len(gone) == len(engine.made.killed) > 0
+    again = offbeat.replay(tmp_path / "run")
+    np.testing.assert_array_equal(again.x, result.x)
+    np.testing.assert_array_equal(again.trace, result.trace)
+
+
+@pytest.mark.parametrize("policy", ["lose", "reassign"])
+@pytest.mark.parametrize("name", ["pure", "random", "ringleader", "delayed-nesterov"])
+def test_what_a_dead_process_had_is_lost_or_reassigned(name, policy, tmp_path):
+    fleet = f"{N} uniform(0.5) on_outage={policy}"
+    engine = here(kills=0.03, seed=3)
+    result = run(name, engine, fleet, clock="real", pace=1e-4, folder=tmp_path / "run", steps=200)
+    assert result.reason == "steps"
+    counted = result.facts["lost" if policy == "lose" else "reassigned"]
+    left = [event for event in result.events if event["event"] == "left"]
+    assert counted == sum(len(event["jobs"]) for event in left) > 0
+    again = offbeat.replay(tmp_path / "run")
+    np.testing.assert_array_equal(again.x, result.x)
+    np.testing.assert_array_equal(again.trace, result.trace)
+
+
+def test_a_real_run_takes_the_time_its_fleet_would(tmp_path):
+    began_s = time.monotonic()
+    result = run("pure", here(), "8 0.02 stragglers=1x5", clock="real", steps=100)
+    taken_s = time.monotonic() - began_s
+    counts = np.bincount(result.trace[:, 1].astype(int), minlength=N)
+    assert taken_s >= 0.02 * 100 / (7 + 1 / 5)
+    assert counts[7] <= taken_s / 0.1
+    assert (counts[:7] <= taken_s / 0.02).all()
+
+
+@pytest.mark.parametrize("speeds", ["lognormal(1.0)", "real"])
+def test_a_real_run_is_resumed_and_replayed(speeds, tmp_path):
+    options = {"clock": "real", "pace": 1e-4, "folder": tmp_path / "run"}
+    run("delayed-nesterov", here(kills=0.02), f"{N} {speeds}", steps=60, **options)
+    for steps in (61, 130):
+        result = offbeat.resume(tmp_path / "run", overrides=[f"stop.steps={steps}"])
+    assert result.final["step"] == 130
+    assert (np.diff(result.trace[:, 0]) > 0).all()
+    again = offbeat.replay(tmp_path / "run")
+    np.testing.assert_array_equal(again.x, result.x)
+    np.testing.assert_array_equal(again.trace, result.trace)
+
+
+class Broken(HereCrew):
+    """Whose task raises at one worker."""
+
+    def collect(self, timeout_s):
+        for serial, order in self.pending.items():
+            if order.worker == 3:
+                del self.pending[serial]
+                return [Failed(serial, "ZeroDivisionError: division by zero")]
+        return super().collect(timeout_s)
+
+
+@pytest.mark.parametrize("clock", ["virtual", "real"])
+def test_code_that_raises_again_and_again_ends_the_run(clock):
+    engine = Here(Broken)
+    with pytest.raises(CrewError, match=r"job 0 of worker 3 .* failed 3 times.*\nZeroDivision"):
+        run("pure", engine, clock=clock, pace=1e-5)
+    assert engine.made.closed
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"clock": "real"}, 'clock must be virtual with engine = "virtual", not "real"'),
+        ({"engine": "here", "clock": "rael"}, 'clock must be virtual or real .* not "rael"'),
+        ({"engine": "here", "clock": "real", "pace": 0}, "pace must be positive"),
+        ({"engine": "hare"}, 'no engine is called "hare"; did you mean "here"'),
+        ({"fleet": "8 real"}, 'fleet.speeds = "real" needs a real clock'),
+        ({"engine": "here", "clock": "real", "fleet": "8 real stragglers=1x5"}, "nothing is emu"),
+    ],
+)
+def test_mistakes_about_engines_and_clocks(options, said):
+    with pytest.raises(offbeat.ConfigError, match=said):
+        offbeat.run("quadratic(5)", "pure", **{"fleet": "8 1.0", **options})
+
+
+def test_a_run_may_go_on_with_another_engine(tmp_path):
+    options = {"work": WORKS["local-sgd"], "seed": 4}
+    parts = "quadratic(5, noise=0.3)", "local-sgd(lr=0.05)", f"{N} lognormal(1.0)"
+    whole = offbeat.run(*parts, **options, stop={"steps": 90})
+    offbeat.run(*parts, **options, stop={"steps": 30}, folder=tmp_path / "run")
+    for steps, engine in ((60, "here(kills=0.05)"), (90, "virtual")):
+        ends = [f"stop.steps={steps}"]
+        result = offbeat.resume(tmp_path / "run", engine=engine, overrides=ends)
+    np.testing.assert_array_equal(result.x, whole.x)
+    np.testing.assert_array_equal(result.trace, whole.trace)
