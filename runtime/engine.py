@@ -10,6 +10,7 @@ import copy
 import math
 import operator
 import time
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,12 @@ class ServerState:
     def sizes(self) -> NDArray:
         """``[n]``: how much data each shard has."""
         return np.asarray(getattr(self._workers.task, "sizes", np.ones(self.n)))
+
+    @property
+    def tensors(self) -> list[slice]:
+        """Where each tensor of the model lies in ``x``; all of it, where the task does not say."""
+        ends = accumulate(getattr(self._workers.task, "tensors", [self.x.size]), initial=0)
+        return [slice(first, end) for first, end in pairwise(ends)]
 
     def cancel(self, worker: int) -> int:
         """Drop every outstanding job of ``worker``; answers how many there were."""
@@ -235,7 +242,7 @@ class Engine(Loop):
         if isinstance(event, Joined):
             if lost := self._lost.pop(event.worker, 0):
                 self.algorithm.joined(server, event.worker, lost)
-            if not workers.has_job(event.worker) and workers.relieve():
+            if not workers.has_job(event.worker) and workers.relieve(event.worker):
                 server.assign(event.worker)
             return
         if not workers.reassigns:

@@ -54,6 +54,11 @@ class Server(Protocol):
         ...
 
     @property
+    def tensors(self) -> list[slice]:
+        """Where each tensor of the model lies in ``x``; all of it, where the task does not say."""
+        ...
+
+    @property
     def outstanding(self) -> int:
         """Jobs handed out and not yet back."""
         ...
