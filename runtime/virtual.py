@@ -129,7 +129,7 @@ class VirtualWorkers:
         self.most_steps = work.steps  # of a job so far
         # Samples of each shard that jobs were given; until a job is anything but one gradient of
         # its worker's own data, the jobs' numbers say the same (and nothing is spent on it).
-        self._drawn: list[int] | None = None if self.plain else [0] * n
+        self._drawn: list[int] | None = None if self.plain else [0] * task.workers
         self._timers: list[tuple[float, int, int]] = []  # heap of (time, order, token)
         self._follows = False  # a trace, which says when timers rang
         self.now_s = 0.0
@@ -191,7 +191,7 @@ class VirtualWorkers:
     def _address(self, job: Job, more: More) -> None:
         """Say what is more to a job than its worker's next gradient."""
         if self._drawn is None:
-            self._drawn = list(self._numbers)
+            self._drawn = self._numbers + [0] * (self.task.workers - self.n)
             self._drawn[job.worker] -= 1  # this job's own
         if more.shard is not None:
             job.shard = more.shard

@@ -22,13 +22,17 @@ from offbeat.algorithms.server import (
 )
 from offbeat.algorithms.server.decoupled import Fragments
 from offbeat.algorithms.server.heloco import Align, aligned
-from offbeat.algorithms.server.local_sgd import LocalUpdates, ShardSampling
-from offbeat.algorithms.server.method import Buffer, DiscardStale, StalenessWeight, StepSize
+from offbeat.algorithms.server.local_sgd import LocalUpdates, ShardSampling, Windows
+from offbeat.algorithms.server.method import Buffer, DiscardStale, Method, StalenessWeight, StepSize
 from offbeat.algorithms.server.muloco import ErrorFeedback
 from offbeat.algorithms.server.outer import Adam, Compensate, DelayedNesterov, Momentum
-from offbeat.runtime.records import column
+from offbeat.runtime.engine import Engine
+from offbeat.runtime.records import Records, column
+from offbeat.runtime.settings import Evaluate, Stop
+from offbeat.runtime.virtual import VirtualWorkers
 from offbeat.workers.speeds import Changing, Law
 from offbeat.workers.tasks import Quadratic, logistic, mlp, quadratic
+from offbeat.workers.work import WORK
 
 PROFILE = [0.58, 0.75, 1.51, 3.33]  # seconds a local step: the authors' four devices
 FLEET = offbeat.Fleet(workers=4, speeds=PROFILE)
@@ -276,6 +280,96 @@ def test_sampled_shards_are_learned_evenly_however_fast_their_workers_are():
     own = async_local_sgd(lr=0.1, outer="sgd")
     offbeat.run(task, own, FLEET, work=H20, stop={"steps": 1000}, evaluate={"steps": 1000})
     assert used[0] > 5 * used[3]
+
+
+def test_there_can_be_more_shards_than_workers():
+    """Ten shards on four workers of the published profile: all are learned alike."""
+    task = logistic("digits", workers=10, partition="classes(1)")
+    used, once = np.zeros(10, int), task.gradient
+    task.gradient = lambda x, w, d: np.add.at(used, w, 1) or once(x, w, d)
+    method = "async-local-sgd(lr=0.5, outer=sgd, sample_shards=true)"
+    options = {"work": "local-steps(sgd(lr=0.1), steps=10)", "evaluate": {"gradients": 4000}}
+    run = offbeat.run(task, method, FLEET, stop={"gradients": 4000}, **options)
+    share = used / task.sizes
+    assert (share.max() - share.min()) * task.sizes.mean() <= 2 * 10 * 4  # a round or so
+    assert run.final["accuracy"] > 0.85  # of ten classes, of which a worker alone has one at a time
+
+
+@pytest.mark.parametrize("steps", [40, 41])
+def test_more_shards_than_workers_in_a_folder(steps, tmp_path):
+    experiment = {
+        "task": {"name": "quadratic", "workers": 7, "noise": 0.3},
+        "algorithm": "delayed-nesterov(lr=0.1, sample_shards=true)",
+        "fleet": {"workers": 3, "speeds": "1..3"}, "work": "local-steps(momentum(0.1), steps=2)",
+    }  # fmt: skip
+    offbeat.run(**experiment, stop={"steps": steps}, folder=tmp_path / "r")
+    again = offbeat.resume(tmp_path / "r", overrides=["stop.steps=90"])
+    whole = offbeat.run(**experiment, stop={"steps": 90})
+    np.testing.assert_array_equal(whole.x, again.x)
+    np.testing.assert_array_equal(whole.x, offbeat.replay(tmp_path / "r").x)
+
+
+@pytest.mark.parametrize(
+    ("method", "workers", "message"),
+    [
+        (
+            "diloco",
+            3,
+            "divided among 10 workers, but the fleet has 3; for more shards than workers",
+        ),
+        ("diloco(sample_shards=true)", 11, "among 10 workers, but the fleet has 11"),
+    ],
+)
+def test_shards_without_workers_are_refused(method, workers, message):
+    with pytest.raises(offbeat.ConfigError, match=message):
+        offbeat.run(quadratic(3, workers=10), method, f"{workers} 1.0", work=H20)
+
+
+def test_what_a_worker_keeps_stays_with_it_whatever_shard_it_is_given():
+    """AdamW's number of steps is that of the worker, its moments those of all its gradients."""
+    steps = {w: 0 for w in range(4)}
+    shards = {w: set() for w in range(4)}
+
+    class Watched(Method):
+        def arrive(self, server, update):
+            steps[update.worker] += update.steps
+            shards[update.worker].add(update.shard)
+            super().arrive(server, update)
+
+    plan = Windows(local=LocalUpdates(PROFILE), shards=ShardSampling())
+    work, fleet = WORK.parse("local-steps(adamw(lr=0.01), steps=20)"), FLEET
+    task = logistic("digits", workers=4)
+    workers = VirtualWorkers(task, fleet, fleet.timing(0, 0), work, task.initial(0))
+    engine = Engine(
+        task, Watched(plan, [StepSize(0.1)]), workers, Records(fleet, None), seed=0,
+        stop=Stop(steps=60), evaluate=Evaluate(steps=60),
+    )  # fmt: skip
+    engine.run()
+    assert workers._kept["steps"].tolist() == [steps[w] for w in range(4)]
+    assert min(len(seen) for seen in shards.values()) > 1
+
+
+def test_what_a_barrier_has_heard_counts_where_the_last_job_is_lost():
+    """The slow worker is gone for good at 30 s: the round's two others make its step then."""
+    fleet = offbeat.Fleet(
+        workers=3, speeds=[1.0, 1.0, 4.0], on_outage="lose",
+        outages=[offbeat.Outage(worker=2, from_s=30.0)],
+    )  # fmt: skip
+    task, work = quadratic(5, workers=3), "local-steps(sgd(lr=0.2), steps=5)"
+    result = offbeat.run(
+        task, local_sgd(), fleet, work=work, stop={"steps": 3}, evaluate={"steps": 1}
+    )
+    assert result.column("time_s").tolist() == [0.0, 20.0, 30.0, 35.0]
+    gradient, x = reference.one_by_one(task), task.initial(0)
+    for there in ((0, 1, 2), (0, 1), (0, 1)):
+        models = []
+        for worker in there:
+            y = x
+            for _ in range(5):
+                y = y - 0.2 * gradient(y, worker, 0)
+            models.append(y)
+        x = np.mean(models, axis=0)
+    np.testing.assert_allclose(result.x, x, rtol=1e-12)
 
 
 def test_schedules_follow_the_shard_whoever_works_on_it():
