@@ -183,7 +183,8 @@ class Fragments(Algorithm):
             step[first:end] = self.lr * (g + self.beta * m)
         server.apply(step)
         for due in self.due:
-            due.append(p)
+            if p not in due:
+                due.append(p)
         self.t += 1
         self._open()
         waiting, self.waiting = self.waiting, []
