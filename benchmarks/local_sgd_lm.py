@@ -175,6 +175,8 @@ def draw(drawn: dict[str, list[offbeat.Result]], path: str) -> None:
             axis.plot(x, y.mean(axis=0), label=arm, color=colour, lw=1.6)
             axis.fill_between(x, y.min(axis=0), y.max(axis=0), color=colour, alpha=0.15, lw=0)
         axis.set(xlabel=label, yscale="log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.grid(alpha=0.25, which="both")
     axes[0].set(ylabel="perplexity, held-out text")
     axes[1].set_xlim(0, 600)
