@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -234,9 +234,7 @@ def execute(
     """Run ``experiment`` from its beginning, recorded in ``folder`` if one is given."""
     if folder is not None:
         prepare(experiment, folder)
-    engine = _engine(experiment, folder, progress)
-    engine.records.begin()
-    return _finish(engine, experiment, folder)
+    return _finish(_engine(experiment, folder, progress), experiment, folder)
 
 
 def prepare(experiment: Experiment, folder: Path) -> None:
@@ -256,6 +254,7 @@ def resume(
     task: Task | None = None,
     algorithm: Algorithm | None = None,
     work: Work | None = None,
+    engine: Backend | str | Mapping[str, Any] | None = None,
     overrides: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -266,13 +265,17 @@ def resume(
     Args:
         folder: of the run.
         task, algorithm, work: needed where the run was made with objects that no file can hold.
+        engine: where gradients are computed from now on; the clock stays what it was.
         overrides: new ends, such as ``["stop.steps=20000"]``.
         progress: called with the fraction done.
     """
     folder = Path(folder)
     overrides = [overrides] if isinstance(overrides, str) else list(overrides or [])
     experiment = with_more(load_experiment(folder, task, algorithm, work), overrides)
-    if overrides:
+    if engine is not None:
+        clock = "real" if experiment.real else "virtual"
+        experiment = replace(experiment, engine=make_part(ENGINES, engine), clock=clock)
+    if overrides or engine is not None:
         reached = checkpointed(folder) if checkpoint.exist(folder / "checkpoint") else None
         if reached and experiment.stop.steps and experiment.stop.steps < reached["step"]:
             raise ConfigError(
@@ -283,12 +286,9 @@ def resume(
     if not checkpoint.exist(folder / "checkpoint"):  # stopped before the first: begin again
         for name in ("metrics.jsonl", "trace.jsonl"):
             (folder / name).unlink(missing_ok=True)
-        engine = _engine(experiment, folder, progress)
-        engine.records.begin()
-        return _finish(engine, experiment, folder)
+        return _finish(_engine(experiment, folder, progress), experiment, folder)
     state, notes = checkpoint.read(folder / "checkpoint")
-    engine = _engine(experiment, folder, progress)
-    return _finish(engine, experiment, folder, state, notes)
+    return _finish(_engine(experiment, folder, progress), experiment, folder, state, notes)
 
 
 def replay(
@@ -394,10 +394,13 @@ def _engine(
         return Engine(e.task, algorithm, workers, records, **around)
     jobs = e.task, e.fleet, e.fleet.timing(e.seed, int(x.nbytes)), e.work, x
     if (crew := e.engine.crew(e)) is None:
-        workers = VirtualWorkers(*jobs)
-    else:
+        return Engine(e.task, algorithm, VirtualWorkers(*jobs), records, **around)
+    try:
         workers = LiveWorkers(*jobs, crew, e.pace) if e.real else RemoteWorkers(*jobs, crew)
-    return Engine(e.task, algorithm, workers, records, **around)
+        return Engine(e.task, algorithm, workers, records, **around)
+    except BaseException:
+        crew.close()
+        raise
 
 
 def _finish(
@@ -412,6 +415,8 @@ def _finish(
     try:
         if state is not None:
             engine.restore(state)
+        elif folder is not None:
+            records.begin()
         reason, final = engine.run()
     finally:
         records.close()

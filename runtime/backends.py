@@ -1,8 +1,10 @@
 """Where a run's jobs are computed: in this process, on Ray actors, or by machines over ZeroMQ."""
 
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from offbeat.runtime.registry import Registry, Spec
+from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.registry import Count, Natural, NonNegative, Positive, Registry, Spec
 
 if TYPE_CHECKING:
     from offbeat.runtime.crew import Crew
@@ -54,3 +56,59 @@ class Virtual:
 def virtual() -> Virtual:
     """Everything in this process, under the virtual clock."""
     return Virtual()
+
+
+@dataclass
+class Ray:
+    """Ray actors; the fields are the arguments of ``ray``."""
+
+    spec: Spec | None = field(default=None, init=False)
+    clocks: tuple[str, ...] = field(default=("real", "virtual"), init=False)
+    workers_per_actor: int
+    address: str
+    num_cpus: float
+    num_gpus: float
+    resources: dict[str, float] | None
+    placement: str
+    restarts: int
+    device: str
+
+    def crew(self, experiment: "Experiment") -> "Crew | None":
+        """Actors."""
+        from offbeat.runtime.actors.crew import RayCrew
+
+        return RayCrew(experiment, self)
+
+    def gossip(self, experiment: "Experiment", records: "Records", **around: Any) -> "Loop | None":
+        """This process, under the virtual clock."""
+        if experiment.real:
+            raise ConfigError('gossip under a real clock does not run with engine = "ray"')
+        return None
+
+
+@ENGINES.register("ray")
+def ray(
+    workers_per_actor: Count = 1,
+    *,
+    address: str = "local",
+    num_cpus: NonNegative = 0.0,
+    num_gpus: NonNegative = 0.0,
+    resources: dict[str, Positive] | None = None,
+    placement: Literal["spread", "pack"] = "spread",
+    restarts: Natural = 10,
+    device: str = "cpu",
+) -> Ray:
+    """Ray actors, on this machine or a cluster, under a real clock or the virtual one.
+
+    Args:
+        workers_per_actor: how many workers share one process.
+        address: "local" begins a Ray of this run's own; "auto" or "host:port" joins a cluster.
+        num_cpus, num_gpus, resources: what Ray sets aside for each actor; with 0 CPUs as many
+            actors as memory holds fit on a machine.
+        placement: over all machines, or on as few as possible.
+        restarts: how often each actor is replaced when its process dies.
+        device: where a torch task computes, "cpu" or "cuda".
+    """
+    return Ray(
+        workers_per_actor, address, num_cpus, num_gpus, resources, placement, restarts, device
+    )

@@ -19,6 +19,7 @@ from threadpoolctl import threadpool_limits
 from offbeat.algorithms.compression import COMPRESSORS
 from offbeat.algorithms.gossip import ALGORITHMS
 from offbeat.runtime import api
+from offbeat.runtime.backends import ENGINES
 from offbeat.runtime.checkpoint import write_whole
 from offbeat.runtime.errors import ConfigError, Diverged, OffbeatError, StorageError, nearest
 from offbeat.runtime.experiment import Experiment, apply_override, from_table, put, read
@@ -43,6 +44,7 @@ LISTS = {
     "compressors": COMPRESSORS,
     "topologies": TOPOLOGIES,
     "weights": WEIGHTS,
+    "engines": ENGINES,
 }
 
 app = typer.Typer(
@@ -56,6 +58,10 @@ console = Console(width=None if sys.stdout.isatty() else WIDE)
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, as fleet.workers=20."),
+]
+
+Engine = Annotated[
+    str | None, typer.Option(help='Where jobs are computed: virtual, "ray(workers_per_actor=4)".')
 ]
 
 
@@ -88,6 +94,13 @@ def run(
     ] = None,
     seconds: Annotated[float | None, typer.Option(help="Stop after virtual seconds.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything that is drawn.")] = None,
+    engine: Engine = None,
+    clock: Annotated[
+        str | None, typer.Option(help="What orders arrivals: virtual or real.")
+    ] = None,
+    pace: Annotated[
+        float | None, typer.Option(help="Real seconds a second of the fleet's, on a real clock.")
+    ] = None,
     overrides: Set = None,
     out: Annotated[
         Path | None, typer.Option(help="A new folder for records and picture (else runs/NAME-NNN).")
@@ -109,6 +122,9 @@ def run(
         "stop.steps": steps,
         "stop.seconds": seconds,
         "seed": seed,
+        "engine": engine,
+        "clock": clock,
+        "pace": pace,
     }
     given = {key: value for key, value in named.items() if value is not None}
     if file is None:
@@ -142,10 +158,12 @@ def resume(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Another end, as stop.steps=20000."),
     ] = None,
+    engine: Engine = None,
 ) -> None:
     """Go on with a run that was stopped; it ends as if it had not been."""
     parts = _parts(folder)
-    _go_on({part.name: part for part in parts} or {folder.name: folder}, folder, None, overrides)
+    labels = {part.name: part for part in parts} or {folder.name: folder}
+    _go_on(labels, folder, overrides=overrides, engine=engine)
 
 
 @app.command()
@@ -304,7 +322,7 @@ def _go_on(
     parts: dict[str, Path],
     folder: Path,
     experiment: Experiment | None = None,
-    overrides: Sequence[str] | None = None,
+    **more: Any,
 ) -> None:
     """Run or resume the runs in ``parts``, then report on them; one that diverges stops alone."""
     results: dict[str, api.Result] = {}
@@ -315,7 +333,7 @@ def _go_on(
                 if experiment is not None:
                     result = api.execute(experiment, part, progress=progress)
                 else:
-                    result = api.resume(part, overrides=overrides, progress=progress)
+                    result = api.resume(part, progress=progress, **more)
         except Diverged as error:
             if len(parts) == 1:
                 raise

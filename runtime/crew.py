@@ -123,7 +123,9 @@ class Runner:
 
     def compute(self, orders: Sequence[Order]) -> list[Answer]:
         """Answers to ``orders``, at once where models are small and the workers differ."""
-        alone = orders[0].x.nbytes >= ALONE_BYTES or len({o.worker for o in orders}) < len(orders)
+        alone = orders[0].x.nbytes >= ALONE_BYTES or (
+            type(self.work) is not Gradient and len({o.worker for o in orders}) < len(orders)
+        )
         groups = [[order] for order in orders] if alone else [list(orders)]
         return [answer for group in groups for answer in self._batch(group)]
 

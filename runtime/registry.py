@@ -46,7 +46,7 @@ class Spec:
     options: Mapping[str, Any]
 
     def portable(self) -> bool:
-        """Whether a file can hold it: only numbers, text, flags, and lists of these."""
+        """Whether a file can hold it: only numbers, text, flags, and lists or tables of these."""
         return all(_plain(value) for value in self.options.values())
 
     def table(self) -> dict[str, Any]:
@@ -62,6 +62,8 @@ class Spec:
 def _plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(_plain(item) for item in value)
+    if isinstance(value, Mapping):
+        return all(_plain(item) for item in value.values())
     return value is None or isinstance(value, bool | int | float | str)
 
 

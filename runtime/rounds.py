@@ -131,8 +131,8 @@ class Rounds(GossipLoop):
         self._send(now)
         before = node.snapshot() if present is not None else None
         try:
-            wanted = self.method.ask(node)
-            self.method.tell(node, self._gradients(wanted, k + 1))
+            # What is asked for is not held on to here: it may be the last to hold a whole [n, d].
+            self.method.tell(node, self._gradients(self.method.ask(node), k + 1))
         except ConfigError:
             if self._sound():
                 raise

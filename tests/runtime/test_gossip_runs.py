@@ -161,3 +161,10 @@ def test_a_run_on_a_graph_from_a_file_goes_on_from_anywhere(tmp_path, monkeypatc
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")
     assert offbeat.resume(tmp_path / "run", overrides=["stop.steps=9"]).final["step"] == 9
+
+
+def test_gradients_alone_say_how_often_to_evaluate():
+    """A round of eight nodes is eight gradients."""
+    result = offbeat.run("quadratic(5)", "dsgd", "8", "ring", stop={"gradients": 8000})
+    assert result.final["gradients"] == 8000
+    assert 100 <= len(result.metrics) <= 102

@@ -186,3 +186,15 @@ def test_code_that_raises_again_and_again_ends_the_run(clock):
 def test_mistakes_about_engines_and_clocks(options, said):
     with pytest.raises(offbeat.ConfigError, match=said):
         offbeat.run("quadratic(5)", "pure", **{"fleet": "8 1.0", **options})
+
+
+def test_a_run_may_go_on_with_another_engine(tmp_path):
+    options = {"work": WORKS["local-sgd"], "seed": 4}
+    parts = "quadratic(5, noise=0.3)", "local-sgd(lr=0.05)", f"{N} lognormal(1.0)"
+    whole = offbeat.run(*parts, **options, stop={"steps": 90})
+    offbeat.run(*parts, **options, stop={"steps": 30}, folder=tmp_path / "run")
+    for steps, engine in ((60, "here(kills=0.05)"), (90, "virtual")):
+        ends = [f"stop.steps={steps}"]
+        result = offbeat.resume(tmp_path / "run", engine=engine, overrides=ends)
+    np.testing.assert_array_equal(result.x, whole.x)
+    np.testing.assert_array_equal(result.trace, whole.trace)
