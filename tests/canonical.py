@@ -14,6 +14,7 @@ from offbeat.algorithms.gossip import (
     momentum_tracking,
     motef,
     motef_vr,
+    noloco,
 )
 from offbeat.runtime.network import Network
 from offbeat.runtime.pairs import Pairs
@@ -62,6 +63,7 @@ METHODS = {
     "motef": motef(lr=0.02, gamma=0.3, compressor="qsgd(8)"),
     "motef-vr": motef_vr(lr=0.02, compressor="randk(0.3)"),
     "gradient-push": gradient_push(lr=0.03),
+    "noloco": noloco(lr=0.02, momentum=0.5),
 }
 GRAPHS = (
     *("ring", "star", "complete", "exponential", "random-regular", "one-peer-exponential"),
