@@ -188,7 +188,9 @@ def from_table(table: Mapping[str, Any]) -> Hosts:
     tables = table.get("hosts")
     if not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):
         example = 'name = "a", address = "10.0.0.1"'
-        raise ConfigError("\n".join([*mistakes, f"list the hosts, each as [[hosts]] with {example}"]))
+        raise ConfigError(
+            "\n".join([*mistakes, f"list the hosts, each as [[hosts]] with {example}"])
+        )
     if len(tables) > MOST_HOSTS:
         raise ConfigError(f"{len(tables)} hosts; at most {MOST_HOSTS}")
     default = {"port": table["port"]} if "port" in table else {}
@@ -201,7 +203,9 @@ def from_table(table: Mapping[str, Any]) -> Hosts:
     server = next((host for host in hosts if host.name == table.get("server")), None)
     if "server" in table and server is None and not mistakes:
         names = [host.name for host in hosts]
-        mistakes.append(f'server: no host is called "{table["server"]}"{nearest(str(table["server"]), names)}')
+        mistakes.append(
+            f'server: no host is called "{table["server"]}"{nearest(str(table["server"]), names)}'
+        )
     mistakes += _clashes(hosts, server)
     if mistakes:
         raise ConfigError("\n".join(mistakes))
@@ -212,6 +216,8 @@ def _clashes(hosts: list[Host], server: Host | None) -> list[str]:
     """What no host can see alone."""
     found = []
     nodes = [node for host in hosts for node in host.nodes()]
+    if server is not None and any(node.name == "server" for node in nodes):
+        found.append('no node can be called "server": the keys of the server are; rename its host')
     if hosts and not nodes:
         found.append("no host has a slot, so nobody would compute")
     names = sorted([node.name for node in nodes] + [host.name for host in hosts if host.slots != 1])
