@@ -261,7 +261,7 @@ def write(files: Mapping[str, str], folder: Path, *, overwrite: bool = False) ->
     there = [name for name in files if (folder / name).exists()]
     if there and not overwrite:
         raise ConfigError(
-            f"{folder}: has a {there[0]} already; give another --out, or --overwrite, which leaves "
+            f"{folder}: already has {there[0]}; give another --out, or --overwrite, which leaves "
             "keys and runs alone"
         )
     try:

@@ -15,7 +15,7 @@ if [ "$SLURM_PROCID" -eq 0 ]; then
     name=server
 fi
 {% endif %}
-mkdir -p -m 700 "$OFFBEAT_LOCAL/own"
+mkdir -p "$OFFBEAT_LOCAL/own"
 if [ ! -O "$OFFBEAT_LOCAL" ]; then
     echo "task.sh: $OFFBEAT_LOCAL is somebody else's; remove it" >&2
     exit 2
@@ -29,9 +29,15 @@ exec ./keep.sh {{ plan.offbeat }} peer experiment.toml --hosts hosts.toml --node
 if [ "$name" != server ]; then
     exec ./keep.sh {{ plan.offbeat }} join "tcp://$OFFBEAT_SERVER:$OFFBEAT_PORT" --keys "$keys" --name "$name" --device {{ device }}
 fi
-trap : TERM  # keep.sh minds it
+./keep.sh {{ plan.offbeat }} serve experiment.toml --bind "tcp://0.0.0.0:$OFFBEAT_PORT" --keys "$keys" --out run &
+server=$!
+trap 'kill -TERM "$server"' TERM
 status=0
-./keep.sh {{ plan.offbeat }} serve experiment.toml --bind "tcp://0.0.0.0:$OFFBEAT_PORT" --keys "$keys" --out run || status=$?
+wait "$server" || status=$?
+while kill -0 "$server" 2>/dev/null; do  # a signal ended the wait
+    status=0
+    wait "$server" || status=$?
+done
 if [ "$status" -ne 0 ]; then  # without a server nobody else has anything to do
     scancel "$SLURM_JOB_ID.$SLURM_STEP_ID"
 fi

@@ -55,7 +55,7 @@ push() {
 # shellcheck disable=SC2016  # expanded there
 find_it='
     pid=
-    if [ -s "$node.pid" ] && tr "\\0" " " <"/proc/$(cat "$node.pid")/cmdline" 2>/dev/null | grep -q "keep\.sh .*keys/$node "; then
+    if [ -s "$node.pid" ] && tr "\\0" " " <"/proc/$(cat "$node.pid")/cmdline" 2>/dev/null | grep "keep\.sh .*keys/$node " >/dev/null; then
         pid=$(cat "$node.pid")
     fi
 '
