@@ -377,13 +377,19 @@ def _engine(
         "progress": progress,
     }
     try:
-        return _loop(e, records, around, trace)
+        return _loop(e, folder, records, around, trace)
     except BaseException:
         records.close()
         raise
 
 
-def _loop(e: Experiment, records: Records, around: dict[str, Any], trace: NDArray | None) -> Loop:
+def _loop(
+    e: Experiment,
+    folder: Path | None,
+    records: Records,
+    around: dict[str, Any],
+    trace: NDArray | None,
+) -> Loop:
     """The loop of ``e`` on the engine it names, or in this process where it follows a trace."""
     if isinstance(e.algorithm, Gossip):
         assert e.topology is not None
