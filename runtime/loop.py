@@ -163,7 +163,8 @@ class Loop(ABC):
     def _reached(self) -> str | None:
         """The stop rule that is met, if any."""
         stop = self.stop
-        if stop.loss is not None and self.records.metrics[-1]["loss"] <= stop.loss:
+        last = self.records.metrics[-1].get("loss", math.inf)
+        if stop.loss is not None and last <= stop.loss:
             return "target loss"
         if stop.steps is not None and self.step >= stop.steps:
             return "steps"
@@ -203,7 +204,7 @@ class Loop(ABC):
     def _evaluated(self, x: np.ndarray) -> dict[str, float]:
         """The task's facts at ``x [d]``, which are finite."""
         facts = self.task.evaluate(x)
-        if not math.isfinite(facts["loss"]):
+        if not math.isfinite(facts.get("loss", 0.0)):  # it may have to be reported first
             raise Diverged(
                 f"the loss is not finite at step {self.step} ({self.time_s:.6g} s); "
                 "take a smaller step size or clip"

@@ -5,7 +5,7 @@ the server does not know it (any more): after a restart of either, a partition, 
 """
 
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,7 @@ class Spoke:
         self._assembly = Assembly(self._kinds)
         self._model: NDArray | None = None
         self._spare: list[NDArray[np.uint8]] = []
+        self.memory: Callable[[int], NDArray[np.uint8]] = _new  # makes buffers for models
         self._hello_s, self._retry_s = now_s, self.liveness.heartbeat_s
         self._pulse_s = now_s
 
@@ -157,8 +158,10 @@ class Spoke:
 
     # -- What the worker does --------------------------------------------------------------------
 
-    def ready(self, kinds: Mapping[str, Kind], now_s: float) -> None:
+    def ready(self, kinds: Mapping[str, Kind], now_s: float, shapes: str = "") -> None:
         """The task of ``welcome`` is built, and its messages look like ``kinds``.
+
+        ``shapes`` are those of a loop's model; see ``runtime.net.shapes``.
 
         Raises:
             ConfigError: they do not look as the server says.
@@ -169,7 +172,7 @@ class Spoke:
         self._reader = Reader(self.run, kinds)
         self._assembly = Assembly(kinds, self._allocate)
         self.welcome, self.state = None, "working"
-        self._say("ready", say.Ready(mine), None, now_s)
+        self._say("ready", say.Ready(mine, shapes), None, now_s)
         if mine != theirs:
             raise ConfigError(
                 f"this worker's task differs from the server's: {mine} here, {theirs} there; "
@@ -182,6 +185,10 @@ class Spoke:
             return None
         self._taken.append(self.orders.popleft())
         return self._taken[-1]
+
+    def wants(self, order: Order) -> bool:
+        """Whether the answer to ``order`` would still count."""
+        return any(taken is order for taken in self._taken)
 
     def _done(self, order: Order) -> bool:
         """Whether ``order`` still counts: jobs of another incarnation have the same numbers."""
@@ -220,19 +227,19 @@ class Spoke:
 
     def release(self, x: NDArray) -> None:
         """The model ``x`` of an order is not used any more: its memory may be."""
-        base = x.base if isinstance(x.base, np.ndarray) else None
-        while base is not None and isinstance(base.base, np.ndarray):
-            base = base.base
-        if base is None or x is self._model or any(order.x is x for order in self.orders):
+        if x is self._model or any(order.x is x for order in self.orders):
             return
-        if base.dtype == np.uint8 and base.flags.owndata and len(self._spare) < MOST_SPARE:
+        base: Any = x  # a view of a view of ... the buffer that was allocated for it
+        while isinstance(base, np.ndarray | memoryview) and getattr(base, "dtype", 0) != np.uint8:
+            base = base.obj if isinstance(base, memoryview) else base.base
+        if isinstance(base, np.ndarray) and len(self._spare) < MOST_SPARE:
             self._spare.append(base)
 
     def _allocate(self, kind: str, name: str, nbytes: int) -> NDArray[np.uint8]:
         for place, spare in enumerate(self._spare):
             if name == "x" and spare.nbytes == nbytes:
                 return self._spare.pop(place)
-        return np.empty(nbytes, np.uint8)
+        return self.memory(nbytes)
 
     # -- Time and what goes out ------------------------------------------------------------------
 
@@ -282,3 +289,7 @@ class Spoke:
             incarnation=0 if greeting else self.incarnation, to=0 if greeting else self.server,
             acknowledged=acknowledged,
         )  # fmt: skip
+
+
+def _new(nbytes: int) -> NDArray[np.uint8]:
+    return np.empty(nbytes, np.uint8)
