@@ -43,10 +43,12 @@ from offbeat.workers.tasks import TASKS, Task
 from offbeat.workers.work import WORK, Work
 
 Progress = Callable[[float], None]
+DRAWN = {"picture.png", "report.html", "report-figures"}
 # What a run folder holds.
 WRITTEN = {
     *("experiment.toml", "metrics.jsonl", "trace.jsonl", "checkpoint", "summary.json"),
-    *("picture.png", "server.json", "server.lock"),
+    *("server.json", "server.lock"),
+    *DRAWN,
 }
 
 
@@ -111,7 +113,8 @@ class Result:
         return picture([self], Path(path))
 
     def __str__(self) -> str:
-        shown = ", ".join(f"{key} {value:.4g}" for key, value in self.final.items())
+        numbers = {k: v for k, v in self.final.items() if not isinstance(v, list)}
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())
         return f"{self.name}: {shown} ({self.reason})"
 
 
@@ -379,7 +382,7 @@ def _engine(
                 + ": make room or mend the rights, then resume the run"
             ) from None
 
-    records = Records(e.fleet, folder, e.record.trace)
+    records = Records(e.fleet, folder, e.record.trace, e.record.nodes)
     around: dict[str, Any] = {
         "stop": e.stop,
         "evaluate": e.evaluate,
@@ -389,13 +392,19 @@ def _engine(
         "progress": progress,
     }
     try:
-        return _loop(e, records, around, trace)
+        return _loop(e, folder, records, around, trace)
     except BaseException:
         records.close()
         raise
 
 
-def _loop(e: Experiment, records: Records, around: dict[str, Any], trace: NDArray | None) -> Loop:
+def _loop(
+    e: Experiment,
+    folder: Path | None,
+    records: Records,
+    around: dict[str, Any],
+    trace: NDArray | None,
+) -> Loop:
     """The loop of ``e`` on the engine it names, or in this process where it follows a trace."""
     if isinstance(e.algorithm, Gossip):
         if trace is not None:
