@@ -318,12 +318,11 @@ def replay(
     if experiment.real and isinstance(experiment.algorithm, Gossip):
         length = state["records"]["lengths"]["trace.jsonl"]
         inputs = read_inputs(folder / "trace.jsonl", length)
-        around = {"stop": experiment.stop, "evaluate": experiment.evaluate, "seed": experiment.seed}
-        return _finish(
-            Replayed(experiment, inputs, Records(experiment.fleet, None), **around),
-            experiment,
-            None,
-        )
+        loop = Replayed(
+            experiment, inputs, Records(experiment.fleet, None),
+            stop=experiment.stop, evaluate=experiment.evaluate,
+        )  # fmt: skip
+        return _finish(loop, experiment, None)
     trace = read_trace(folder / "trace.jsonl")[: state["records"]["flushed"]]
     engine = _engine(experiment, None, None, trace)
     if experiment.real and isinstance(engine, Engine):
@@ -441,14 +440,14 @@ def _gossip(
     crew: Crew | None,
     trace: NDArray | None,
 ) -> Loop:
-    """The loop of a gossip method in this process; gradients come from ``crew``, if there is one."""
+    """The loop of a gossip method in this process, whose gradients a crew may compute."""
     assert isinstance(e.algorithm, Gossip)
     assert e.topology is not None
     parts = e.task, e.algorithm, e.topology, e.fleet
     timing = e.fleet.timing(e.seed, 0)
     if trace is not None:
         timing.clock = RecordedClock(trace)
-    work = e.work if crew is None else FarmedWork(e.work, crew)
+    work: Work = e.work if crew is None else FarmedWork(e.work, crew)
     if e.asynchronous:
         return Pairs(*parts, timing, records, work=work, **around)
     return Rounds(*parts, timing, records, work=work, replicas=e.replicas, **around)

@@ -1,4 +1,4 @@
-"""Work that a crew does: a gossip run under the virtual clock whose gradients come from elsewhere."""
+"""Gradients of a gossip run under the virtual clock, computed by a crew."""
 
 from itertools import count
 
@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from offbeat.runtime.crew import Answer, Back, Crew, Failed, Order
 from offbeat.runtime.errors import CrewError
+from offbeat.runtime.registry import Spec
 from offbeat.workers.tasks.contract import Task
 from offbeat.workers.work import Kept, Work
 
@@ -16,7 +17,7 @@ COLLECT_S = 1.0  # between looks at whether anybody is left
 class FarmedWork:
     """``work``, row by row on the processes of ``crew``: the same numbers."""
 
-    spec = None
+    spec: Spec | None = None
 
     def __init__(self, work: Work, crew: Crew) -> None:
         self.steps, self.crew = work.steps, crew

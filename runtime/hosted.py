@@ -205,10 +205,11 @@ class Hosted:
     def _handle(self, event: tuple[Any, ...]) -> None:
         kind, *what = event
         self._rests = None
-        {
+        handlers: dict[str, Callable[..., None]] = {
             "mail": self._mail, "post": self._post_now, "done": self._done, "tell": self._tell,
             "ask": self._answer, "begin": self._begin, "end": self._end,
-        }[kind](*what)  # fmt: skip
+        }  # fmt: skip
+        handlers[kind](*what)
 
     def _begin(self) -> None:
         for i, node in self.nodes.items():

@@ -45,7 +45,7 @@ class Replayed(Loop):
         experiment: what was run.
         inputs: see ``read_inputs``.
         records: where what is measured at the end is written.
-        around: see ``Loop``, and the seed.
+        around: see ``Loop``.
     """
 
     def __init__(
@@ -53,8 +53,6 @@ class Replayed(Loop):
         experiment: Experiment,
         inputs: dict[int, deque[list[Any]]],
         records: Records,
-        *,
-        seed: int,
         **around: Any,
     ) -> None:
         super().__init__(experiment.task, records, **around)

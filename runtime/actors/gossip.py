@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from offbeat.runtime.backends import Ray
     from offbeat.runtime.experiment import Experiment
 
-WATCH_S = 0.25  # between reports of an actor with nothing urgent to say
+WATCH_S = 0.1  # between reports of an actor with nothing urgent to say
 LOOK_S = 0.1  # seconds after which a wait is interrupted for signals and checkpoints
 REST_S = 600.0  # within which nodes come to rest, or answer
 
