@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,12 @@ from offbeat.workers.tasks import TASKS, Task
 from offbeat.workers.work import WORK, Work
 
 Progress = Callable[[float], None]
+DRAWN = {"picture.png", "report.html", "report-figures"}
 # What a run folder holds.
 WRITTEN = {
     *("experiment.toml", "metrics.jsonl", "trace.jsonl", "checkpoint", "summary.json"),
-    "picture.png",
+    *("server.json", "server.lock"),
+    *DRAWN,
 }
 
 
@@ -108,7 +110,8 @@ class Result:
         return picture([self], Path(path))
 
     def __str__(self) -> str:
-        shown = ", ".join(f"{key} {value:.4g}" for key, value in self.final.items())
+        numbers = {k: v for k, v in self.final.items() if not isinstance(v, list)}
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())
         return f"{self.name}: {shown} ({self.reason})"
 
 
@@ -234,9 +237,7 @@ def execute(
     """Run ``experiment`` from its beginning, recorded in ``folder`` if one is given."""
     if folder is not None:
         prepare(experiment, folder)
-    engine = _engine(experiment, folder, progress)
-    engine.records.begin()
-    return _finish(engine, experiment, folder)
+    return _finish(_engine(experiment, folder, progress), experiment, folder)
 
 
 def prepare(experiment: Experiment, folder: Path) -> None:
@@ -256,6 +257,7 @@ def resume(
     task: Task | None = None,
     algorithm: Algorithm | None = None,
     work: Work | None = None,
+    engine: Backend | str | Mapping[str, Any] | None = None,
     overrides: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -266,13 +268,17 @@ def resume(
     Args:
         folder: of the run.
         task, algorithm, work: needed where the run was made with objects that no file can hold.
+        engine: where gradients are computed from now on; the clock stays what it was.
         overrides: new ends, such as ``["stop.steps=20000"]``.
         progress: called with the fraction done.
     """
     folder = Path(folder)
     overrides = [overrides] if isinstance(overrides, str) else list(overrides or [])
     experiment = with_more(load_experiment(folder, task, algorithm, work), overrides)
-    if overrides:
+    if engine is not None:
+        clock = "real" if experiment.real else "virtual"
+        experiment = replace(experiment, engine=make_part(ENGINES, engine), clock=clock)
+    if overrides or engine is not None:
         reached = checkpointed(folder) if checkpoint.exist(folder / "checkpoint") else None
         if reached and experiment.stop.steps and experiment.stop.steps < reached["step"]:
             raise ConfigError(
@@ -283,12 +289,9 @@ def resume(
     if not checkpoint.exist(folder / "checkpoint"):  # stopped before the first: begin again
         for name in ("metrics.jsonl", "trace.jsonl"):
             (folder / name).unlink(missing_ok=True)
-        engine = _engine(experiment, folder, progress)
-        engine.records.begin()
-        return _finish(engine, experiment, folder)
+        return _finish(_engine(experiment, folder, progress), experiment, folder)
     state, notes = checkpoint.read(folder / "checkpoint")
-    engine = _engine(experiment, folder, progress)
-    return _finish(engine, experiment, folder, state, notes)
+    return _finish(_engine(experiment, folder, progress), experiment, folder, state, notes)
 
 
 def replay(
@@ -367,7 +370,7 @@ def _engine(
                 + ": make room or mend the rights, then resume the run"
             ) from None
 
-    records = Records(e.fleet, folder, e.record.trace)
+    records = Records(e.fleet, folder, e.record.trace, e.record.nodes)
     around: dict[str, Any] = {
         "stop": e.stop,
         "evaluate": e.evaluate,
@@ -376,6 +379,21 @@ def _engine(
         "save_every_s": e.record.save_every_s,
         "progress": progress,
     }
+    try:
+        return _loop(e, folder, records, around, trace)
+    except BaseException:
+        records.close()
+        raise
+
+
+def _loop(
+    e: Experiment,
+    folder: Path | None,
+    records: Records,
+    around: dict[str, Any],
+    trace: NDArray | None,
+) -> Loop:
+    """The loop of ``e`` on the engine it names, or in this process where it follows a trace."""
     if isinstance(e.algorithm, Gossip):
         assert e.topology is not None
         if trace is None and (loop := e.engine.gossip(e, records, **around)) is not None:
@@ -393,11 +411,14 @@ def _engine(
         workers = VirtualWorkers(e.task, e.fleet, RecordedTiming(trace), e.work, x)
         return Engine(e.task, algorithm, workers, records, **around)
     jobs = e.task, e.fleet, e.fleet.timing(e.seed, int(x.nbytes)), e.work, x
-    if (crew := e.engine.crew(e)) is None:
-        workers = VirtualWorkers(*jobs)
-    else:
+    if (crew := e.engine.crew(e, folder)) is None:
+        return Engine(e.task, algorithm, VirtualWorkers(*jobs), records, **around)
+    try:
         workers = LiveWorkers(*jobs, crew, e.pace) if e.real else RemoteWorkers(*jobs, crew)
-    return Engine(e.task, algorithm, workers, records, **around)
+        return Engine(e.task, algorithm, workers, records, **around)
+    except BaseException:
+        crew.close()
+        raise
 
 
 def _finish(
@@ -412,6 +433,8 @@ def _finish(
     try:
         if state is not None:
             engine.restore(state)
+        elif folder is not None:
+            records.begin()
         reason, final = engine.run()
     finally:
         records.close()

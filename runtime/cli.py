@@ -20,10 +20,12 @@ from offbeat.algorithms.compression import COMPRESSORS
 from offbeat.algorithms.gossip import ALGORITHMS
 from offbeat.deploy.cli import deploy, doctor
 from offbeat.runtime import api
+from offbeat.runtime.backends import ENGINES
 from offbeat.runtime.checkpoint import write_whole
 from offbeat.runtime.errors import ConfigError, Diverged, OffbeatError, StorageError, nearest
 from offbeat.runtime.experiment import Experiment, apply_override, from_table, put, read
-from offbeat.runtime.registry import Spec
+from offbeat.runtime.registry import Spec, told_apart
+from offbeat.runtime.studies.cli import mount
 from offbeat.topologies import TOPOLOGIES, WEIGHTS, facts
 from offbeat.workers.data import BUNDLED
 from offbeat.workers.partition import PARTITIONS
@@ -44,6 +46,7 @@ LISTS = {
     "compressors": COMPRESSORS,
     "topologies": TOPOLOGIES,
     "weights": WEIGHTS,
+    "engines": ENGINES,
 }
 
 app = typer.Typer(
@@ -54,11 +57,16 @@ app = typer.Typer(
 )
 app.add_typer(deploy, name="deploy")
 app.command()(doctor)
+mount(app)
 WIDE = 140  # characters a line, where no terminal says
 console = Console(width=None if sys.stdout.isatty() else WIDE)
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, as fleet.workers=20."),
+]
+
+Engine = Annotated[
+    str | None, typer.Option(help='Where jobs are computed: virtual, "ray(workers_per_actor=4)".')
 ]
 
 
@@ -91,6 +99,13 @@ def run(
     ] = None,
     seconds: Annotated[float | None, typer.Option(help="Stop after virtual seconds.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything that is drawn.")] = None,
+    engine: Engine = None,
+    clock: Annotated[
+        str | None, typer.Option(help="What orders arrivals: virtual or real.")
+    ] = None,
+    pace: Annotated[
+        float | None, typer.Option(help="Real seconds a second of the fleet's, on a real clock.")
+    ] = None,
     overrides: Set = None,
     out: Annotated[
         Path | None, typer.Option(help="A new folder for records and picture (else runs/NAME-NNN).")
@@ -112,6 +127,9 @@ def run(
         "stop.steps": steps,
         "stop.seconds": seconds,
         "seed": seed,
+        "engine": engine,
+        "clock": clock,
+        "pace": pace,
     }
     given = {key: value for key, value in named.items() if value is not None}
     if file is None:
@@ -145,10 +163,12 @@ def resume(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Another end, as stop.steps=20000."),
     ] = None,
+    engine: Engine = None,
 ) -> None:
     """Go on with a run that was stopped; it ends as if it had not been."""
     parts = _parts(folder)
-    _go_on({part.name: part for part in parts} or {folder.name: folder}, folder, None, overrides)
+    labels = {part.name: part for part in parts} or {folder.name: folder}
+    _go_on(labels, folder, overrides=overrides, engine=engine)
 
 
 @app.command()
@@ -230,7 +250,7 @@ def _clear(folder: Path) -> None:
         return
     parts = _parts(folder)
     runs = [part for part in parts if part.is_dir()] or [folder]
-    written = {"runs.txt", "picture.png", *(part.name for part in parts)} if parts else set()
+    written = {"runs.txt", *api.DRAWN, *(part.name for part in parts)} if parts else set()
     foreign = {path.name for path in folder.iterdir()} - written if parts else set()
     for run in runs:
         inside = {path.name for path in run.iterdir()}
@@ -251,26 +271,11 @@ def _parts(folder: Path) -> list[Path]:
         return []
 
 
-def _told_apart(specs: Sequence[Spec]) -> list[str]:
-    """The names in ``specs``, with the options that tell apart those of one name."""
-    return [
-        " ".join(
-            [spec.name]
-            + [
-                f"{key}={value}"
-                for key, value in spec.options.items()
-                if any(o.name == spec.name and o.options.get(key) != value for o in specs)
-            ]
-        )
-        for spec in specs
-    ]
-
-
 def _labels(experiments: Sequence[Experiment]) -> list[str]:
     """What each run is called: its method, and what else differs."""
-    columns = [_told_apart([_spec(e.algorithm) for e in experiments])]
+    columns = [told_apart([_spec(e.algorithm) for e in experiments])]
     if all(e.topology is not None for e in experiments):
-        columns.append(_told_apart([_spec(e.topology) for e in experiments]))
+        columns.append(told_apart([_spec(e.topology) for e in experiments]))
     columns.append(["asynchronous" if e.asynchronous else "synchronous" for e in experiments])
     telling = columns[:1] + [column for column in columns[1:] if len(set(column)) > 1]
     labels: list[str] = []
@@ -307,7 +312,7 @@ def _go_on(
     parts: dict[str, Path],
     folder: Path,
     experiment: Experiment | None = None,
-    overrides: Sequence[str] | None = None,
+    **more: Any,
 ) -> None:
     """Run or resume the runs in ``parts``, then report on them; one that diverges stops alone."""
     results: dict[str, api.Result] = {}
@@ -318,7 +323,7 @@ def _go_on(
                 if experiment is not None:
                     result = api.execute(experiment, part, progress=progress)
                 else:
-                    result = api.resume(part, overrides=overrides, progress=progress)
+                    result = api.resume(part, progress=progress, **more)
         except Diverged as error:
             if len(parts) == 1:
                 raise

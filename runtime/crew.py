@@ -104,6 +104,9 @@ class Crew(ABC):
     def checkpointed(self, step: int) -> None:  # noqa: B027 - most need not know
         """All that arrived up to ``step`` is on the disk."""
 
+    def ended(self, reason: str) -> None:  # noqa: B027 - most need not know
+        """The run has ended, as ``Result.reason`` says; ``close`` follows."""
+
     @abstractmethod
     def close(self) -> None:
         """End every process it began; may be called twice."""
@@ -123,7 +126,9 @@ class Runner:
 
     def compute(self, orders: Sequence[Order]) -> list[Answer]:
         """Answers to ``orders``, at once where models are small and the workers differ."""
-        alone = orders[0].x.nbytes >= ALONE_BYTES or len({o.worker for o in orders}) < len(orders)
+        alone = orders[0].x.nbytes >= ALONE_BYTES or (
+            type(self.work) is not Gradient and len({o.worker for o in orders}) < len(orders)
+        )
         groups = [[order] for order in orders] if alone else [list(orders)]
         return [answer for group in groups for answer in self._batch(group)]
 

@@ -9,7 +9,7 @@ import ast
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
@@ -46,7 +46,7 @@ class Spec:
     options: Mapping[str, Any]
 
     def portable(self) -> bool:
-        """Whether a file can hold it: only numbers, text, flags, and lists of these."""
+        """Whether a file can hold it: only numbers, text, flags, and lists or tables of these."""
         return all(_plain(value) for value in self.options.values())
 
     def table(self) -> dict[str, Any]:
@@ -59,9 +59,30 @@ class Spec:
         return f"{self.name}({inner})" if inner else self.name
 
 
+def told_apart(specs: Sequence[Spec]) -> list[str]:
+    """The names in ``specs``, with the options that tell apart those of one name.
+
+    >>> told_apart([Spec("ring", {"n": 4}), Spec("ring", {"n": 8}), Spec("star", {"n": 8})])
+    ['ring n=4', 'ring n=8', 'star']
+    """
+    return [
+        " ".join(
+            [spec.name]
+            + [
+                f"{key}={value}"
+                for key, value in spec.options.items()
+                if any(o.name == spec.name and o.options.get(key) != value for o in specs)
+            ]
+        )
+        for spec in specs
+    ]
+
+
 def _plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(_plain(item) for item in value)
+    if isinstance(value, Mapping):
+        return all(_plain(item) for item in value.values())
     return value is None or isinstance(value, bool | int | float | str)
 
 

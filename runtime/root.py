@@ -7,10 +7,22 @@
 True
 """
 
-from offbeat.runtime.api import Result, replay, resume, run
-from offbeat.runtime.errors import ConfigError, Diverged, OffbeatError, StorageError
-from offbeat.runtime.settings import Evaluate, Stop
-from offbeat.workers.fleet import Fleet, Outage
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from offbeat.runtime.api import Result, replay, resume, run
+    from offbeat.runtime.errors import ConfigError, Diverged, OffbeatError, StorageError
+    from offbeat.runtime.settings import Evaluate, Stop
+    from offbeat.workers.fleet import Fleet, Outage
+
+# Imported when asked for: a process that only computes loads no more than it needs.
+_FROM = {
+    "offbeat.runtime.api": ("Result", "replay", "resume", "run"),
+    "offbeat.runtime.errors": ("ConfigError", "Diverged", "OffbeatError", "StorageError"),
+    "offbeat.runtime.settings": ("Evaluate", "Stop"),
+    "offbeat.workers.fleet": ("Fleet", "Outage"),
+}
 
 __all__ = [
     "ConfigError",
@@ -26,3 +38,10 @@ __all__ = [
     "resume",
     "run",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _FROM.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module 'offbeat' has no attribute {name!r}")

@@ -131,8 +131,8 @@ class Rounds(GossipLoop):
         self._send(now)
         before = node.snapshot() if present is not None else None
         try:
-            wanted = self.method.ask(node)
-            self.method.tell(node, self._gradients(wanted, k + 1))
+            # What is asked for is not held on to here: it may be the last to hold a whole [n, d].
+            self.method.tell(node, self._gradients(self.method.ask(node), k + 1))
         except ConfigError:
             if self._sound():
                 raise
@@ -212,7 +212,7 @@ class Rounds(GossipLoop):
     def _measured(self) -> dict[str, float]:
         self.records.flush()
         row = {"time_s": self.time_s, "step": self.round, "gradients": self.gradients}
-        row |= measure(self.method.models(self.node), self._evaluated)
+        row |= measure(self.method.models(self.node), self._evaluated, self.records.nodes)
         row["bytes"], row["bytes_edge"] = self.bytes, self.bytes / max(self.messages, 1)
         busy_s = float(self.records.busy_s.sum())
         row["busy"] = busy_s / (self.n * self.time_s) if self.time_s else 0.0

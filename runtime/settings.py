@@ -44,7 +44,8 @@ class Evaluate:
     @staticmethod
     def sensible(stop: Stop) -> "Evaluate":
         """About a hundred evaluations in all."""
-        if stop.steps is None and stop.gradients is None and stop.seconds is not None:
+        counts = {"steps": stop.steps, "gradients": stop.gradients}
+        every = {key: max(1, end // EVALUATIONS) for key, end in counts.items() if end}
+        if not every and stop.seconds is not None:
             return Evaluate(seconds=stop.seconds / EVALUATIONS)
-        ends = [end for end in (stop.steps, stop.gradients) if end is not None]
-        return Evaluate(steps=max(1, min(ends, default=100 * EVALUATIONS) // EVALUATIONS))
+        return Evaluate(**(every or {"steps": EVALUATIONS}))

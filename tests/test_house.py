@@ -70,7 +70,8 @@ def test_a_wheel_holds_exactly_the_rooms(tmp_path):
     expected = {
         f"offbeat/{path.relative_to(ROOT)}"
         for room in ROOMS
-        for path in [*(ROOT / room).rglob("*.py"), *(ROOT / room).glob("recipes/*/*")]
+        for path in (ROOT / room).rglob("*")
+        if path.suffix in (".py", ".html", ".css", ".js") or path.parent.parent.name == "recipes"
     } - {"offbeat/runtime/root.py", "offbeat/deploy/packaging.py"}
     assert packed == expected | {"offbeat/__init__.py", "offbeat/py.typed"}
 

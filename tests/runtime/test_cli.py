@@ -288,3 +288,17 @@ def test_examples_run(path):
         result = api.execute(experiment)
         assert result.reason == "steps"
         assert np.isfinite(result.final["loss"])
+
+
+def test_engine_clock_and_pace_are_settings(offbeat_):
+    words = ("run", "--algorithm", "pure", "--task", "quadratic(3)", "--steps", "20")
+    code, _, _ = offbeat_(*words, "--engine", "virtual", "--clock", "virtual", "--pace", "0.5",
+                          "--out", "out")  # fmt: skip
+    table = tomllib.loads(Path("out/experiment.toml").read_text())
+    assert (code, table["engine"], table["clock"], table["pace"]) == (0, "virtual", "virtual", 0.5)
+    code, _, err = offbeat_(*words, "--clock", "real")
+    assert code == 2
+    assert 'clock must be virtual with engine = "virtual", not "real"' in err
+    code, _, err = offbeat_("resume", "out", "--engine", "virtaul")
+    assert code == 2
+    assert 'no engine is called "virtaul"; did you mean "virtual"?' in err

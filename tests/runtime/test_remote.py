@@ -70,7 +70,7 @@ class Here(Virtual):
     def __init__(self, make, **options):
         self.make, self.options = make, options
 
-    def crew(self, experiment):
+    def crew(self, experiment, folder=None):
         self.made = self.make(experiment, **self.options)
         return self.made
 
@@ -130,6 +130,26 @@ def test_what_a_dead_process_had_is_lost_or_reassigned(name, policy, tmp_path):
     np.testing.assert_array_equal(again.trace, result.trace)
 
 
+class AllAtOnce(HereCrew):
+    """Every process is lost at once, once."""
+
+    def collect(self, timeout_s):
+        if len(self.pending) < N or self.killed or self.random.random() < 0.9:
+            return super().collect(timeout_s)
+        self.pending.clear()
+        self.away, self.killed = list(range(N)), list(range(N))
+        return [Gone(worker, "the test killed it") for worker in range(N)]
+
+
+@pytest.mark.parametrize("policy", ["pause", "lose", "reassign"])
+def test_a_run_waits_for_processes_to_be_back(policy):
+    engine = Here(AllAtOnce)
+    result = run("pure", engine, f"{N} 1.0 on_outage={policy}", clock="real", pace=1e-4)
+    assert engine.made.killed
+    assert result.reason == "steps"
+    assert result.facts["restarts"] == N
+
+
 def test_a_real_run_takes_the_time_its_fleet_would(tmp_path):
     began_s = time.monotonic()
     result = run("pure", here(), "8 0.02 stragglers=1x5", clock="real", steps=100)
@@ -186,3 +206,15 @@ def test_code_that_raises_again_and_again_ends_the_run(clock):
 def test_mistakes_about_engines_and_clocks(options, said):
     with pytest.raises(offbeat.ConfigError, match=said):
         offbeat.run("quadratic(5)", "pure", **{"fleet": "8 1.0", **options})
+
+
+def test_a_run_may_go_on_with_another_engine(tmp_path):
+    options = {"work": WORKS["local-sgd"], "seed": 4}
+    parts = "quadratic(5, noise=0.3)", "local-sgd(lr=0.05)", f"{N} lognormal(1.0)"
+    whole = offbeat.run(*parts, **options, stop={"steps": 90})
+    offbeat.run(*parts, **options, stop={"steps": 30}, folder=tmp_path / "run")
+    for steps, engine in ((60, "here(kills=0.05)"), (90, "virtual")):
+        ends = [f"stop.steps={steps}"]
+        result = offbeat.resume(tmp_path / "run", engine=engine, overrides=ends)
+    np.testing.assert_array_equal(result.x, whole.x)
+    np.testing.assert_array_equal(result.trace, whole.trace)

@@ -1,0 +1,408 @@
+"""A crew of Ray actors.
+
+Each actor computes for one or several workers, one call at a time with another one waiting.  What
+its workers are given meanwhile goes along in the next call, as many orders as make a call of some
+milliseconds: a call costs Ray a millisecond, however little it carries.
+"""
+
+import math
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import ref as weak
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from offbeat.runtime.actors.start import load, start
+from offbeat.runtime.crew import ALONE_BYTES, Answer, Back, Crew, Event, Failed, Gone, Order, Runner
+from offbeat.runtime.errors import ConfigError, CrewError
+from offbeat.workers.work import Kept
+
+if TYPE_CHECKING:
+    from offbeat.runtime.backends import Ray
+    from offbeat.runtime.experiment import Experiment
+
+CALLS = 2  # of an actor at a time: one is computed, one waits
+CALL_S = 0.02  # of computing in a call, about
+MOST_ORDERS = 1024  # in a call
+MOST_BYTES = 2**22  # of models in a call, unless one is larger
+INLINE_BYTES = 100_000  # models up to this size travel in the call, larger ones in Ray's store
+START_S, START_EACH_S = 60.0, 10.0  # for all actors to be there, and more for each
+SHORTEST_S = 1e-3  # Ray waits in whole milliseconds
+
+
+class Reply(NamedTuple):
+    """What came of the orders of a call; ``done`` are those that did not fail."""
+
+    done: list[int]
+    losses: list[float]
+    spent_s: list[float]
+    payloads: NDArray  # [k, d], or [d] of a single one
+    kept: Kept  # rows [k, ...]
+    failed: dict[int, str]  # order -> traceback
+
+
+Row = tuple[int, int, int, int, int]  # worker, shard, draw, steps, which model
+
+
+class Host:
+    """What an actor is: a runner that is called with many orders at once.
+
+    Args:
+        parts: the task and the work.
+        device: where the task computes; "": where it does anyway.
+    """
+
+    def __init__(self, parts: tuple[Any, Any], device: str) -> None:
+        threadpool_limits(1)  # as many processes as cores and more: one thread each
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(1)
+        task, work = parts
+        self._runner = Runner(task.to(device) if device else task, work)
+
+    def ready(self) -> None:
+        """Nothing; an answer says that the actor is there."""
+
+    def compute(self, rows: Sequence[Row], kept: dict[int, Kept], *models: NDArray) -> Reply:
+        """Compute orders; ``models`` are vectors ``[d]``, or one array ``[m, d]`` of small ones."""
+        held = models[0] if models[0].ndim == 2 else models
+        orders = [
+            Order(at, worker, shard, draw, steps, 0, held[model], kept.get(at))
+            for at, (worker, shard, draw, steps, model) in enumerate(rows)
+        ]
+        answers, failed = self._attempt(orders)
+        payloads = [answer.payload for answer in answers]
+        return Reply(
+            [answer.serial for answer in answers],
+            [answer.loss for answer in answers],
+            [answer.spent_s for answer in answers],
+            payloads[0] if len(payloads) == 1 else np.array(payloads),
+            {
+                name: np.concatenate([answer.kept[name] for answer in answers])
+                for name in (answers[0].kept if answers else ())
+            },
+            failed,
+        )
+
+    def _attempt(self, orders: list[Order]) -> tuple[list[Answer], dict[int, str]]:
+        """Answers, and the tracebacks of what failed."""
+        try:
+            return self._runner.compute(orders), {}
+        except Exception:
+            if len(orders) == 1:
+                return [], {orders[0].serial: traceback.format_exc()}
+        answers: list[Answer] = []
+        failed: dict[int, str] = {}
+        for order in orders:  # one of them it was
+            good, bad = self._attempt([order])
+            answers += good
+            failed |= bad
+        return answers, failed
+
+
+class Seat:
+    """An actor's place: the actor that is there now, and what it is to compute."""
+
+    __slots__ = ("actor", "calls", "limit_s", "ready", "replaced", "waiting", "workers")
+
+    def __init__(self, workers: list[int]) -> None:
+        self.workers = workers
+        self.actor: Any = None  # None: it will not be filled again
+        self.ready: Any = None  # what is answered when its actor is there; None: it is
+        self.limit_s = math.inf  # until when its actor has to be there
+        self.waiting: deque[Order] = deque()
+        self.calls = self.replaced = 0
+
+
+class RayCrew(Crew):
+    """Ray actors that compute.
+
+    Args:
+        experiment: whose jobs.
+        options: see ``backends.ray``.
+
+    Raises:
+        ConfigError: no Ray; actors that no machine has room for; a task that cannot travel.
+        CrewError: the actors do not start.
+    """
+
+    def __init__(self, experiment: "Experiment", options: "Ray") -> None:
+        n = experiment.fleet.workers
+        count = math.ceil(n / options.workers_per_actor)
+        self._options, self._ray = options, load()
+        self._calls: dict[Any, tuple[Seat, list[Order]]] = {}  # what is answered -> for what
+        self._events: list[Event] = []
+        self._stored: dict[int, tuple[Any, Any]] = {}  # id of a model -> (weak, in the store)
+        self._order_s: float | None = None  # of computing, lately
+        self._seats = [Seat(list(range(first, n, count))) for first in range(count)]
+        self._seat = {worker: seat for seat in self._seats for worker in seat.workers}
+        device = "" if options.device == "cpu" else options.device
+        if device and not hasattr(experiment.task, "to"):
+            raise ConfigError(f'engine = "ray": this task cannot compute on device = "{device}"')
+        self._stop = start(options.address)
+        try:
+            self._where = places(self._ray, count, options)
+            self._make = self._ray.remote(Host)
+            try:
+                self._parts = self._ray.put((experiment.task, experiment.work)), device
+            except (TypeError, AttributeError) as error:
+                raise ConfigError(
+                    f'engine = "ray": the task or its work cannot be sent to an actor ({error})'
+                ) from None
+            for seat in self._seats:
+                self._fill(seat)
+            self._await_all(START_S + START_EACH_S * count)
+        except BaseException:
+            self.close()
+            raise
+
+    # -- Orders ----------------------------------------------------------------------------------
+
+    def submit(self, order: Order) -> None:
+        """See ``Crew``."""
+        seat = self._seat[order.worker]
+        if seat.ready is not None:  # nobody is there: it will be submitted again
+            return
+        seat.waiting.append(order)
+        if not seat.calls:
+            self._call(seat)
+
+    def cancel(self, serial: int) -> None:
+        """See ``Crew``; what an actor has already is computed in vain."""
+        for seat in self._seats:
+            for order in seat.waiting:
+                if order.serial == serial:
+                    seat.waiting.remove(order)
+                    return
+
+    def _call(self, seat: Seat) -> None:
+        """Give an actor what waits for it, or as much of it as makes one call."""
+        waiting = seat.waiting
+        nbytes = waiting[0].x.nbytes
+        most = 1
+        if nbytes < ALONE_BYTES and self._order_s is not None:
+            fast = int(CALL_S / max(self._order_s, 1e-9))
+            most = max(1, min(MOST_ORDERS, MOST_BYTES // max(nbytes, 1), fast))
+        orders = [waiting.popleft() for _ in range(min(most, len(waiting)))]
+        models: dict[int, NDArray] = {}  # by identity: the same one travels once
+        rows, kept = [], {}
+        at: dict[int, int] = {}
+        for place, order in enumerate(orders):
+            key = id(order.x)
+            if key not in at:
+                at[key], models[key] = len(at), order.x
+            rows.append((order.worker, order.shard, order.draw, order.steps, at[key]))
+            if order.kept is not None:
+                kept[place] = order.kept
+        if nbytes > INLINE_BYTES:
+            sent = [self._store(x) for x in models.values()]
+        else:
+            sent = [np.array(list(models.values()))]
+        self._calls[seat.actor.compute.remote(rows, kept, *sent)] = seat, orders
+        seat.calls += 1
+
+    def _store(self, x: NDArray) -> Any:
+        """``x`` in Ray's store, where it stays for as long as anybody here has it."""
+        key = id(x)
+        if key not in self._stored:
+            gone = weak(x, lambda _: self._stored.pop(key, None))
+            self._stored[key] = gone, self._ray.put(x)
+        return self._stored[key][1]
+
+    # -- Answers ---------------------------------------------------------------------------------
+
+    def collect(self, timeout_s: float) -> Sequence[Event]:
+        """See ``Crew``."""
+        for seat in self._seats:
+            while seat.waiting and seat.calls < CALLS:
+                self._call(seat)
+        if not self._events:
+            self._listen(timeout_s)
+        events, self._events = self._events, []
+        return events
+
+    def _listen(self, timeout_s: float) -> None:
+        """Wait for answers, and take all that are there."""
+        pings = {seat.ready: seat for seat in self._seats if seat.ready is not None and seat.actor}
+        asked = [*pings, *self._calls]
+        if 0 < timeout_s < SHORTEST_S or not asked:
+            time.sleep(timeout_s)
+            timeout_s = 0.0
+        if not asked:
+            return
+        ready, _ = self._ray.wait(asked, num_returns=1, timeout=timeout_s)
+        if ready and len(asked) > 1:
+            ready, _ = self._ray.wait(asked, num_returns=len(asked), timeout=0)
+        for answered in ready:
+            if answered in pings:
+                self._came(pings[answered])
+            elif answered in self._calls:  # else its actor died, as another answer said
+                self._take(answered)
+        for seat in pings.values():
+            if seat.ready is not None and time.monotonic() > seat.limit_s:
+                self._lose(seat, "it did not start again", refill=False)
+
+    def _take(self, answered: Any) -> None:
+        seat, orders = self._calls[answered]
+        try:
+            reply: Reply = self._ray.get(answered)
+        except self._ray.exceptions.RayTaskError as error:  # of no order in particular
+            del self._calls[answered]
+            seat.calls -= 1
+            self._events += [Failed(order.serial, str(error)) for order in orders]
+            return
+        except self._ray.exceptions.RayError as error:
+            self._lose(seat, why(error))
+            return
+        del self._calls[answered]
+        seat.calls -= 1
+        if reply.done:
+            lately_s = sum(reply.spent_s) / len(reply.done)
+            before_s = lately_s if self._order_s is None else self._order_s
+            self._order_s = (lately_s + before_s) / 2
+        alone = len(reply.done) == 1
+        for j, place in enumerate(reply.done):
+            # A row of many is copied: one slow worker's would keep all of them in memory.
+            payload = reply.payloads if alone else reply.payloads[j].copy()
+            kept = {name: held[j : j + 1] for name, held in reply.kept.items()}
+            loss, spent_s = reply.losses[j], reply.spent_s[j]
+            self._events.append(Answer(orders[place].serial, loss, payload, kept, spent_s))
+        self._events += [Failed(orders[at].serial, said) for at, said in reply.failed.items()]
+
+    # -- Actors that come and go -----------------------------------------------------------------
+
+    def _fill(self, seat: Seat) -> None:
+        """Begin an actor."""
+        options = self._options
+        seat.actor = self._make.options(
+            num_cpus=options.num_cpus,
+            num_gpus=options.num_gpus,
+            resources=options.resources,
+            max_restarts=0,  # a new one is begun here, where it is told what the old one knew
+            scheduling_strategy=self._where[self._seats.index(seat)],
+        ).remote(*self._parts)
+        seat.ready = seat.actor.ready.remote()
+        seat.limit_s = time.monotonic() + START_S
+
+    def _await_all(self, limit_s: float) -> None:
+        """Wait until every actor is there."""
+        until_s = time.monotonic() + limit_s
+        while missing := [seat for seat in self._seats if seat.ready is not None]:
+            if time.monotonic() > until_s:
+                raise CrewError(
+                    f"of {len(self._seats)} Ray actors {len(missing)} did not start within "
+                    f"{limit_s:.0f} s; is the cluster full?"
+                )
+            self._ray.wait([seat.ready for seat in missing], timeout=1.0)
+            for seat in missing:
+                if self._ray.wait([seat.ready], timeout=0)[0]:
+                    self._came(seat)
+        self._events.clear()
+
+    def _came(self, seat: Seat) -> None:
+        try:
+            self._ray.get(seat.ready)
+        except self._ray.exceptions.RayError as error:
+            if getattr(error, "actor_init_failed", False):
+                raise CrewError(f"Ray actors cannot start: {last_line(error)}") from None
+            self._lose(seat, why(error))
+            return
+        seat.ready = None
+        self._events += [Back(worker) for worker in seat.workers]
+
+    def _lose(self, seat: Seat, why: str, refill: bool = True) -> None:
+        """An actor is dead: another takes its seat, or its workers go to other seats."""
+        if seat.ready is None:
+            self._events += [Gone(worker, why) for worker in seat.workers]
+        for answered in [a for a, (whose, _) in self._calls.items() if whose is seat]:
+            del self._calls[answered]
+        seat.calls = 0
+        seat.waiting.clear()
+        self._kill(seat)
+        if refill and seat.replaced < self._options.restarts:
+            seat.replaced += 1
+            self._fill(seat)
+            return
+        seat.actor, seat.ready = None, "never"
+        if not (others := [other for other in self._seats if other.actor is not None]):
+            raise CrewError(
+                f"no Ray actor is left: each was replaced {self._options.restarts} times; "
+                f"the last one: {why}"
+            )
+        for at, worker in enumerate(seat.workers):
+            other = others[at % len(others)]
+            other.workers.append(worker)
+            self._seat[worker] = other
+            if other.ready is None:
+                self._events.append(Back(worker))
+        seat.workers = []
+
+    def _kill(self, seat: Seat) -> None:
+        with suppress(self._ray.exceptions.RayError):
+            self._ray.kill(seat.actor)
+
+    def close(self) -> None:
+        """See ``Crew``: the actors, and the Ray that was begun for them."""
+        stop, self._stop = self._stop, lambda: None
+        for seat in self._seats:
+            if seat.actor is not None:
+                self._kill(seat)
+                seat.actor, seat.ready = None, "never"
+        self._calls.clear()
+        self._stored.clear()
+        stop()
+
+
+def places(ray: Any, count: int, options: "Ray") -> list[Any]:
+    """Where each of ``count`` actors goes, as Ray is told.
+
+    Raises:
+        ConfigError: there is no room for them.
+    """
+    needs = {"CPU": options.num_cpus, "GPU": options.num_gpus, **(options.resources or {})}
+    needs = {name: amount for name, amount in needs.items() if amount}
+    nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    rooms = {
+        node: min(
+            (int(has.get(name, 0.0) / amount + 1e-9) for name, amount in needs.items()),
+            default=count,
+        )
+        for node, has in nodes.items()
+    }
+    if (room := sum(rooms.values())) < count:
+        need = ", ".join(f"{amount:g} {name}" for name, amount in needs.items())
+        raise ConfigError(
+            f'engine = "ray": {count} actors with {need} each do not fit, there is room for '
+            f"{room}; take more workers_per_actor or ask for less"
+        )
+    if options.placement == "spread":
+        return ["SPREAD"] * count
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
+
+    here = ray.get_runtime_context().get_node_id()
+    order = sorted(rooms, key=lambda node: node != here)  # this machine first
+    return [On(node, soft=True) for node in order for _ in range(rooms[node])][:count]
+
+
+def why(error: Exception) -> str:
+    """Part of a sentence: what became of an actor."""
+    said = str(error)
+    known = {
+        "ray.kill": "its Ray actor was killed",
+        "node": "its machine is gone",
+        "memory": "its Ray actor ran out of memory",
+    }
+    if "connection error code 2" in said:
+        return "the process of its Ray actor died"
+    return next((text for key, text in known.items() if key in said), last_line(error))
+
+
+def last_line(error: Exception) -> str:
+    """Of an error's text, which may be a traceback."""
+    return str(error).strip().split("\n")[-1]
