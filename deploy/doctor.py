@@ -204,16 +204,16 @@ def _keys_of(found: Found, node: str, folder: Path, needed: Iterable[str]) -> No
         public, private = load_certificate(secret)
     except OSError as error:
         said = f"{secret}: cannot be read ({error.strerror})"
-        return found.wrong("keys", said, f"offbeat keys new {node} --dir {folder}")
+        return found.wrong("keys", said, f"offbeat keys new {node} --keys {folder}")
     except ValueError as error:
         said = f"{secret}: is no key ({error})"
-        return found.wrong("keys", said, f"remove it; offbeat keys new {node} --dir {folder}")
+        return found.wrong("keys", said, f"remove it; offbeat keys new {node} --keys {folder}")
     if mode & 0o077:
         said = f"{secret}: others can read it (mode {mode:04o})"
         return found.wrong("keys", said, f"chmod 600 {secret}; better, make new keys")
     if private is None or zmq.curve_public(private) != public:
         said = f"{secret}: its secret and its public key do not belong together"
-        return found.wrong("keys", said, f"remove it; offbeat keys new {node} --dir {folder}")
+        return found.wrong("keys", said, f"remove it; offbeat keys new {node} --keys {folder}")
     lacking = [
         name for name in needed
         if not (folder / "authorized" / f"{name}.key").is_file()
@@ -222,7 +222,7 @@ def _keys_of(found: Found, node: str, folder: Path, needed: Iterable[str]) -> No
     if lacking:
         said = f"{folder}: lacks the public key of {', '.join(lacking[:5])}"
         said += f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
-        mend = f"offbeat keys authorize {lacking[0]} KEY --dir {folder}"
+        mend = f"offbeat keys authorize {lacking[0]} KEY --keys {folder}"
         return found.wrong("keys", said, mend)
     return found.good("keys", f"{folder}: those of {node}, and whom it has to know")
 

@@ -238,7 +238,7 @@ def test_keys_may_lie_in_a_folder_a_node(keyed, tmp_path):
         (
             lambda keys: (keys / "a.key_secret").unlink(),
             "KEYS/a.key_secret: cannot be read (No such file or directory)",
-            "offbeat keys new a --dir KEYS",
+            "offbeat keys new a --keys KEYS",
         ),
         (
             lambda keys: (keys / "a.key_secret").chmod(0o640),
@@ -248,12 +248,12 @@ def test_keys_may_lie_in_a_folder_a_node(keyed, tmp_path):
         (
             lambda keys: (keys / "a.key_secret").write_text("curve\n"),
             "is no key",
-            "remove it; offbeat keys new a --dir KEYS",
+            "remove it; offbeat keys new a --keys KEYS",
         ),
         (
             lambda keys: (keys / "authorized" / "b.key").unlink(),
             "KEYS: lacks the public key of b",
-            "offbeat keys authorize b KEY --dir KEYS",
+            "offbeat keys authorize b KEY --keys KEYS",
         ),
     ],
 )
