@@ -502,7 +502,7 @@ def _graphs(runs: Sequence[Run]) -> list[dict[str, Any]]:
             family = made.spec.name if made.spec is not None else ""
             families[family] = families.get(family, 0) + 1
             found[name] = families[family], made, metrics, run
-    drawn = []
+    drawn: list[dict[str, Any]] = []
     for name, (_, made, metrics, run) in sorted(found.items(), key=lambda item: item[1][0]):
         trace = None
         if run.line.get("asynchronous") and (run.folder / "trace.jsonl").exists():
