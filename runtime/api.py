@@ -44,6 +44,7 @@ DRAWN = {"picture.png", "report.html", "report-figures"}
 # What a run folder holds.
 WRITTEN = {
     *("experiment.toml", "metrics.jsonl", "trace.jsonl", "checkpoint", "summary.json"),
+    *("server.json", "server.lock"),
     *DRAWN,
 }
 
@@ -378,6 +379,21 @@ def _engine(
         "save_every_s": e.record.save_every_s,
         "progress": progress,
     }
+    try:
+        return _loop(e, folder, records, around, trace)
+    except BaseException:
+        records.close()
+        raise
+
+
+def _loop(
+    e: Experiment,
+    folder: Path | None,
+    records: Records,
+    around: dict[str, Any],
+    trace: NDArray | None,
+) -> Loop:
+    """The loop of ``e`` on the engine it names, or in this process where it follows a trace."""
     if isinstance(e.algorithm, Gossip):
         assert e.topology is not None
         if trace is None and (loop := e.engine.gossip(e, records, **around)) is not None:
@@ -395,7 +411,7 @@ def _engine(
         workers = VirtualWorkers(e.task, e.fleet, RecordedTiming(trace), e.work, x)
         return Engine(e.task, algorithm, workers, records, **around)
     jobs = e.task, e.fleet, e.fleet.timing(e.seed, int(x.nbytes)), e.work, x
-    if (crew := e.engine.crew(e)) is None:
+    if (crew := e.engine.crew(e, folder)) is None:
         return Engine(e.task, algorithm, VirtualWorkers(*jobs), records, **around)
     try:
         workers = LiveWorkers(*jobs, crew, e.pace) if e.real else RemoteWorkers(*jobs, crew)

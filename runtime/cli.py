@@ -18,6 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from offbeat.algorithms.compression import COMPRESSORS
 from offbeat.algorithms.gossip import ALGORITHMS
+from offbeat.deploy.cli import deploy
 from offbeat.runtime import api
 from offbeat.runtime.backends import ENGINES
 from offbeat.runtime.checkpoint import write_whole
@@ -54,6 +55,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(deploy, name="deploy")
 mount(app)
 WIDE = 140  # characters a line, where no terminal says
 console = Console(width=None if sys.stdout.isatty() else WIDE)

@@ -78,10 +78,11 @@ class Experiment:
 
     def __post_init__(self) -> None:
         """What no part can see alone."""
-        if self.task.workers != self.fleet.workers:
+        parts, workers = self.task.workers, self.fleet.workers
+        if parts < workers or (parts > workers and not getattr(self.algorithm, "any_shard", False)):
             raise ConfigError(
-                f"the task is divided among {self.task.workers} workers, but the fleet has "
-                f"{self.fleet.workers}"
+                f"the task is divided among {parts} workers, but the fleet has {workers}"
+                + ("; for more shards than workers, take sample_shards = true" * (parts > workers))
             )
         self._check_clock()
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):

@@ -6,7 +6,7 @@ what the one before it answered and returns it changed, or None where nothing is
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +22,16 @@ class Rule(Protocol):
         """``g [d]`` changed, or None: the update goes no further."""
         ...
 
+    def rest(self) -> NDArray | None:
+        """What it holds back, where nothing is left to come; for rules that look at no update."""
+        return None
+
 
 class Plan(Protocol):
     """Who works next, and when; ``Schedule`` is one, ``Windows`` another."""
+
+    any_shard: bool = False
+    """See ``Algorithm``."""
 
     def check(self, n: int) -> None:
         """Raise ConfigError where n workers cannot follow it."""
@@ -165,6 +172,7 @@ class Method(Algorithm):
 
     def __init__(self, schedule: Plan, rules: Sequence[Rule]) -> None:
         self.schedule, self.rules = schedule, list(rules)
+        self.any_shard = schedule.any_shard
 
     def check(self, n: int) -> None:
         """See ``Algorithm``."""
@@ -176,21 +184,25 @@ class Method(Algorithm):
 
     def arrive(self, server: Server, update: Update) -> None:
         """Transform the update, step if anything is left of it, hand out the next jobs."""
-        g = update.payload
-        for rule in self.rules:
+        self._step(server, update, update.payload, self.rules)
+        self.schedule.arrived(server, update)
+
+    def _step(self, server: Server, update: Any, g: Any, rules: Sequence[Rule]) -> None:
+        for rule in rules:
             g = rule(server, update, g)
             if g is None:
-                break
-        else:
-            server.apply(g)
-        self.schedule.arrived(server, update)
+                return
+        server.apply(g)
 
     def timer(self, server: Server, token: int) -> None:
         """See ``Algorithm``."""
         self.schedule.timer(server, token)
 
     def lost(self, server: Server, worker: int) -> None:
-        """See ``Algorithm``."""
+        """See ``Algorithm``; what waited for this job alone waits no longer."""
+        for at, rule in enumerate(self.rules):
+            if not server.outstanding and (g := rule.rest()) is not None:
+                self._step(server, None, g, self.rules[at + 1 :])
         self.schedule.lost(server)
 
     def joined(self, server: Server, worker: int, lost: int) -> None:

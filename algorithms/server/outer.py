@@ -115,7 +115,11 @@ class Round(Rule):
         """See ``Rule``."""
         self.total = g if self.total is None else self.total + g
         self.count += 1
-        if server.outstanding:
+        return None if server.outstanding else self.rest()
+
+    def rest(self) -> NDArray | None:
+        """See ``Rule``."""
+        if self.total is None:
             return None
         mean, self.total, self.count = self.total / self.count, None, 0
         return mean
