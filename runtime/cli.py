@@ -23,6 +23,7 @@ from offbeat.runtime.backends import ENGINES
 from offbeat.runtime.checkpoint import write_whole
 from offbeat.runtime.errors import ConfigError, Diverged, OffbeatError, StorageError, nearest
 from offbeat.runtime.experiment import Experiment, apply_override, from_table, put, read
+from offbeat.runtime.net import cli as net
 from offbeat.runtime.registry import Spec
 from offbeat.topologies import TOPOLOGIES, WEIGHTS, facts
 from offbeat.workers.data import BUNDLED
@@ -423,6 +424,9 @@ def _report(results: dict[str, api.Result], folder: Path) -> None:
 def _say(text: str) -> None:
     """Plain text, on one line: paths are to be copied."""
     console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+net.mount(app, _go_on, _fresh)
 
 
 def main() -> None:
