@@ -31,6 +31,7 @@ from offbeat.runtime.errors import (
     nearest,
 )
 from offbeat.runtime.experiment import Experiment, apply_override, from_table, put, read
+from offbeat.runtime.net import cli as net
 from offbeat.runtime.registry import Spec, told_apart
 from offbeat.runtime.studies.cli import mount
 from offbeat.topologies import TOPOLOGIES, WEIGHTS, facts
@@ -424,6 +425,9 @@ def _report(results: dict[str, api.Result], folder: Path) -> None:
 def _say(text: str) -> None:
     """Plain text, on one line: paths are to be copied."""
     console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+net.mount(app, _go_on, _fresh)
 
 
 def main() -> None:
