@@ -56,6 +56,7 @@ LATER = {
     "Streaming, 4 fragments": "streaming-diloco(lr=%s)",
     "Eager": "eager-diloco(lr=%s)",
     "MuLoCo, 2 bits": "muloco(lr=%s)",
+    "NoLoCo, random pairs": "noloco(lr=%s)",
 }
 INNER = "adamw(lr=0.001, weight_decay=0.1)"
 
@@ -78,12 +79,12 @@ def start(task: LanguageModel, steps: int) -> NDArray:
 
 def train(
     task: LanguageModel, method: str, times: list[float], budget: int, seed: int,
-    inner: str = INNER, steps: int = H,
+    inner: str = INNER, steps: int = H, topology: str | None = None,
 ) -> offbeat.Result:  # fmt: skip
     """One run, evaluated at twenty points."""
     work = f"local-steps({inner}, steps={steps}, clip=1.0, total={budget // 4}, last_lr=0.0001)"
     return offbeat.run(
-        task, method, offbeat.Fleet(workers=4, speeds=times), work=work, seed=seed,
+        task, method, offbeat.Fleet(workers=4, speeds=times), topology, work=work, seed=seed,
         stop={"gradients": budget}, evaluate={"gradients": budget // POINTS},
     )  # fmt: skip
 
@@ -188,10 +189,9 @@ def later(task: LanguageModel, budget: int) -> dict[str, float]:
     print(f"{'':<24}" + "".join(f"{lr:>8}" for lr in RATES) + "   virtual s")
     for name, method in LATER.items():
         inner = INNER.replace("adamw", "muon") if "MuLoCo" in name else INNER
-        runs = [
-            train(task, method % lr, times, budget, 0, inner, H // 4 if "4 frag" in name else H)
-            for lr in RATES
-        ]
+        steps = H // 4 if "4 fragments" in name else H
+        graph = "matching" if "pairs" in name else None
+        runs = [train(task, method % lr, times, budget, 0, inner, steps, graph) for lr in RATES]
         found = [run.final["perplexity"] for run in runs]
         figures[f"{name}, best"] = min(found)
         print(f"{name:<24}" + "".join(f"{value:>8.2f}" for value in found)
