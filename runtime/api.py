@@ -40,10 +40,12 @@ from offbeat.workers.tasks import TASKS, Task
 from offbeat.workers.work import WORK, Work
 
 Progress = Callable[[float], None]
+DRAWN = {"picture.png", "report.html", "report-figures"}
 # What a run folder holds.
 WRITTEN = {
     *("experiment.toml", "metrics.jsonl", "trace.jsonl", "checkpoint", "summary.json"),
-    "picture.png",
+    *("server.json", "server.lock"),
+    *DRAWN,
 }
 
 
@@ -108,7 +110,8 @@ class Result:
         return picture([self], Path(path))
 
     def __str__(self) -> str:
-        shown = ", ".join(f"{key} {value:.4g}" for key, value in self.final.items())
+        numbers = {k: v for k, v in self.final.items() if not isinstance(v, list)}
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())
         return f"{self.name}: {shown} ({self.reason})"
 
 
@@ -367,7 +370,7 @@ def _engine(
                 + ": make room or mend the rights, then resume the run"
             ) from None
 
-    records = Records(e.fleet, folder, e.record.trace)
+    records = Records(e.fleet, folder, e.record.trace, e.record.nodes)
     around: dict[str, Any] = {
         "stop": e.stop,
         "evaluate": e.evaluate,
@@ -376,6 +379,21 @@ def _engine(
         "save_every_s": e.record.save_every_s,
         "progress": progress,
     }
+    try:
+        return _loop(e, folder, records, around, trace)
+    except BaseException:
+        records.close()
+        raise
+
+
+def _loop(
+    e: Experiment,
+    folder: Path | None,
+    records: Records,
+    around: dict[str, Any],
+    trace: NDArray | None,
+) -> Loop:
+    """The loop of ``e`` on the engine it names, or in this process where it follows a trace."""
     if isinstance(e.algorithm, Gossip):
         assert e.topology is not None
         if trace is None and (loop := e.engine.gossip(e, records, **around)) is not None:
@@ -393,7 +411,7 @@ def _engine(
         workers = VirtualWorkers(e.task, e.fleet, RecordedTiming(trace), e.work, x)
         return Engine(e.task, algorithm, workers, records, **around)
     jobs = e.task, e.fleet, e.fleet.timing(e.seed, int(x.nbytes)), e.work, x
-    if (crew := e.engine.crew(e)) is None:
+    if (crew := e.engine.crew(e, folder)) is None:
         return Engine(e.task, algorithm, VirtualWorkers(*jobs), records, **around)
     try:
         workers = LiveWorkers(*jobs, crew, e.pace) if e.real else RemoteWorkers(*jobs, crew)

@@ -165,6 +165,12 @@ class Engine(Loop):
         workers = self.workers
         return {"concurrency": workers.peak, **workers.facts()}
 
+    def run(self) -> tuple[str, dict[str, float]]:
+        """See ``Loop``."""
+        reason, final = super().run()
+        self.workers.ended(reason)
+        return reason, final
+
     def close(self) -> None:
         """See ``Loop``."""
         self.workers.close()

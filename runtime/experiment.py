@@ -24,6 +24,8 @@ from offbeat.workers.work import WORK, Work, gradient
 
 T = TypeVar("T")
 
+MOST_NODES = 200  # whose losses are recorded one by one
+
 
 @settings
 class Record:
@@ -31,10 +33,12 @@ class Record:
 
     Args:
         trace: every arrival (needed for replay and the timeline).
+        nodes: the loss at each node's model, of gossip on at most 200 nodes; slower.
         save_every_s: wall seconds between checkpoints of a run with a folder.
     """
 
     trace: bool = True
+    nodes: bool = False
     save_every_s: Positive = 30.0
 
 
@@ -93,6 +97,10 @@ class Experiment:
             )
         elif self.fleet.loss:
             raise ConfigError("fleet.loss is for gossip; a server's messages are not lost")
+        if self.record.nodes and (self.topology is None or self.fleet.workers > MOST_NODES):
+            raise ConfigError(
+                f"record.nodes is for gossip on at most {MOST_NODES} nodes; remove it"
+            )
         self.algorithm.check(self.fleet.workers)
 
     def _check_clock(self) -> None:

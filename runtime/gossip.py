@@ -98,17 +98,21 @@ class GossipLoop(Loop):
                 return reason
 
 
-def measure(models: NDArray, evaluated: Callable[[NDArray], dict[str, float]]) -> dict[str, float]:
+def measure(
+    models: NDArray, evaluated: Callable[[NDArray], dict[str, float]], nodes: bool = False
+) -> dict[str, Any]:
     """The task's facts at the mean of ``models [n, d]``, and how far the nodes are from it.
 
     ``consensus`` is the root of the mean squared distance to the mean; ``loss_worst`` the loss of
-    the node that is farthest away.
+    the node that is farthest away; with ``nodes``, ``node_loss`` ``[n]`` has every node's.
     """
     mean = models.mean(axis=0)
     apart = distances2(models, mean)
     row = evaluated(mean)
     row["loss_worst"] = evaluated(models[apart.argmax()])["loss"]
     row["consensus"] = math.sqrt(float(apart.mean()))
+    if nodes:
+        return {**row, "node_loss": [evaluated(model)["loss"] for model in models]}
     return row
 
 

@@ -466,7 +466,7 @@ class Pairs(GossipLoop):
     def _measured(self) -> dict[str, float]:
         self.records.flush()
         row = {"time_s": self.now_s, "step": self.step, "gradients": self.gradients}
-        row |= measure(self._models(), self._evaluated)
+        row |= measure(self._models(), self._evaluated, self.records.nodes)
         row["bytes"], row["bytes_edge"] = self.bytes, self.bytes / max(self.messages, 1)
         row |= self.records.staleness()
         counts = np.array(list(self.ages.values())).reshape(-1, 4)

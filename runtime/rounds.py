@@ -215,7 +215,7 @@ class Rounds(GossipLoop):
     def _measured(self) -> dict[str, float]:
         self.records.flush()
         row = {"time_s": self.time_s, "step": self.round, "gradients": self.gradients}
-        row |= measure(self.method.models(self.node), self._evaluated)
+        row |= measure(self.method.models(self.node), self._evaluated, self.records.nodes)
         row["bytes"], row["bytes_edge"] = self.bytes, self.bytes / max(self.messages, 1)
         busy_s = float(self.records.busy_s.sum())
         row["busy"] = busy_s / (self.n * self.time_s) if self.time_s else 0.0

@@ -268,6 +268,9 @@ class VirtualWorkers:
         """What became of jobs."""
         return {key: getattr(self, key) for key in ("lost", "reassigned", "cancelled")}
 
+    def ended(self, reason: str) -> None:
+        """The run has ended; see ``Crew``."""
+
     def close(self) -> None:
         """The run is over."""
 

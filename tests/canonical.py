@@ -132,7 +132,7 @@ class Peers:
         links = [Links(now, i) for i in range(len(self.nodes))]
         sent = [node.outbox(mine) for node, mine in zip(self.nodes, links, strict=True)]
         for i, node in enumerate(self.nodes):
-            node.inbox(links[i], {j: mail[i] for j, mail in enumerate(sent) if i in mail})
+            node.inbox(links[i], {j: node.read(m[i]) for j, m in enumerate(sent) if i in m})
         for i, node in enumerate(self.nodes):
             self.method.tell(node, self.gradient(i, self.method.ask(node)))
 

@@ -76,16 +76,7 @@ class Host:
             Order(at, worker, shard, draw, steps, 0, held[model], kept.get(at))
             for at, (worker, shard, draw, steps, model) in enumerate(rows)
         ]
-        failed: dict[int, str] = {}
-        try:
-            answers = self._runner.compute(orders)
-        except Exception:
-            answers = []
-            for order in orders:  # whose fault was it?
-                try:
-                    answers += self._runner.compute([order])
-                except Exception:
-                    failed[order.serial] = traceback.format_exc()
+        answers, failed = self._attempt(orders)
         payloads = [answer.payload for answer in answers]
         return Reply(
             [answer.serial for answer in answers],
@@ -98,6 +89,21 @@ class Host:
             },
             failed,
         )
+
+    def _attempt(self, orders: list[Order]) -> tuple[list[Answer], dict[int, str]]:
+        """Answers, and the tracebacks of what failed."""
+        try:
+            return self._runner.compute(orders), {}
+        except Exception:
+            if len(orders) == 1:
+                return [], {orders[0].serial: traceback.format_exc()}
+        answers: list[Answer] = []
+        failed: dict[int, str] = {}
+        for order in orders:  # one of them it was
+            good, bad = self._attempt([order])
+            answers += good
+            failed |= bad
+        return answers, failed
 
 
 class Seat:

@@ -1,0 +1,206 @@
+"""Ray actors: the same runs as without them, whatever dies meanwhile."""
+
+import time
+
+import faulty
+import numpy as np
+import pytest
+from faulty import Faulty
+from ray.cloudpickle import register_pickle_by_value
+from servers import METHODS, WORKS, N, make
+
+import offbeat
+from offbeat.runtime.actors.crew import Host, RayCrew
+from offbeat.runtime.actors.start import start
+from offbeat.runtime.backends import ENGINES
+from offbeat.runtime.errors import CrewError
+from offbeat.workers.tasks import TASKS, quadratic
+
+pytestmark = pytest.mark.xdist_group("ray")  # one Ray for all
+EVERY = pytest.mark.parametrize("name", METHODS)
+register_pickle_by_value(faulty)  # actors cannot import from here
+ACTORS = []  # that are there, for tests that do not kill them
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray():
+    """One Ray, which runs find and leave as it is."""
+    stop = start()
+    yield
+    ACTORS.clear()
+    stop()
+
+
+class Borrowing(RayCrew):
+    """Takes actors that are there already, and leaves them."""
+
+    def _fill(self, seat):
+        if not ACTORS:
+            super()._fill(seat)
+            return
+        seat.actor = ACTORS.pop()
+        seat.ready = seat.actor.__ray_call__.remote(Host.__init__, *self._parts)
+
+    def close(self):
+        for seat in self._seats:
+            if seat.actor is not None and seat.ready is None:
+                ACTORS.append(seat.actor)
+                seat.actor = None
+        super().close()
+
+
+class Borrowed:
+    """``ray``, with the actors of earlier runs."""
+
+    def __init__(self, workers_per_actor=N // 2):
+        self.made = ENGINES["ray"](workers_per_actor)
+        self.spec, self.clocks, self.gossip = self.made.spec, self.made.clocks, self.made.gossip
+
+    def crew(self, experiment):
+        return Borrowing(experiment, self.made)
+
+
+def run(name, engine, fleet=f"{N} lognormal(1.0)", task=None, steps=120, **more):
+    task = task or quadratic(5, workers=N, noise=0.3, seed=2)
+    options = {"work": WORKS.get(name, "gradient"), "stop": {"steps": steps}, "seed": 4, **more}
+    return offbeat.run(task, make(name), fleet, engine=engine, **options)
+
+
+def same(one, other):
+    np.testing.assert_array_equal(one.x, other.x)
+    np.testing.assert_array_equal(one.trace, other.trace)
+
+
+# -- Conformance -----------------------------------------------------------------------------------
+
+
+@EVERY
+def test_every_method_under_the_virtual_clock_is_the_same_to_the_bit(name):
+    same(run(name, Borrowed(), clock="virtual"), run(name, "virtual"))
+
+
+@EVERY
+def test_every_method_under_a_real_clock_converges_and_is_replayed(name, tmp_path):
+    result = run(name, Borrowed(), clock="real", pace=1e-3, folder=tmp_path / "run")
+    assert result.reason == "steps"
+    losses = result.column("loss")
+    assert losses[len(losses) // 2 :].mean() < losses[0] / 2
+    same(offbeat.replay(tmp_path / "run"), result)
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_every_task_travels(name):
+    runs = [
+        offbeat.run(
+            TASKS[name](workers=4), "pure(lr=0.01)", "4 1..4", stop={"steps": 12},
+            evaluate={"steps": 12}, engine=engine, clock="virtual",
+        )
+        for engine in (Borrowed(2), "virtual")
+    ]  # fmt: skip
+    same(*runs)
+
+
+@pytest.mark.parametrize("dim", [12_000, 13_000, 140_000])
+def test_models_inline_in_the_store_and_alone(dim):
+    task = quadratic(dim, workers=N, noise=0.3)
+    for name in ("minibatch", "random", "local-sgd"):
+        same(
+            *(
+                run(name, engine, task=task, steps=10, clock="virtual")
+                for engine in (Borrowed(), "virtual")
+            )
+        )
+
+
+def test_a_thousand_workers_on_two_actors():
+    task = quadratic(5, workers=1000, noise=0.3)
+    options = {"fleet": "1000 lognormal(1.0)", "task": task, "steps": 5000, "clock": "virtual"}
+    began_s = time.monotonic()
+    ours = run("shuffled", Borrowed(500), **options)
+    took_s = time.monotonic() - began_s
+    same(ours, run("shuffled", "virtual", **options))
+    assert took_s < 15
+
+
+# -- What dies -------------------------------------------------------------------------------------
+
+DEATHS = {(2, 3): ("die", 1), (5, 4): ("die", 2)}
+
+
+@pytest.mark.parametrize("name", ["pure", "local-sgd"])
+def test_processes_that_die_change_nothing_under_the_virtual_clock(name, tmp_path):
+    """What workers keep between jobs is restored from what the run last accepted."""
+    task = Faulty(tmp_path, DEATHS)
+    result = run(name, "ray(4)", task=task, clock="virtual")
+    assert task.happened("die") == 3
+    assert result.facts["restarts"] == 3 * N // 2
+    same(result, run(name, "virtual"))
+
+
+@pytest.mark.parametrize("policy", ["pause", "lose", "reassign"])
+def test_processes_that_die_under_a_real_clock(policy, tmp_path):
+    task = Faulty(tmp_path, DEATHS)
+    fleet = f"{N} uniform(0.5) on_outage={policy}"
+    result = run(
+        "delayed-nesterov", "ray(4)", fleet, task, 200,
+        clock="real", pace=0.02, folder=tmp_path / "run",
+    )  # fmt: skip
+    assert result.reason == "steps"
+    deaths = task.happened("die")
+    assert deaths == 3 if policy == "pause" else deaths in (1, 2)  # what is lost is not repeated
+    told = [event["event"] for event in result.events]
+    assert told.count("gone") == deaths * N // 2 == result.facts["restarts"]
+    assert told.count("left") == (0 if policy == "pause" else deaths * N // 2)
+    if policy != "pause":
+        assert result.facts["lost" if policy == "lose" else "reassigned"] > 0
+    again = offbeat.replay(tmp_path / "run", task=task)
+    same(again, result)
+
+
+def test_others_take_over_when_an_actor_was_replaced_too_often(tmp_path):
+    task = Faulty(tmp_path, {(2, 3): ("die", 2)})
+    result = run("local-sgd", "ray(2, restarts=1)", task=task, clock="virtual")
+    assert task.happened("die") == 2
+    same(result, run("local-sgd", "virtual"))
+
+
+def test_nobody_is_left(tmp_path):
+    task = Faulty(tmp_path, {(2, 3): ("die", 99)})
+    with pytest.raises(
+        CrewError, match=r"no Ray actor is left: each was replaced 1 times; .* died"
+    ):
+        run("pure", "ray(4, restarts=1)", task=task, clock="virtual")
+    assert task.happened("die") == 4
+
+
+def test_ray_kill_counts_too(tmp_path):
+    kills, answered = [], [0]
+
+    class Killed(RayCrew):
+        def collect(self, timeout_s):
+            events = super().collect(timeout_s)
+            answered[0] += len(events)
+            if len(kills) < 2 and answered[0] > 40 * (len(kills) + 1):
+                seat = self._seats[len(kills) % 2]
+                self._ray.kill(seat.actor)
+                kills.append(seat)
+            return events
+
+    engine = Borrowed(4)
+    engine.crew = lambda experiment: Killed(experiment, engine.made)
+    result = run("pure", engine, steps=400, clock="virtual")
+    assert len(kills) == 2
+    assert result.facts["restarts"] == 2 * N // 2
+    same(result, run("pure", "virtual", steps=400))
+
+
+def test_code_that_raises_is_told_with_its_traceback(tmp_path):
+    task = Faulty(tmp_path, {(3, 2): ("raise", 2)})
+    result = run("pure", "ray(4)", task=task, clock="virtual")
+    assert task.happened("raise") == 2
+    assert result.facts["failures"] in (1, 2)  # of a batch, each order is computed again alone
+    same(result, run("pure", "virtual"))
+    task = Faulty(tmp_path, {(3, 3): ("raise", 9)})
+    said = r"job 3 of worker 3 .* failed 3 times; (.|\n)*ZeroDivisionError: division at \(3, 3\)"
+    with pytest.raises(CrewError, match=said):
+        run("pure", "ray(4)", task=task, clock="real", pace=1e-3)
