@@ -181,7 +181,7 @@ class RayGossip(Loop):
         self._questions = self.restarts = 0
         self._zero_s = 0.0  # of the monotonic clock, when the run began
         self._frozen_s: float | None = None  # the time, while the nodes rest
-        self._stop = start(options.address)
+        self._session = start(options.address)
         try:
             self._where = places(self._ray, count, options)
             self._make = self._ray.remote(concurrency_groups={"watch": 1})(GossipHost)
@@ -491,14 +491,13 @@ class RayGossip(Loop):
 
     def close(self) -> None:
         """See ``Loop``: the actors, and the Ray that was begun for them."""
-        stop, self._stop = self._stop, lambda: None
         for seat in self._seats:
             if seat.actor is not None:
                 with suppress(self._ray.exceptions.RayError):
                     self._ray.kill(seat.actor)
                 seat.actor, seat.ready = None, "never"
         self._parts = None
-        stop()
+        self._session.stop()
 
     # -- Checkpoints ---------------------------------------------------------------------------
 
