@@ -113,7 +113,6 @@ class Hosted:
         self._zero_s = time.monotonic() - now_s * self._pace
         for node in self.nodes.values():
             node.limit = limit
-        self._queue.put(("begin",))
         self._thread.start()
 
     def deliver(self, parcels: Sequence[Parcel]) -> None:
@@ -153,6 +152,7 @@ class Hosted:
 
     def _work(self) -> None:
         try:
+            self._begin()  # before any mail that is there already
             while not self._ended:
                 self._turn()
         except Exception as error:
@@ -207,7 +207,7 @@ class Hosted:
         self._rests = None
         handlers: dict[str, Callable[..., None]] = {
             "mail": self._mail, "post": self._post_now, "done": self._done, "tell": self._tell,
-            "ask": self._answer, "begin": self._begin, "end": self._end,
+            "ask": self._answer, "end": self._end,
         }  # fmt: skip
         handlers[kind](*what)
 

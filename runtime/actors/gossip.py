@@ -356,7 +356,8 @@ class RayGossip(Loop):
 
     def _arrive(self, all_: bool = False) -> None:
         """Arrivals enter the records in the order of time: those that no older can follow."""
-        horizon_s = math.inf if all_ else min(seat.now_s for seat in self._seats)
+        there = [seat.now_s for seat in self._seats if seat.ready is None]
+        horizon_s = math.inf if all_ else min(there, default=0.0)
         self._rows.sort()
         count = bisect_right(self._rows, (horizon_s,)) if not all_ else len(self._rows)
         for row in self._rows[:count]:
