@@ -1,9 +1,11 @@
 """Where a run's jobs are computed: in this process, on Ray actors, or by machines over ZeroMQ."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.net.jobs import Liveness
 from offbeat.runtime.registry import Count, Natural, NonNegative, Positive, Registry, Spec
 
 if TYPE_CHECKING:
@@ -22,12 +24,17 @@ class Backend(Protocol):
     clocks: tuple[str, ...]
     """The clocks it can keep; the first is the one it keeps where nothing is said."""
 
-    def crew(self, experiment: "Experiment") -> "Crew | None":
-        """Who computes the jobs of a method with a server; None: this process."""
+    def crew(self, experiment: "Experiment", folder: Path | None = None) -> "Crew | None":
+        """Who computes the jobs of a run; None: this process.
+
+        Args:
+            experiment: whose jobs.
+            folder: of the run, if it has one.
+        """
         ...
 
     def gossip(self, experiment: "Experiment", records: "Records", **around: Any) -> "Loop | None":
-        """What runs a gossip method; None: this process.
+        """What runs a gossip method; None: this process, and the crew, if there is one, computes.
 
         Args:
             experiment: what to run.
@@ -43,7 +50,7 @@ class Virtual:
     spec: Spec | None = None
     clocks: tuple[str, ...] = ("virtual",)
 
-    def crew(self, experiment: "Experiment") -> "Crew | None":
+    def crew(self, experiment: "Experiment", folder: Path | None = None) -> "Crew | None":
         """Nobody else."""
         return None
 
@@ -73,17 +80,19 @@ class Ray:
     restarts: int
     device: str
 
-    def crew(self, experiment: "Experiment") -> "Crew | None":
+    def crew(self, experiment: "Experiment", folder: Path | None = None) -> "Crew | None":
         """Actors."""
         from offbeat.runtime.actors.crew import RayCrew
 
         return RayCrew(experiment, self)
 
     def gossip(self, experiment: "Experiment", records: "Records", **around: Any) -> "Loop | None":
-        """This process, under the virtual clock."""
-        if experiment.real:
-            raise ConfigError('gossip under a real clock does not run with engine = "ray"')
-        return None
+        """Actors that speak to one another, under a real clock."""
+        if not experiment.real:
+            return None
+        from offbeat.runtime.actors.gossip import RayGossip
+
+        return RayGossip(experiment, self, records, **around)
 
 
 @ENGINES.register("ray")
@@ -112,3 +121,50 @@ def ray(
     return Ray(
         workers_per_actor, address, num_cpus, num_gpus, resources, placement, restarts, device
     )
+
+
+@dataclass
+class Zmq:
+    """Machines over ZeroMQ; the fields are the arguments of ``zmq``."""
+
+    spec: Spec | None = field(default=None, init=False)
+    clocks: tuple[str, ...] = field(default=("real", "virtual"), init=False)
+    bind: str
+    keys: str
+    processes: int | None
+    suspect_after_s: float
+    most_idle_s: float | None
+
+    def crew(self, experiment: "Experiment", folder: Path | None = None) -> "Crew | None":
+        """Whoever joins."""
+        from offbeat.runtime.net.server import ZmqCrew
+
+        return ZmqCrew(experiment, self, folder)
+
+    def gossip(self, experiment: "Experiment", records: "Records", **around: Any) -> "Loop | None":
+        """This process, under the virtual clock."""
+        if experiment.real:
+            raise ConfigError('gossip under a real clock does not run with engine = "zmq"')
+        return None
+
+
+@ENGINES.register("zmq")
+def zmq(
+    bind: str = "tcp://127.0.0.1:*",
+    *,
+    keys: str = "",
+    processes: Natural | None = None,
+    suspect_after_s: Positive = 1.0,
+    most_idle_s: Positive | None = None,
+) -> Zmq:
+    """Processes that share nothing but a network, on this machine and others.
+
+    Args:
+        bind: where the server listens; another address than this machine's own needs keys.
+        keys: a folder of keys; see ``offbeat keys``.
+        processes: workers begun on this machine; None: as many as the fleet has.
+        suspect_after_s: silence after which a worker gets no new jobs; all other times follow.
+        most_idle_s: without any worker for so long, the run ends; None: it waits.
+    """
+    Liveness(suspect_after_s)
+    return Zmq(bind, keys, processes, suspect_after_s, most_idle_s)

@@ -104,6 +104,9 @@ class Crew(ABC):
     def checkpointed(self, step: int) -> None:  # noqa: B027 - most need not know
         """All that arrived up to ``step`` is on the disk."""
 
+    def ended(self, reason: str) -> None:  # noqa: B027 - most need not know
+        """The run has ended, as ``Result.reason`` says; ``close`` follows."""
+
     @abstractmethod
     def close(self) -> None:
         """End every process it began; may be called twice."""

@@ -28,10 +28,92 @@ class Diverged(OffbeatError):
     exit_code = 7
 
 
+class Fenced(OffbeatError):
+    """Another process has taken this one's place; what it does no longer counts."""
+
+    exit_code = 3
+
+
+class Refused(OffbeatError):
+    """The other side does not let this process in."""
+
+    exit_code = 4
+
+
 class PeerError(OffbeatError, ValueError):
-    """What came from a peer cannot be right; nothing of it was used."""
+    """What came from a peer cannot be right; nothing of it was used.
+
+    Each way of being wrong is a class of its own, whose ``name`` is what counters call it.
+    """
 
     exit_code = 5
+    name = "peer_error"
+
+
+class BadHeader(PeerError):
+    """It cannot be read, or says what no header may say."""
+
+    name = "bad_header"
+
+
+class TooLarge(PeerError):
+    """More frames or bytes than anything in this run needs."""
+
+    name = "too_large"
+
+
+class WrongVersion(PeerError):
+    """Another version of the protocol."""
+
+    name = "wrong_version"
+
+
+class WrongRun(PeerError):
+    """A message of another run."""
+
+    name = "wrong_run"
+
+
+class WrongNode(PeerError):
+    """It names a node that its sender is not, or another node's job."""
+
+    name = "wrong_node"
+
+
+class UnknownKind(PeerError):
+    """A kind of message that is not spoken here."""
+
+    name = "unknown_kind"
+
+
+class BadArray(PeerError):
+    """An array with a name, dtype, shape or size that is not the one expected here."""
+
+    name = "bad_array"
+
+
+class NotFinite(PeerError):
+    """An array with an entry that is not a finite number."""
+
+    name = "not_finite"
+
+
+class OldIncarnation(PeerError):
+    """From a process that was declared dead, or to one that is."""
+
+    name = "old_incarnation"
+
+
+class UnknownJob(PeerError):
+    """The result of a job that was never handed out."""
+
+    name = "unknown_job"
+
+
+class StaleJob(PeerError):
+    """The result of a job that is done, cancelled or taken back."""
+
+    name = "stale_job"
 
 
 class CrewError(OffbeatError):

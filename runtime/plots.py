@@ -170,9 +170,7 @@ def _graph(axes: Any, topology: "Topology", k: int) -> None:
     from matplotlib.collections import LineCollection
 
     graph, n = topology.graph(k), topology.n
-    angle = 2 * np.pi * np.arange(n) / n
-    circle = np.column_stack([np.sin(angle), np.cos(angle)])
-    at = np.array([_place(graph.nodes[i].get("pos"), circle[i]) for i in range(n)])
+    at = places(topology, k)
     edges = np.array(graph.edges, int).reshape(-1, 2)
     weight = np.abs(topology.matrix(k).toarray()[edges[:, 1], edges[:, 0]])
     if topology.directed and len(edges) <= ARROWS:
@@ -188,6 +186,14 @@ def _graph(axes: Any, topology: "Topology", k: int) -> None:
     axes.scatter(*at.T, s=np.clip(1200 / n, 6, 60), color=COLOURS[1], zorder=3)
     axes.set_aspect("equal")
     axes.margins(0.08)
+
+
+def places(topology: "Topology", k: int = 0) -> NDArray:
+    """``[n, 2]``: where nodes are in round ``k``; else on a circle from the top, clockwise."""
+    graph, n = topology.graph(k), topology.n
+    angle = 2 * np.pi * np.arange(n) / n
+    circle = np.column_stack([np.sin(angle), np.cos(angle)])
+    return np.array([_place(graph.nodes[i].get("pos"), circle[i]) for i in range(n)])
 
 
 def _place(pos: Any, otherwise: NDArray) -> NDArray:

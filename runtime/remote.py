@@ -42,6 +42,10 @@ class RemoteWorkers(VirtualWorkers):
         """See ``VirtualWorkers``; times that jobs raised, and that processes were replaced."""
         return super().facts() | {"failures": self.failures, "restarts": self.restarts}
 
+    def ended(self, reason: str) -> None:
+        """See ``Crew``."""
+        self.crew.ended(reason)
+
     def close(self) -> None:
         """See ``VirtualWorkers``."""
         self.crew.close()

@@ -15,7 +15,8 @@ class Stop:
         steps: server steps; rounds of gossip, on average over the nodes.
         seconds: virtual seconds.
         gradients: in the results that arrived; a local step is one.
-        loss: the full objective, looked at when the run evaluates.
+        loss: a level of ``metric``, looked at when the run evaluates.
+        metric: a column of the metrics: the full objective if nothing is said.
         wall_s: real seconds of this process.
     """
 
@@ -23,6 +24,7 @@ class Stop:
     seconds: Positive | None = None
     gradients: Count | None = None
     loss: Finite | None = None
+    metric: str = "loss"
     wall_s: Positive | None = None
 
     def __post_init__(self) -> None:
@@ -44,7 +46,8 @@ class Evaluate:
     @staticmethod
     def sensible(stop: Stop) -> "Evaluate":
         """About a hundred evaluations in all."""
-        if stop.steps is None and stop.gradients is None and stop.seconds is not None:
+        counts = {"steps": stop.steps, "gradients": stop.gradients}
+        every = {key: max(1, end // EVALUATIONS) for key, end in counts.items() if end}
+        if not every and stop.seconds is not None:
             return Evaluate(seconds=stop.seconds / EVALUATIONS)
-        ends = [end for end in (stop.steps, stop.gradients) if end is not None]
-        return Evaluate(steps=max(1, min(ends, default=100 * EVALUATIONS) // EVALUATIONS))
+        return Evaluate(**(every or {"steps": EVALUATIONS}))

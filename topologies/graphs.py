@@ -51,12 +51,26 @@ the largest: 1; add edges, or pass allow_disconnected=True
     """
     if not len(graph):
         raise ConfigError("the graph has no nodes")
-    kind = nx.DiGraph if graph.is_directed() else nx.Graph
-    graph = kind(nx.convert_node_labels_to_integers(graph, label_attribute="label"))
-    graph.remove_edges_from(list(nx.selfloop_edges(graph)))
+    directed = graph.is_directed()
+    if not _plain(graph):
+        kind = nx.DiGraph if directed else nx.Graph
+        graph = kind(nx.convert_node_labels_to_integers(graph, label_attribute="label"))
+        graph.remove_edges_from(list(nx.selfloop_edges(graph)))
     matrix = weigh(graph, weights, allow_disconnected=allow_disconnected)
-    return Topology(
-        len(graph), lambda k: matrix, graph=lambda k: graph, directed=graph.is_directed()
+    n, m = len(graph), graph.number_of_edges()
+    links = matrix.nnz - np.count_nonzero(matrix.diagonal())
+    if _plain(graph) and links == (m if directed else 2 * m):
+        return Topology(n, lambda k: matrix, directed=directed)  # which says all, in less memory
+    return Topology(n, lambda k: matrix, graph=lambda k: graph, directed=directed)
+
+
+def _plain(graph: nx.Graph) -> bool:
+    """Whether the graph is its edges between 0..n-1, and nothing more."""
+    return (
+        not graph.is_multigraph()
+        and all(node == i and not facts for i, (node, facts) in enumerate(graph.nodes.items()))
+        and not any(facts for *_, facts in graph.edges(data=True))
+        and not nx.number_of_selfloops(graph)
     )
 
 

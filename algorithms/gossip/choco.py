@@ -40,10 +40,11 @@ class Choco(Gossip):
 
     def tell(self, node: Node, gradient: NDArray) -> None:
         """See ``Gossip``."""
-        step = self.lr * gradient
+        x = -self.lr * gradient
         if self.overlap:
-            step -= self.gamma * node.mix("x")
-        node.x = node.x - step
+            x += self.gamma * node.mix("x")
+        x += node.x
+        node.x = x
         node.publish("x", node.x)
 
 

@@ -45,8 +45,9 @@ class DSGD(Gossip):
         """See ``Gossip``."""
         if self.momentum:
             node.u = gradient = self.momentum * node.u + gradient
-        x = node.x if self.adapt_first else node.average("x")
-        node.x = x - self.lr * gradient
+        x = -self.lr * gradient
+        x += node.x if self.adapt_first else node.average("x")
+        node.x = x
         node.publish("x", node.x)
 
 

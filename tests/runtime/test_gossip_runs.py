@@ -9,6 +9,7 @@ from canonical import METHODS
 from typer.testing import CliRunner
 
 import offbeat
+from offbeat.algorithms.gossip import ALGORITHMS
 from offbeat.runtime import api
 from offbeat.runtime.cli import app
 from offbeat.runtime.errors import ConfigError
@@ -22,11 +23,11 @@ SPECS = {name: str(method.spec) for name, method in METHODS.items()}
 SPECS["ad-psgd"] = "ad-psgd"
 CASES = [
     (name, mode, fleet)
-    for name in SPECS
+    for name, text in SPECS.items()
+    for method in [ALGORITHMS.parse(text)]
     for mode in ("synchronous", "asynchronous")
     for fleet in FLEETS
-    if not (name in ("exact-diffusion", "cedas") and (mode == "asynchronous" or fleet == "rough"))
-    and not (name == "ad-psgd" and mode == "synchronous")
+    if getattr(method, mode) and (method.varying or fleet != "rough")
 ]
 
 
@@ -160,3 +161,10 @@ def test_a_run_on_a_graph_from_a_file_goes_on_from_anywhere(tmp_path, monkeypatc
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")
     assert offbeat.resume(tmp_path / "run", overrides=["stop.steps=9"]).final["step"] == 9
+
+
+def test_gradients_alone_say_how_often_to_evaluate():
+    """A round of eight nodes is eight gradients."""
+    result = offbeat.run("quadratic(5)", "dsgd", "8", "ring", stop={"gradients": 8000})
+    assert result.final["gradients"] == 8000
+    assert 100 <= len(result.metrics) <= 102

@@ -1,0 +1,500 @@
+"""The server's side of the protocol: messages and time in, messages and events out.
+
+It knows no socket.  ``runtime.net.server`` moves its bytes over ZeroMQ, the tests over a simulated
+network, and it is the same code that meets both.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from offbeat.runtime.crew import Answer, Back, Event, Failed, Gone, Order
+from offbeat.runtime.errors import (
+    BadHeader,
+    NotFinite,
+    OldIncarnation,
+    PeerError,
+    StaleJob,
+    WrongNode,
+    WrongRun,
+    WrongVersion,
+)
+from offbeat.runtime.net import messages as say
+from offbeat.runtime.net.jobs import (
+    MOST_OFFENCES,
+    MOST_STRIKES,
+    Jobs,
+    Liveness,
+    Member,
+    NotNow,
+    Roster,
+)
+from offbeat.runtime.net.link import Full, Link
+from offbeat.runtime.net.wire import (
+    Assembly,
+    Buffer,
+    Header,
+    Kind,
+    Message,
+    Parcel,
+    Reader,
+    pack,
+    parcels,
+)
+
+SERVER = "server"  # the name under which it speaks
+MOST_SHOWN = 400  # workers in a status
+HARMLESS = (OldIncarnation, StaleJob, NotFinite)  # what honest nodes cause, too
+
+
+class Post(NamedTuple):
+    """Frames for the wire."""
+
+    address: bytes
+    frames: list[Any]
+
+
+class Seat:
+    """What the server holds of one member beside its place in the roster."""
+
+    def __init__(self, member: Member, address: bytes, link: Link, kinds: Mapping[str, Kind]):
+        self.member, self.address, self.link = member, address, link
+        self.assembly = Assembly(kinds)
+        self.last: NDArray | None = None  # the model it was sent last
+        self.where = ""
+        self.jobs = self.nbytes = 0  # results, and bytes of arrays to and fro
+        self.staleness, self.loss = 0, float("nan")  # of the last one
+        self.rates = 0.0, 0.0  # jobs and bytes a second, lately
+        self.before: tuple[float, int, int] = (member.heard_s, 0, 0)  # of which this is the last
+
+
+class Hub:
+    """Server of one run.
+
+    Args:
+        run: its name; messages of other runs are refused.
+        experiment: what workers are told to compute.
+        kinds: what is spoken.
+        slots: workers of the run.
+        incarnation: of this server; above those of its predecessors on this run.
+        liveness: times.
+        package: the version of this package; workers with another are refused.
+    """
+
+    def __init__(
+        self,
+        run: str,
+        experiment: str,
+        kinds: Mapping[str, Kind],
+        slots: int,
+        incarnation: int,
+        liveness: Liveness,
+        package: str,
+    ) -> None:
+        self.run, self.incarnation, self.liveness = run, incarnation, liveness
+        self._experiment, self._kinds, self._package = experiment, kinds, package
+        self._manifest = say.manifest(kinds)
+        self._reader = Reader(run, kinds)
+        self.roster, self.jobs = Roster(slots, liveness), Jobs()
+        self.seats: dict[str, Seat] = {}
+        self._slots: list[Seat | None] = [None] * slots  # who is ready
+        self._orders: dict[int, Order] = {}  # by serial
+        self.events: list[Event] = [Gone(slot, "nobody has joined yet") for slot in range(slots)]
+        self.outbox: list[Post] = []
+        self.cuts: list[tuple[bytes, str]] = []  # addresses to be cut off, and why
+        self.notes: list[str] = []  # sentences for the log
+        self.counts: Counter[str] = Counter()
+        self._opinions: dict[int, tuple[Answer, str]] = {}  # serial -> a result to be checked
+        self._newest = 0  # step of the newest order
+        self._rates_s = 0.0  # when rates were measured
+
+    # -- What the run asks for -------------------------------------------------------------------
+
+    def submit(self, order: Order, now_s: float) -> None:
+        """See ``Crew``; an order for a worker that is not here is forgotten."""
+        seat = self._slots[order.worker]
+        if seat is None:
+            return
+        self._newest = max(self._newest, order.step)
+        self._orders[order.serial] = order
+        self._give(seat, order, now_s)
+
+    def _give(self, seat: Seat, order: Order, now_s: float) -> None:
+        job = self.jobs.assign(order.serial, seat.member)
+        arrays = {say.KEPT + name: row for name, row in (order.kept or {}).items()}
+        if seat.last is not order.x:
+            arrays["x"], seat.last = order.x, order.x
+            seat.nbytes += order.x.nbytes
+        body = say.Work(job, order.shard, order.draw, order.steps, order.step)
+        self._tell(seat, "work", body, now_s, arrays)
+
+    def cancel(self, serial: int, now_s: float) -> None:
+        """See ``Crew``."""
+        self._orders.pop(serial, None)
+        self._opinions.pop(serial, None)
+        if (taken := self.jobs.cancel(serial)) is None:
+            return
+        job, member = taken
+        seat = self.seats[member.node]
+        self._tell(seat, "cancel", say.Cancel(job), now_s)
+
+    def over(self, why: str, done: bool, now_s: float) -> None:
+        """Tell every member that there is nothing more to do."""
+        for seat in self.seats.values():
+            self._tell(seat, "over", say.Over(why, done), now_s)
+
+    def pending(self) -> int:
+        """Messages that members have not acknowledged."""
+        return sum(seat.link.pending for seat in self.seats.values())
+
+    def status(self, now_s: float) -> str:
+        """How the run is, as JSON."""
+        rows = [
+            {
+                "worker": seat.member.slot,
+                "node": seat.member.node,
+                "where": seat.where,
+                "state": self._state(seat.member, now_s),
+                "jobs": seat.jobs,
+                "jobs_s": seat.rates[0],
+                "bytes_s": seat.rates[1],
+                "staleness": seat.staleness,
+                "loss": seat.loss,
+            }
+            for seat in sorted(self.seats.values(), key=lambda seat: seat.member.slot)
+        ]
+        whole = {
+            "run": self.run,
+            "incarnation": self.incarnation,
+            "slots": self.roster.slots,
+            "jobs": self.jobs.counts["accepted"],
+            "out": len(self.jobs.outstanding),
+            "step": self._newest,
+            "workers": rows[:MOST_SHOWN],
+            "counts": self.counts,
+        }
+        return json.dumps(whole)
+
+    def _state(self, member: Member, now_s: float) -> str:
+        if not member.ready:
+            return "building"
+        return "suspected" if self.roster.suspects(member, now_s) else "here"
+
+    def _measure(self, now_s: float) -> None:
+        """Rates of the last second."""
+        self._rates_s = now_s + 1.0
+        for seat in self.seats.values():
+            then_s, jobs, nbytes = seat.before
+            spent_s = max(now_s - then_s, 1e-3)
+            seat.rates = (seat.jobs - jobs) / spent_s, (seat.nbytes - nbytes) / spent_s
+            seat.before = now_s, seat.jobs, seat.nbytes
+
+    # -- What comes in ---------------------------------------------------------------------------
+
+    def receive(
+        self, address: bytes, node: str | None, frames: Sequence[Buffer], now_s: float
+    ) -> None:
+        """A message from ``address``; ``node`` is who it is from, where a key says so.
+
+        What is wrong with it is counted under the error's name, and costs who sent it, nobody else.
+        """
+        try:
+            message = self._reader.read(frames)
+            self._take(address, node, message, now_s)
+        except PeerError as error:
+            self._offence(address, node, error, now_s)
+
+    def _take(self, address: bytes, node: str | None, message: Message, now_s: float) -> None:
+        head = message.head
+        if node is not None and head.node != node:
+            raise WrongNode(f"{node} says that it is {head.node}")
+        if head.kind == "hello":
+            self._hello(address, head, message.body, now_s)
+            return
+        if head.kind == "ask":
+            self._post(address, "status", say.Status(self.status(now_s)), 0)
+            return
+        if head.run != self.run:
+            raise BadHeader(f"a {head.kind} of a stranger")
+        if head.to != self.incarnation:
+            self._again(address, head)
+            raise OldIncarnation(f"{head.node} speaks to server incarnation {head.to}")
+        try:
+            member = self.roster.find(head.node, head.incarnation)
+        except OldIncarnation:
+            self._again(address, head)
+            raise
+        self.roster.heard(member, now_s)
+        seat = self.seats[head.node]
+        if head.kind == "pulse" and head.sequence == 0:
+            if head.acknowledged:
+                seat.link.acknowledge(head.acknowledged, now_s)
+                self._flush(seat, now_s)
+            return
+        seat.address = address  # where it is now, if it connected anew
+        seat.nbytes += sum(one.nbytes for one in head.arrays)
+        seat.link.acknowledge(head.acknowledged, now_s)
+        if head.sequence == 0:
+            raise BadHeader(f"a {head.kind} outside of the order")
+        for passed in seat.link.receive(head.sequence, message, now_s):
+            self._pass_on(seat, passed, now_s)
+            if self.seats.get(head.node) is not seat:  # it is gone
+                return
+        self._flush(seat, now_s)
+
+    def _pass_on(self, seat: Seat, message: Message, now_s: float) -> None:
+        """A message in its order; an error in one does not keep the next from being heard."""
+        try:
+            whole = seat.assembly.take(message)
+        except PeerError as error:  # where its next message begins, nobody knows
+            self._shut_out(seat, f"{seat.member.node} is shut out: {error.name}: {error}")
+            self.counts[error.name] += 1
+            return
+        if whole is None:
+            return
+        try:
+            self._hear(seat, whole, now_s)
+        except PeerError as error:
+            self._offence(seat.address, seat.member.node, error, now_s)
+
+    def _hello(self, address: bytes, head: Header, hello: say.Hello, now_s: float) -> None:
+        if hello.package != self._package:
+            why = f"it runs offbeat {hello.package}, the server {self._package}"
+            self.notes.append(f"{head.node} was refused: {why}")
+            self._post(address, "refusal", say.Refusal(hello.nonce, why, -1.0), 0)
+            return
+        try:
+            member = self.roster.hello(head.node, hello.nonce, now_s)
+        except NotNow as refusal:
+            retry_s = -1.0 if refusal.retry_s is None else refusal.retry_s
+            answer = say.Refusal(hello.nonce, refusal.why, retry_s, refusal.replaced)
+            self._post(address, "refusal", answer, 0)
+            return
+        if head.node not in self.seats:
+            link: Link = Link(
+                resend_s=self.liveness.resend_s, ack_s=self.liveness.tick_s
+            )  # fmt: skip
+            seat = self.seats[head.node] = Seat(member, address, link, self._kinds)
+            seat.where = hello.where
+            self.counts["joined"] += 1
+        self.seats[head.node].address = address
+        welcome = say.Welcome(
+            hello.nonce, member.incarnation, member.slot, self.liveness.suspect_after_s,
+            self._experiment, self._manifest,
+        )  # fmt: skip
+        self._post(address, "welcome", welcome, 0)
+
+    def _again(self, address: bytes, head: Header) -> None:
+        """Tell who speaks that it is not known: after a restart, a partition, a long sleep."""
+        if self.roster.replaced(head.node, head.incarnation) and head.to == self.incarnation:
+            why = f"another process joined as {head.node}"
+            self._post(address, "refusal", say.Refusal(0, why, -1.0, True), head.incarnation)
+        else:
+            self._post(address, "again", say.Again(), head.incarnation)
+
+    def _hear(self, seat: Seat, message: Message, now_s: float) -> None:
+        """A message in its order, whole."""
+        kind, body, member = message.head.kind, message.body, seat.member
+        if kind == "result":
+            self._result(seat, message, now_s)
+        elif kind == "ready":
+            if body.manifest != self._manifest:
+                why = f"its task has {body.manifest}, the server's {self._manifest}"
+                refusal = say.Refusal(member.nonce, why, -1.0)
+                self._post(seat.address, "refusal", refusal, member.incarnation)
+                self._lose(member, why)
+            elif not member.ready:
+                member.ready = True
+                self._slots[member.slot] = seat
+                self.events.append(Back(member.slot))
+                self.notes.append(f"{member.node} ({seat.where}) is worker {member.slot}")
+        elif kind == "failure":
+            serial = self.jobs.accept(member, body.job)
+            self._orders.pop(serial, None)
+            self.counts["failures"] += 1
+            self.notes.append(f"{member.node}, job {body.job}: {body.why}")
+            self.events.append(Failed(serial, body.why))
+        elif kind == "leave":
+            link = seat.link
+            self._post(seat.address, "pulse", say.Pulse(), member.incarnation, link.acknowledged)
+            self._lose(member, body.why)
+        elif kind != "pulse":
+            raise BadHeader(f"a worker does not say {kind}")
+
+    def _result(self, seat: Seat, message: Message, now_s: float) -> None:
+        body, member = message.body, seat.member
+        serial = self.jobs.accept(member, body.job)
+        payload: Any = message.arrays["payload"]
+        kept: Any = {
+            name[len(say.KEPT) :]: row
+            for name, row in message.arrays.items()
+            if name.startswith(say.KEPT)
+        }
+        finite = np.isfinite(body.loss) and _finite(payload)
+        answer = Answer(serial, body.loss if finite else np.nan, payload, kept, body.spent_s)
+        order = self._orders.pop(serial)
+        seat.jobs, seat.loss = seat.jobs + 1, body.loss
+        seat.staleness = self._newest - order.step
+        if finite:
+            member.strikes = 0
+            self._settle(serial, now_s)
+            self.events.append(answer)
+            return
+        self.counts["not_finite"] += 1
+        self._doubt(seat, order, answer, now_s)
+
+    # -- Results that are not finite -------------------------------------------------------------
+
+    def _doubt(self, seat: Seat, order: Order, answer: Answer, now_s: float) -> None:
+        """Have another member compute what is not finite: its machine, or the run, is at fault."""
+        if answer.serial in self._opinions:  # two members agree
+            del self._opinions[answer.serial]
+            self.events.append(answer)
+            return
+        others = [
+            s for s in self._slots if s is not None and s is not seat
+            and not self.roster.suspects(s.member, now_s)
+        ]  # fmt: skip
+        if answer.kept or not others:  # nobody else could
+            self.events.append(answer)
+            return
+        self._opinions[answer.serial] = answer, seat.member.node
+        self._orders[answer.serial] = order
+        other = min(others, key=lambda s: (len(s.member.jobs), s.member.slot))
+        self._give(other, order, now_s)
+
+    def _settle(self, serial: int, now_s: float) -> None:
+        """A finite result where another member's was not: that is its fault."""
+        doubted = self._opinions.pop(serial, None)
+        seat = self.seats.get(doubted[1]) if doubted else None
+        if seat is None:
+            return
+        member = seat.member
+        member.strikes += 1
+        if member.strikes >= MOST_STRIKES:
+            why = f"{member.node} is shut out: {MOST_STRIKES} results in a row were not finite"
+            self._shut_out(seat, why)
+
+    # -- Members that go -------------------------------------------------------------------------
+
+    def _offence(self, address: bytes, node: str | None, error: PeerError, now_s: float) -> None:
+        """Count what is wrong; who keeps doing it, or was never let in, is cut off."""
+        self.counts[error.name] += 1
+        seat = self._at(address, node)
+        if isinstance(error, HARMLESS):
+            if seat is not None:
+                self._flush(seat, now_s)
+            return
+        self.notes.append(f"{node or 'a peer'}: {error.name}: {error}")
+        if isinstance(error, WrongRun):
+            self._post(address, "again", say.Again(), 0)
+        elif isinstance(error, WrongVersion):
+            self._post(address, "refusal", say.Refusal(0, str(error), -1.0), 0)
+        elif seat is None:
+            self.cuts.append((address, error.name))
+        if seat is None:
+            return
+        seat.member.offences += 1
+        self._flush(seat, now_s)
+        if seat.member.offences >= MOST_OFFENCES or isinstance(error, WrongNode):
+            why = f"{seat.member.node} is shut out: {seat.member.offences} wrong messages ({error})"
+            self._shut_out(seat, why)
+
+    def _at(self, address: bytes, node: str | None) -> Seat | None:
+        if node is not None:
+            return self.seats.get(node)
+        return next((seat for seat in self.seats.values() if seat.address == address), None)
+
+    def _shut_out(self, seat: Seat, why: str) -> None:
+        refusal = say.Refusal(seat.member.nonce, why, -1.0)
+        self._post(seat.address, "refusal", refusal, seat.member.incarnation)
+        self.cuts.append((seat.address, why))
+        self.roster.quarantine(seat.member, why)
+        self._lose(seat.member, why)
+
+    def revoke(self, node: str) -> None:
+        """``node`` may not take part any more."""
+        if (seat := self.seats.get(node)) is not None:
+            self._shut_out(seat, f"the key of {node} is not in the run's list any more")
+
+    def _lose(self, member: Member, why: str) -> None:
+        """``member`` is not here any more: its jobs are the run's again."""
+        self.roster.drop(member)
+        del self.seats[member.node]
+        serials = self.jobs.release(member)
+        self.counts["jobs_released"] += len(serials)
+        self.counts["gone"] += 1
+        mine = self._slots[member.slot]
+        was_ready = mine is not None and mine.member is member
+        for serial in serials:
+            del self._orders[serial]
+            if (doubted := self._opinions.pop(serial, None)) is not None:
+                self.events.append(doubted[0])  # nobody is left to ask for an opinion
+        if was_ready:
+            self._slots[member.slot] = None
+            self.events.append(Gone(member.slot, why))
+            self.notes.append(f"{member.node} (worker {member.slot}) is gone: {why}")
+
+    # -- Time ------------------------------------------------------------------------------------
+
+    def tick(self, now_s: float) -> None:
+        """Let time pass: send again what was not acknowledged, declare dead who is silent."""
+        for member in self.roster.silent(now_s):
+            why = f"it was silent for {now_s - member.heard_s:.1f} s"
+            self._lose(member, why)
+        for seat in self.seats.values():
+            self._flush(seat, now_s)
+        if now_s >= self._rates_s:
+            self._measure(now_s)
+
+    def _tell(
+        self,
+        seat: Seat,
+        kind: str,
+        body: Struct,
+        now_s: float,
+        arrays: Mapping[str, NDArray] | None = None,
+    ) -> None:
+        """Send something in its order; a member that takes nothing is let go."""
+        try:
+            for parcel in parcels(kind, body, arrays):
+                seat.link.send(parcel)
+        except Full as error:
+            self._lose(seat.member, f"it does not take what it is sent: {error}")
+            return
+        self._flush(seat, now_s)
+
+    def _flush(self, seat: Seat, now_s: float) -> None:
+        member, link = seat.member, seat.link
+        for sequence, parcel in link.out(now_s):
+            frames = pack(
+                parcel, run=self.run, node=SERVER, incarnation=self.incarnation,
+                to=member.incarnation, sequence=sequence, acknowledged=link.acknowledged,
+            )  # fmt: skip
+            self.outbox.append(Post(seat.address, frames))
+        if link.owes(now_s):
+            self._post(seat.address, "pulse", say.Pulse(), member.incarnation, link.acknowledged)
+
+    def _post(
+        self, address: bytes, kind: str, body: Struct, to: int, acknowledged: int = 0
+    ) -> None:
+        """Send something outside of the order."""
+        (parcel,) = parcels(kind, body)
+        self.outbox.append(Post(address, self._packed(parcel, to, acknowledged)))
+
+    def _packed(self, parcel: Parcel, to: int, acknowledged: int) -> list[Any]:
+        return pack(
+            parcel, run=self.run, node=SERVER, incarnation=self.incarnation, to=to,
+            acknowledged=acknowledged,
+        )  # fmt: skip
+
+
+def _finite(x: NDArray) -> bool:
+    """Whether all entries are; the product is the fastest way to know, and may overflow."""
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(x.dot(x))) or bool(np.isfinite(x).all())

@@ -1,0 +1,250 @@
+"""Who may take part: CURVE keys in files, and the list of public keys that a server lets in.
+
+A folder of keys has ``NAME.key`` (public), ``NAME.key_secret`` (0600) and ``authorized/NAME.key``,
+the public keys of others under the names by which this side knows them.  Who a message is from is
+what its key says, never what it says itself.
+"""
+
+import ipaddress
+import os
+import re
+import stat
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import zmq
+from zmq.auth import create_certificates, load_certificate
+from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils import z85
+from zmq.utils.monitor import recv_monitor_message
+
+from offbeat.runtime.errors import ConfigError, Refused
+
+SERVER = "server"  # the name under which workers know the server's key
+DOMAIN = b"offbeat"
+AUTHORIZED = "authorized"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+SELF_TEST_S = 5.0
+HANDSHAKE_MS = 3000
+REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+
+
+@dataclass(frozen=True)
+class Identity:
+    """One node's own keys, in the text form of ZeroMQ (Z85)."""
+
+    name: str
+    public: bytes
+    secret: bytes = field(repr=False)
+
+
+def new(folder: Path, name: str) -> Path:
+    """Make keys for ``name``; answers the file of the public one."""
+    secret = folder / f"{_name(name)}.key_secret"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Made before it is filled, so that nobody else can ever read it.
+        os.close(os.open(secret, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        raise ConfigError(f"{secret} exists; remove it first, or choose another name") from None
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written ({error.strerror})") from None
+    public, _ = create_certificates(folder, name)
+    return Path(public)
+
+
+def show(folder: Path, name: str) -> str:
+    """The public key of ``name``."""
+    return _public(folder / f"{_name(name)}.key").decode()
+
+
+def authorize(folder: Path, name: str, key: str) -> Path:
+    """Let in who has the secret of public ``key``, and call it ``name``."""
+    path = folder / AUTHORIZED / f"{_name(name)}.key"
+    _check(key, "the key")
+    others = {known.decode(): who for known, who in authorized(folder).items()}
+    if others.get(key, name) != name:
+        raise ConfigError(f"that key is authorized already, as {others[key]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'curve\n    public-key = "{key}"\n')
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
+    return path
+
+
+def authorized(folder: Path) -> dict[bytes, str]:
+    """Public key -> name, of who may take part."""
+    return {_public(path): path.stem for path in sorted((folder / AUTHORIZED).glob("*.key"))}
+
+
+def identity(folder: Path, name: str) -> Identity:
+    """The keys of this node.
+
+    Raises:
+        ConfigError: there are none, or others could read the secret one.
+    """
+    path = folder / f"{_name(name)}.key_secret"
+    if not path.exists():
+        raise ConfigError(f"{path}: there is no such key; make it with: offbeat keys new {name}")
+    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+        raise ConfigError(f"{path}: others can read this secret; run: chmod 600 {path}")
+    public, secret = _load(path)
+    if secret is None:
+        raise ConfigError(f"{path}: holds no secret key")
+    return Identity(name, public, secret)
+
+
+def server_key(folder: Path) -> bytes:
+    """The public key that the server has to have."""
+    for path in (folder / AUTHORIZED / f"{SERVER}.key", folder / f"{SERVER}.key"):
+        if path.exists():
+            return _public(path)
+    raise ConfigError(
+        f"{folder}: the server's public key is missing; there, offbeat keys show server prints it, "
+        f"and here: offbeat keys authorize {SERVER} KEY"
+    )
+
+
+def _name(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise ConfigError(f'"{name}" is no name for a key; take letters, digits, dots and dashes')
+    return name
+
+
+def _public(path: Path) -> bytes:
+    return _load(path)[0]
+
+
+def _load(path: Path) -> tuple[bytes, bytes | None]:
+    try:
+        public, secret = load_certificate(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    for key in (public, secret):
+        if key is not None:
+            _check(key.decode(errors="replace"), str(path))
+    return public, secret
+
+
+def _check(key: str, where: str) -> None:
+    try:
+        good = len(z85.decode(key.encode())) == 32
+    except (ValueError, KeyError):
+        good = False
+    if not good:  # what it is instead may be a secret
+        raise ConfigError(f"{where}: is no CURVE key of 40 characters")
+
+
+def loopback(endpoint: str) -> bool:
+    """Whether only this machine can reach ``endpoint``.
+
+    >>> [loopback(e) for e in ("tcp://127.0.0.1:5555", "ipc:///tmp/run", "tcp://0.0.0.0:5555")]
+    [True, True, False]
+    """
+    if endpoint.startswith(("ipc://", "inproc://")):
+        return True
+    host = urlsplit(endpoint).hostname or ""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_bind(endpoint: str, folder: Path | None) -> None:
+    """Refuse to listen to the network without keys."""
+    if folder is None and not loopback(endpoint):
+        raise ConfigError(
+            f"{endpoint} can be reached by others: make keys with offbeat keys new {SERVER}, let "
+            f"workers in with offbeat keys authorize NAME KEY, and give --keys FOLDER; or bind "
+            "tcp://127.0.0.1:5555"
+        )
+
+
+def as_client(socket: zmq.Socket, own: Identity, server: bytes) -> None:
+    """Have ``socket`` prove who it is, and talk to ``server`` only."""
+    socket.curve_publickey, socket.curve_secretkey = own.public, own.secret
+    socket.curve_serverkey = server
+
+
+def as_server(socket: zmq.Socket, own: Identity) -> None:
+    """Have ``socket`` let in only whom the context's ``Gate`` knows."""
+    socket.curve_publickey, socket.curve_secretkey = own.public, own.secret
+    socket.curve_server = True
+    socket.zap_domain = DOMAIN
+    socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+
+
+class _Names(ThreadAuthenticator):
+    """Knows peers by the names their keys are listed under."""
+
+    names: Mapping[bytes, str] = {}
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Whether ``key`` may come in; called by pyzmq."""
+        return key in self.names
+
+    def curve_user_id(self, client_public_key: bytes) -> str:
+        """What messages of this key carry as User-Id."""
+        return self.names[z85.encode(client_public_key)]
+
+
+class Gate:
+    """Lets in whose key is in the folder's list, for all sockets of a context.
+
+    Args:
+        context: whose sockets.
+        folder: of keys; looked at again now and then.
+    """
+
+    def __init__(self, context: zmq.Context, folder: Path) -> None:
+        self._folder, self._context = folder, context
+        self._thread = _Names(context)
+        self._thread.names = authorized(folder)
+        self._thread.start()
+        self._thread.configure_curve_callback(DOMAIN.decode(), self._thread)
+
+    def revoked(self) -> set[str]:
+        """Names that are not in the list any more since this was asked last."""
+        before = self._thread.names
+        self._thread.names = now = authorized(self._folder)
+        return set(before.values()) - set(now.values()) | {
+            name for key, name in before.items() if now.get(key) != name
+        }
+
+    def self_test(self, endpoint: str, server: bytes) -> None:
+        """Knock with a random key.
+
+        Raises:
+            Refused: it was let in, or nobody answered.
+        """
+        public, secret = zmq.curve_keypair()
+        socket = self._context.socket(zmq.DEALER)
+        socket.linger = 0
+        as_client(socket, Identity("nobody", public, secret), server)
+        monitor = socket.get_monitor_socket()
+        try:
+            socket.connect(endpoint)
+            end_s = time.monotonic() + SELF_TEST_S
+            while (left_s := end_s - time.monotonic()) > 0:
+                if not monitor.poll(left_s * 1000):
+                    break
+                event = recv_monitor_message(monitor)["event"]
+                if event & REFUSED:
+                    return
+                if event & zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                    raise Refused(f"{endpoint} lets in a key that nobody listed; it is not safe")
+            raise Refused(f"{endpoint}: whether keys are checked could not be seen; nobody answers")
+        finally:
+            socket.disable_monitor()
+            monitor.close()
+            socket.close()
+
+    def close(self) -> None:
+        """Let nobody in any more."""
+        self._thread.stop()

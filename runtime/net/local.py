@@ -1,0 +1,136 @@
+"""Worker processes on this machine: one process loads what they need, and forks them.
+
+``python -m offbeat.runtime.net.local ENDPOINT COUNT`` is that process.  It ends, and all it began
+with it, when its standard input does: whatever happens to the server, nothing is left behind.
+"""
+
+import ctypes
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from logging import getLogger
+from pathlib import Path
+
+from offbeat.runtime.errors import CrewError, OffbeatError
+
+log = getLogger("offbeat.net")
+END_S = 5.0  # for processes to end by themselves
+MOST_RESTARTS = 10  # of each place
+PAUSE_S = 0.2  # between a death and the next try
+PR_SET_PDEATHSIG = 1
+
+
+class Nursery:
+    """The process that has the workers, seen from the server.
+
+    Args:
+        endpoint: of the server.
+        count: how many workers; they are called local-0, local-1, ...
+        keys: folder of keys, or "".
+    """
+
+    def __init__(self, endpoint: str, count: int, keys: str) -> None:
+        words = [sys.executable, "-m", "offbeat.runtime.net.local", endpoint, str(count), keys]
+        heavy = [name for name in ("torch", "sklearn") if name in sys.modules]
+        self._process = subprocess.Popen([*words, *heavy], stdin=subprocess.PIPE)
+
+    def check(self) -> None:
+        """Raise CrewError if it is not there any more."""
+        if (code := self._process.poll()) is not None:
+            raise CrewError(
+                f"the workers on this machine do not stay (exit code {code}); they said why above"
+            )
+
+    def close(self) -> None:
+        """End it, and its workers."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(2 * END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # its workers die with it
+            self._process.wait()
+
+
+def _follow_parent() -> None:
+    """Have this process killed when its parent dies."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _begin(endpoint: str, name: str, keys: str) -> int:
+    """Fork a worker; answers its pid."""
+    parent = os.getpid()
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        os.setpgid(0, 0)  # Ctrl-C is for the server, which says when it is over
+        _follow_parent()
+        os.close(0)
+        if os.getppid() != parent:
+            os._exit(1)
+        from offbeat.runtime.net.worker import Worker
+
+        Worker(endpoint, name, Path(keys) if keys else None).run()
+        code = 0
+    except OffbeatError as error:
+        print(f"offbeat: {name}: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException:
+        logging.exception("%s ends", name)
+    finally:
+        os._exit(code)
+
+
+def main() -> None:
+    """Keep as many workers as were asked for, until standard input ends."""
+    endpoint, count, keys, *heavy = sys.argv[1:]
+    _follow_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in heavy:
+        __import__(name)
+    import offbeat.runtime.experiment
+    import offbeat.runtime.net.worker  # noqa: F401 - loaded once, for all
+
+    logging.basicConfig(level="WARNING", format="%(message)s")
+    names = [f"local-{i}" for i in range(int(count))]
+    pids = {_begin(endpoint, name, keys): name for name in names}
+    again_s: dict[str, float] = {}  # when to replace
+    restarts = dict.fromkeys(names, 0)
+    code = 0
+    while pids or again_s:
+        if select.select([0], [], [], PAUSE_S / 2)[0] and not os.read(0, 1):
+            break
+        while pids:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                break
+            name, code = pids.pop(pid), os.waitstatus_to_exitcode(status)
+            if code > 0 and code != 1:  # it said why; another would say the same
+                restarts[name] = MOST_RESTARTS
+            if code != 0 and restarts[name] < MOST_RESTARTS:
+                again_s[name] = time.monotonic() + PAUSE_S
+        for name in [name for name, when_s in again_s.items() if time.monotonic() >= when_s]:
+            del again_s[name]
+            restarts[name] += 1
+            pids[_begin(endpoint, name, keys)] = name
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+    end_s = time.monotonic() + END_S
+    while pids and time.monotonic() < end_s:
+        pid, _ = os.waitpid(-1, os.WNOHANG)
+        pids.pop(pid, None)
+        if not pid:
+            time.sleep(0.01)
+    sys.exit(code if not pids else 0)  # those that are left are killed as this process ends
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,316 @@
+"""A crew of machines: a ROUTER socket, and the hub whose bytes it moves.
+
+The socket is drained on its own descriptor, in the run's thread: no other loop, no queue between
+threads.  While the run evaluates or saves, messages wait in the socket.
+"""
+
+import fcntl
+import json
+import os
+import select
+import time
+import uuid
+from collections.abc import Sequence
+from importlib.metadata import version
+from logging import getLogger
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import zmq
+
+from offbeat.runtime.checkpoint import write_whole
+from offbeat.runtime.crew import Back, Crew, Event, Order
+from offbeat.runtime.errors import ConfigError, CrewError, Fenced, StorageError
+from offbeat.runtime.net import keys, sockets
+from offbeat.runtime.net.hub import Hub
+from offbeat.runtime.net.jobs import Liveness
+from offbeat.runtime.net.local import Nursery
+from offbeat.runtime.net.messages import kinds
+from offbeat.runtime.registry import MADE_BY_HAND
+
+if TYPE_CHECKING:
+    from offbeat.runtime.backends import Zmq
+    from offbeat.runtime.experiment import Experiment
+
+log = getLogger("offbeat.net")
+AT_ONCE = 1024  # messages that are read before anything else is looked at
+START_S = 60.0  # for the workers of this machine to be there
+GOODBYE_S = 1.0  # for members to hear that the run is over
+REMIND_S = 30.0  # between two sentences that say what is waited for
+STATE, LOCK = "server.json", "server.lock"
+
+
+class Claim:
+    """One server's right to a run folder: a lock, and an incarnation above all before it.
+
+    Args:
+        folder: of the run; None: it is in memory, and nobody else's.
+
+    Raises:
+        Fenced: another server has it.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder, self.run, self.incarnation = folder, uuid.uuid4().hex[:16], 1
+        self._lock: int | None = None
+        if folder is None:
+            return
+        try:
+            self._lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise Fenced(f"{folder}: another server runs it; stop that one first") from None
+        except OSError as error:
+            raise StorageError(f"{folder}: cannot be written ({error.strerror})") from None
+        self._path = folder / STATE
+        if (before := self._read()) is not None:
+            self.run, self.incarnation = before["run"], before["incarnation"] + 1
+        mine = {"run": self.run, "incarnation": self.incarnation}
+        try:
+            write_whole(self._path, json.dumps(mine).encode())
+        except OSError as error:
+            self.close()
+            raise StorageError(f"{self._path}: cannot be written ({error.strerror})") from None
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            state = json.loads(self._path.read_bytes())
+            return {"run": str(state["run"]), "incarnation": int(state["incarnation"])}
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StorageError(f"{self._path}: cannot be read ({error})") from None
+
+    def check(self) -> None:
+        """Raise Fenced if another server has taken the folder over, where locks do not reach."""
+        if self.folder is None:
+            return
+        now = self._read()
+        if now is None or now["incarnation"] != self.incarnation:
+            raise Fenced(f"{self.folder}: another server has taken this run over; this one ends")
+
+    def close(self) -> None:
+        """Give the folder up; may be called twice."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+class ZmqCrew(Crew):
+    """Workers on this and other machines, over ZeroMQ.
+
+    Args:
+        experiment: what they compute.
+        options: see ``backends.zmq``.
+        folder: of the run.
+
+    Raises:
+        ConfigError: the task cannot be sent as text; the address cannot be had, or not without
+            keys.
+        Fenced: another server runs this folder.
+        Refused: keys are not checked.
+    """
+
+    def __init__(self, experiment: "Experiment", options: "Zmq", folder: Path | None) -> None:
+        liveness = Liveness(options.suspect_after_s)
+        folder_of_keys = Path(options.keys).expanduser() if options.keys else None
+        keys.check_bind(options.bind, folder_of_keys)
+        text = _portable(experiment)
+        x = experiment.task.initial(experiment.seed)
+        spoken = kinds(x, experiment.work.keep(1, x))
+        self._nursery: Nursery | None = None
+        self._gate: keys.Gate | None = None
+        self._done = False
+        self._claim = Claim(folder)
+        self._context = zmq.Context()
+        try:
+            self._socket = sockets.limited(self._context, zmq.ROUTER, liveness)
+            if folder_of_keys is not None:
+                own = keys.identity(folder_of_keys, keys.SERVER)
+                self._gate = keys.Gate(self._context, folder_of_keys)
+                keys.as_server(self._socket, own)
+            self._monitor = self._socket.get_monitor_socket(sockets.FAILED)
+            self.endpoint = sockets.bound(self._socket, options.bind)
+            if self._gate is not None:
+                self._gate.self_test(_knock(self.endpoint), own.public)
+            self._hub = Hub(
+                self._claim.run, text, spoken, experiment.fleet.workers,
+                self._claim.incarnation, liveness, version("offbeat"),
+            )  # fmt: skip
+            now_s = time.monotonic()
+            self._tick_s = self._look_s = now_s
+            self._alone_s = self._remind_s = now_s  # since when nobody is here
+            self._most_idle_s = options.most_idle_s
+            self._frames: list[Any] = []  # of the message that is being read
+            log.info("server %d listens at %s", self._claim.incarnation, self.endpoint)
+            slots = experiment.fleet.workers
+            count = slots if options.processes is None else options.processes
+            if count:
+                self._nursery = Nursery(_knock(self.endpoint), count, options.keys)
+                self._await_all(min(count, slots))
+        except BaseException:
+            self.close()
+            raise
+
+    def _await_all(self, count: int) -> None:
+        """Let the run begin when the workers of this machine are there."""
+        hub, end_s, here = self._hub, time.monotonic() + START_S, set[int]()
+        absent, hub.events = hub.events, []
+        while len(here) < count and time.monotonic() < end_s:
+            for event in self.collect(sockets.LINGER_MS / 1000):
+                (here.add if isinstance(event, Back) else here.discard)(event.worker)  # type: ignore[union-attr]
+        hub.events = [event for event in absent if event.worker not in here]  # type: ignore[union-attr]
+
+    # -- Crew ------------------------------------------------------------------------------------
+
+    def submit(self, order: Order) -> None:
+        """See ``Crew``."""
+        self._hub.submit(order, time.monotonic())
+        self._send()
+
+    def cancel(self, serial: int) -> None:
+        """See ``Crew``."""
+        self._hub.cancel(serial, time.monotonic())
+        self._send()
+
+    def collect(self, timeout_s: float) -> Sequence[Event]:
+        """See ``Crew``."""
+        hub, descriptor = self._hub, [self._socket.fileno()]
+        end_s = time.monotonic() + timeout_s
+        while True:
+            now_s = time.monotonic()
+            self._drain(now_s)
+            if now_s >= self._tick_s:
+                self._tick(now_s)
+            self._send()
+            if hub.events:
+                events, hub.events = hub.events, []
+                return events
+            if (left_s := min(end_s, self._tick_s) - time.monotonic()) <= 0:
+                if now_s >= end_s:
+                    return []
+            elif not sockets.readable(self._socket):
+                # The descriptor tells of what is new since the socket was asked last.
+                select.select(descriptor, [], [], left_s)
+
+    def ended(self, reason: str) -> None:
+        """See ``Crew``."""
+        self._done = reason != "interrupted"
+
+    def close(self) -> None:
+        """See ``Crew``."""
+        if self._context.closed:
+            return
+        if hasattr(self, "_hub"):
+            self._part()
+        if self._nursery is not None:
+            self._nursery.close()
+        if self._gate is not None:
+            self._gate.close()
+        self._context.destroy(sockets.LINGER_MS)
+        self._claim.close()
+
+    def _part(self) -> None:
+        """Tell everybody that it is over, and wait a moment for them to have heard it."""
+        hub, end_s = self._hub, time.monotonic() + GOODBYE_S
+        hub.over("the run is over" if self._done else "the server stops", self._done, end_s)
+        while hub.pending() and time.monotonic() < end_s:
+            self._send()
+            self._socket.poll(20)
+            self._drain(time.monotonic())
+            hub.tick(time.monotonic())
+        self._send()
+
+    # -- Bytes -----------------------------------------------------------------------------------
+
+    def _drain(self, now_s: float) -> None:
+        """Read what is there."""
+        socket, hub = self._socket, self._hub
+        for _ in range(AT_ONCE):
+            try:
+                address = socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            frames = socket.recv_multipart(copy=False)
+            node = None if self._gate is None else str(frames[0].get("User-Id"))
+            hub.receive(address, node, [frame.buffer for frame in frames], now_s)
+            if hub.cuts:
+                self._cut(address, frames[0])
+
+    def _cut(self, address: bytes, frame: zmq.Frame) -> None:
+        for whose, why in self._hub.cuts:
+            if whose == address and sockets.cut(frame):
+                log.warning("a connection from %s is ended: %s", frame.get("Peer-Address"), why)
+        self._hub.cuts.clear()
+
+    def _send(self) -> None:
+        hub, socket = self._hub, self._socket
+        if not hub.outbox:
+            return
+        posts, hub.outbox = hub.outbox, []
+        for address, frames in posts:
+            try:
+                socket.send_multipart([address, *frames], zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                hub.counts["slow"] += 1  # its queue is full; the link sends it again
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EHOSTUNREACH:
+                    raise
+                hub.counts["unreachable"] += 1
+
+    # -- Time ------------------------------------------------------------------------------------
+
+    def _tick(self, now_s: float) -> None:
+        hub = self._hub
+        hub.tick(now_s)
+        self._tick_s = now_s + hub.liveness.tick_s
+        for note in hub.notes:
+            log.info(note)
+        hub.notes.clear()
+        hub.cuts.clear()
+        if now_s < self._look_s:
+            return
+        self._look_s = now_s + hub.liveness.heartbeat_s
+        hub.counts["handshakes_refused"] += len(sockets.told(self._monitor))
+        self._claim.check()
+        if self._gate is not None:
+            for node in self._gate.revoked():
+                hub.revoke(node)
+        if self._nursery is not None:
+            self._nursery.check()
+        self._await(now_s)
+
+    def _await(self, now_s: float) -> None:
+        """Say what is waited for, where nobody is here."""
+        if self._hub.seats:
+            self._alone_s = self._remind_s = now_s
+            return
+        if self._most_idle_s is not None and now_s - self._alone_s > self._most_idle_s:
+            raise CrewError(
+                f"no worker has been here for {self._most_idle_s:.0f} s; let some join with "
+                f"offbeat join {self.endpoint}, and go on with the run"
+            )
+        if now_s - self._remind_s >= REMIND_S:
+            self._remind_s = now_s
+            log.warning("waiting for workers; let some join with: offbeat join %s", self.endpoint)
+
+
+def _portable(experiment: "Experiment") -> str:
+    """The experiment's text, from which a worker can make it again."""
+    for key in ("task", "work"):
+        spec = getattr(experiment, key).spec
+        if spec is None or not spec.portable():
+            raise ConfigError(
+                f'engine = "zmq": the {key} was made by hand ({MADE_BY_HAND}...), and workers '
+                "elsewhere could not make it again; register it, and give its name"
+            )
+    return experiment.toml()
+
+
+def _knock(endpoint: str) -> str:
+    """Where this machine itself reaches what listens at ``endpoint``."""
+    for everywhere in ("tcp://0.0.0.0:", "tcp://[::]:", "tcp://*:"):
+        if endpoint.startswith(everywhere):
+            return "tcp://127.0.0.1:" + endpoint.removeprefix(everywhere)
+    return endpoint

@@ -1,0 +1,91 @@
+"""ZeroMQ sockets with every limit set, and what their monitors tell."""
+
+import socket as os_socket
+from contextlib import suppress
+from typing import Any
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.net import wire
+from offbeat.runtime.net.jobs import Liveness
+from offbeat.runtime.net.link import WINDOW
+
+QUEUED = 2 * WINDOW  # messages a peer, each way
+LINGER_MS = 1000
+HANDSHAKE_MS = 3000
+RECONNECT_MS = 100, 5000
+BACKLOG = 1024
+FAILED = (
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+
+
+def limited(context: zmq.Context, kind: int, liveness: Liveness) -> zmq.Socket:
+    """A socket that no peer can fill, hold or hang."""
+    made = context.socket(kind)
+    made.linger = LINGER_MS
+    made.maxmsgsize = max(wire.PIECE_BYTES, wire.MOST_HEADER) + 2**16
+    made.sndhwm = made.rcvhwm = QUEUED
+    made.handshake_ivl = HANDSHAKE_MS
+    made.heartbeat_ivl = round(500 * liveness.suspect_after_s)
+    made.heartbeat_timeout = made.heartbeat_ttl = round(1000 * liveness.down_after_s)
+    made.ipv6 = True
+    if kind == zmq.ROUTER:
+        made.router_mandatory = 1
+        made.backlog = BACKLOG
+    else:
+        made.immediate = 1  # what cannot be sent is sent again by the link, not kept by the socket
+        made.reconnect_ivl, made.reconnect_ivl_max = RECONNECT_MS
+    return made
+
+
+def bound(socket: zmq.Socket, endpoint: str) -> str:
+    """Bind; answers where, with the port that ``*`` became."""
+    try:
+        socket.bind(endpoint)
+    except zmq.ZMQError as error:
+        raise ConfigError(f"{endpoint}: cannot listen there ({error.strerror})") from None
+    return socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+
+def connected(socket: zmq.Socket, endpoint: str) -> None:
+    """Connect, from now on and again whenever the connection is lost."""
+    try:
+        socket.connect(endpoint)
+    except zmq.ZMQError as error:
+        raise ConfigError(
+            f'{endpoint}: cannot connect ({error.strerror}); write it as "tcp://host:5555"'
+        ) from None
+
+
+def readable(socket: zmq.Socket) -> bool:
+    """Whether something is there; to be asked before waiting for the descriptor."""
+    return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+
+
+def told(monitor: zmq.Socket) -> list[int]:
+    """What a socket's monitor has to tell."""
+    events = []
+    while monitor.poll(0):
+        events.append(recv_monitor_message(monitor)["event"])
+    return events
+
+
+def cut(frame: zmq.Frame) -> bool:
+    """End the connection over which ``frame`` came; answers whether that was done.
+
+    ZeroMQ has no call for it, but says which descriptor a message came over.
+    """
+    with suppress(zmq.ZMQError, OSError):
+        number: Any = frame.get(zmq.SRCFD)
+        peer = frame.get("Peer-Address")
+        with os_socket.fromfd(number, os_socket.AF_INET6, os_socket.SOCK_STREAM) as connection:
+            host = str(connection.getpeername()[0]).removeprefix("::ffff:")
+            if host == str(peer).removeprefix("::ffff:"):  # else the descriptor is another's now
+                connection.shutdown(os_socket.SHUT_RDWR)
+                return True
+    return False

@@ -1,0 +1,358 @@
+"""What a message looks like on the wire, and what of it is believed.
+
+A message is a header and one raw frame an array.  The header is msgpack, an array of fixed fields:
+version, run, sender and its incarnation, addressee's incarnation, sequence, acknowledgement, kind,
+arrays (name, dtype, shape, codec, bytes), and the kind's own body.  Everything is checked against
+what this run can need before a byte of payload is looked at, and nothing is ever unpickled.
+
+Arrays larger than ``PIECE_BYTES`` follow their message in pieces, messages of kind "piece", which
+the receiver copies into one buffer: twice as fast as one long frame, and nothing waits behind it.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+import numpy as np
+from msgspec import Meta, Struct
+from numpy.typing import NDArray
+
+from offbeat.algorithms.compression.contract import decode
+from offbeat.runtime.errors import (
+    BadArray,
+    BadHeader,
+    TooLarge,
+    UnknownKind,
+    WrongRun,
+    WrongVersion,
+)
+
+VERSION = 1
+MOST_HEADER = 2**18  # bytes; a welcome carries the text of an experiment
+MOST_ARRAYS = 32
+MOST_NAME = 64
+MOST_RANK = 4
+PIECE_BYTES = 2**20
+CODED_SLACK = 1.25, 2**16  # a coded array may take so much more than a raw one: factor, bytes
+DTYPES = ("<f4", "<f8", "<f2", "bf16", "<i4", "<i8", "|u1")
+_NUMPY = {name: np.dtype("<u2" if name == "bf16" else name) for name in DTYPES}
+
+Buffer = bytes | bytearray | memoryview
+Name = Annotated[str, Meta(min_length=1, max_length=MOST_NAME)]
+Counter = Annotated[int, Meta(ge=0, lt=2**53)]
+
+
+class Array(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
+    """What a header says of one array."""
+
+    name: Name
+    dtype: Literal["<f4", "<f8", "<f2", "bf16", "<i4", "<i8", "|u1"]
+    shape: Annotated[tuple[Counter, ...], Meta(max_length=MOST_RANK)]
+    codec: Literal["raw", "coded"]
+    nbytes: Counter
+    """As it travels; more than ``PIECE_BYTES``: in pieces."""
+
+
+class Header(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
+    """What every message begins with."""
+
+    version: int
+    run: Annotated[str, Meta(max_length=MOST_NAME)]
+    node: Name
+    """Who sends it."""
+    incarnation: Counter
+    """Of the sender; 0 where it has none yet."""
+    to: Counter
+    """The incarnation of the addressee that is meant; 0: any."""
+    sequence: Counter
+    """Of the link's messages; 0: outside of their order."""
+    acknowledged: Counter
+    """All the sender has of the other direction, without a gap."""
+    kind: Name
+    arrays: Annotated[tuple[Array, ...], Meta(max_length=MOST_ARRAYS)]
+    body: bytes
+
+
+class Piece(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
+    """The next bytes of the array that is under way."""
+
+    offset: Counter
+
+
+class ArraySpec(NamedTuple):
+    """What an array of a kind has to be."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    optional: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Of the raw array."""
+        return math.prod(self.shape) * _NUMPY[self.dtype].itemsize
+
+
+class Kind(NamedTuple):
+    """What messages of one kind may carry."""
+
+    body: type[Struct]
+    arrays: Mapping[str, ArraySpec] = {}
+    stranger: bool = False
+    """Whether it may come from who does not know the run yet."""
+
+
+class Parcel(NamedTuple):
+    """A message ready to go, but for its place in the order."""
+
+    kind: str
+    body: bytes
+    arrays: tuple[Array, ...] = ()
+    frames: tuple[Any, ...] = ()
+
+
+class Message(NamedTuple):
+    """A message that was read; ``arrays`` that are still to come in pieces are None."""
+
+    head: Header
+    body: Any
+    arrays: dict[str, NDArray | None]
+    piece: memoryview | None = None
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_header = msgspec.msgpack.Decoder(Header)
+PIECE = Kind(Piece)
+
+
+def parcels(kind: str, body: Struct, arrays: Mapping[str, Any] | None = None) -> list[Parcel]:
+    """The messages that carry ``body`` and ``arrays``: one, and the pieces of what is large.
+
+    Args:
+        kind: of message.
+        body: the kind's own fields.
+        arrays: name -> contiguous array, or the bytes of a compressor's frame.
+    """
+    said, frames, pieces = [], [], []
+    for name, value in (arrays or {}).items():
+        if isinstance(value, np.ndarray):
+            flat = np.ascontiguousarray(value).data.cast("B")
+            one = Array(name, value.dtype.str, value.shape, "raw", flat.nbytes)
+        else:
+            flat = memoryview(value)
+            one = Array(name, "|u1", (flat.nbytes,), "coded", flat.nbytes)
+        said.append(one)
+        if flat.nbytes <= PIECE_BYTES:
+            frames.append(flat)
+            continue
+        for at in range(0, flat.nbytes, PIECE_BYTES):
+            part = flat[at : at + PIECE_BYTES]
+            pieces.append(Parcel("piece", _encode(Piece(at)), (), (part,)))
+    return [Parcel(kind, _encode(body), tuple(said), tuple(frames)), *pieces]
+
+
+def pack(
+    parcel: Parcel,
+    *,
+    run: str,
+    node: str,
+    incarnation: int,
+    to: int = 0,
+    sequence: int = 0,
+    acknowledged: int = 0,
+) -> list[Any]:
+    """The frames of a message."""
+    kind, body, arrays, frames = parcel
+    head = Header(
+        VERSION, run, node, incarnation, to, sequence, acknowledged, kind, arrays, body
+    )  # fmt: skip
+    return [_encode(head), *frames]
+
+
+class Reader:
+    """Reads what comes in, and believes what this run can need.
+
+    Args:
+        run: whose messages; "": none is known yet.
+        kinds: what is spoken.
+
+    >>> from offbeat.runtime.net.wire import *
+    >>> reader = Reader("", {"piece": PIECE})
+    >>> reader.read([b"garbage"])
+    Traceback (most recent call last):
+    ...
+    offbeat.runtime.errors.BadHeader: the header cannot be read: Expected `array`, got `int`
+    """
+
+    def __init__(self, run: str, kinds: Mapping[str, Kind]) -> None:
+        self.run, self.kinds = run, {**kinds, "piece": PIECE}
+        self._bodies = {
+            name: msgspec.msgpack.Decoder(kind.body) for name, kind in self.kinds.items()
+        }
+
+    def read(self, frames: Sequence[Buffer]) -> Message:
+        """The message in ``frames``.
+
+        Raises:
+            PeerError: of the kind that says what is wrong with it.
+        """
+        if not frames:
+            raise BadHeader("a message without frames")
+        head, rest = _head(frames[0]), frames[1:]
+        kind = self.kinds.get(head.kind)
+        if kind is None:
+            raise UnknownKind(f'messages of kind "{head.kind}" are not spoken here')
+        if head.run != self.run and not kind.stranger:
+            raise WrongRun(f'a message of run "{head.run}", not "{self.run}"')
+        try:
+            body = self._bodies[head.kind].decode(head.body)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise BadHeader(f"the body of {head.kind} cannot be read: {error}") from None
+        if kind is PIECE:
+            if head.arrays or len(rest) != 1:
+                raise BadArray(f"a piece has one frame, not {len(rest)}")
+            part = memoryview(rest[0])
+            if not 0 < part.nbytes <= PIECE_BYTES:
+                raise TooLarge(f"a piece of {part.nbytes} bytes; at most {PIECE_BYTES}")
+            return Message(head, body, {}, part)
+        return Message(head, body, _arrays(head, kind.arrays, rest))
+
+
+def _head(frame: Buffer) -> Header:
+    size = len(frame)
+    if size > MOST_HEADER:
+        raise TooLarge(f"a header of {size} bytes; at most {MOST_HEADER}")
+    try:
+        head = _header.decode(frame)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        # A header is a short array that begins with a small number: the version.
+        if size > 1 and frame[0] >> 4 == 9 and VERSION != frame[1] < 128:
+            raise WrongVersion(_versions(frame[1])) from None
+        raise BadHeader(f"the header cannot be read: {error}") from None
+    if head.version != VERSION:
+        raise WrongVersion(_versions(head.version))
+    return head
+
+
+def _versions(theirs: int) -> str:
+    return f"it speaks version {theirs} of the protocol, this side version {VERSION}"
+
+
+def _arrays(
+    head: Header, specs: Mapping[str, ArraySpec], frames: Sequence[Buffer]
+) -> dict[str, NDArray | None]:
+    """Name -> array: a view of its frame, or None where it follows in pieces."""
+    found: dict[str, NDArray | None] = {}
+    inline = 0
+    for one in head.arrays:
+        spec = specs.get(one.name)
+        if spec is None or one.name in found:
+            raise BadArray(f'{head.kind} has no array "{one.name}", or has it twice')
+        check(one, spec, head.kind)
+        if one.nbytes > PIECE_BYTES:
+            found[one.name] = None
+            continue
+        if inline == len(frames):
+            raise BadArray(f"{head.kind} lacks the frame of {one.name}")
+        flat = memoryview(frames[inline]).cast("B")
+        inline += 1
+        if flat.nbytes != one.nbytes:
+            raise BadArray(f"{one.name} has {flat.nbytes} bytes; its header says {one.nbytes}")
+        found[one.name] = opened(one, spec, flat)
+    if inline != len(frames):
+        raise BadArray(f"{head.kind} has {len(frames)} frames for {inline} arrays")
+    for name, spec in specs.items():
+        if name not in found and not spec.optional:
+            raise BadArray(f"{head.kind} lacks {name}")
+    return found
+
+
+def check(one: Array, spec: ArraySpec, kind: str) -> None:
+    """Raise BadArray or TooLarge where ``one`` is not what ``spec`` says."""
+    if one.codec == "coded":
+        factor, slack = CODED_SLACK
+        if not 0 < one.nbytes <= factor * spec.nbytes + slack:
+            raise TooLarge(f"{kind}.{one.name} has {one.nbytes} coded bytes for {spec}")
+        return
+    if one.dtype != spec.dtype or one.shape != spec.shape:
+        raise BadArray(
+            f"{kind}.{one.name} is {one.dtype}{list(one.shape)}, not {spec.dtype}{list(spec.shape)}"
+        )
+    if one.nbytes != spec.nbytes:
+        raise BadArray(f"{kind}.{one.name} has {one.nbytes} bytes, not {spec.nbytes}")
+
+
+def opened(one: Array, spec: ArraySpec, flat: memoryview) -> NDArray:
+    """The array in ``flat``, whose header was checked; a view where it is aligned and raw."""
+    if one.codec == "coded":
+        row = decode([flat], math.prod(spec.shape)).dense()
+        if row.dtype.str != spec.dtype:
+            raise BadArray(f"{one.name} holds {row.dtype.str}, not {spec.dtype}")
+        return row.reshape(spec.shape)
+    array = np.frombuffer(flat, _NUMPY[one.dtype]).reshape(one.shape)
+    return array if array.flags.aligned else array.copy()
+
+
+class Assembly:
+    """Puts pieces together; takes a link's messages in their order.
+
+    Args:
+        kinds: what arrays have to be.
+        allocate: makes the buffer ``[nbytes]`` of uint8 for (kind, array name, nbytes); one that
+            hands out the same memory again spares the first touch of new pages.
+    """
+
+    def __init__(
+        self,
+        kinds: Mapping[str, Kind],
+        allocate: Callable[[str, str, int], NDArray[np.uint8]] | None = None,
+    ) -> None:
+        self._kinds, self._allocate = kinds, allocate or _new
+        self._message: Message | None = None  # whose pieces are coming
+        self._missing: list[Array] = []
+        self._buffer: NDArray[np.uint8] = np.empty(0, np.uint8)
+        self._filled = 0
+
+    def take(self, message: Message) -> Message | None:
+        """``message``, or the one that its piece makes whole, or None.
+
+        Raises:
+            PeerError: a piece out of its place.
+        """
+        part = message.piece
+        if self._message is None:
+            if part is not None:
+                raise BadArray("a piece of nothing")
+            missing = [one for one in message.head.arrays if one.nbytes > PIECE_BYTES]
+            if not missing:
+                return message
+            self._message, self._missing = message, missing
+            self._open()
+            return None
+        if part is None:
+            raise BadArray(f"a {message.head.kind} between the pieces of another message")
+        at, end = message.body.offset, message.body.offset + part.nbytes
+        if at != self._filled or end > len(self._buffer):
+            raise BadArray(f"a piece at {at} to {end}, where {self._filled} comes next")
+        self._buffer[at:end] = np.frombuffer(part, np.uint8)
+        self._filled = end
+        if end < len(self._buffer):
+            return None
+        whole, one = self._message, self._missing.pop(0)
+        spec = self._kinds[whole.head.kind].arrays[one.name]
+        whole.arrays[one.name] = opened(one, spec, self._buffer.data)
+        if self._missing:
+            self._open()
+            return None
+        self._message, self._buffer = None, np.empty(0, np.uint8)
+        return whole
+
+    def _open(self) -> None:
+        assert self._message is not None
+        one = self._missing[0]
+        self._buffer = self._allocate(self._message.head.kind, one.name, one.nbytes)
+        self._filled = 0
+
+
+def _new(kind: str, name: str, nbytes: int) -> NDArray[np.uint8]:
+    return np.empty(nbytes, np.uint8)

@@ -1,0 +1,268 @@
+"""A worker process: a DEALER socket, the spoke whose bytes it moves, and what it computes.
+
+One thread does both: while it computes, ZeroMQ's own thread takes in the next job, and a second
+thread says over a connection of its own that the process is alive.
+"""
+
+import os
+import platform
+import random
+import select
+import signal
+import sys
+import threading
+import time
+import tomllib
+import traceback
+from importlib.metadata import version
+from logging import getLogger
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import zmq
+
+from offbeat.runtime.crew import Order, Runner
+from offbeat.runtime.errors import ConfigError, OffbeatError, Refused
+from offbeat.runtime.net import keys, sockets
+from offbeat.runtime.net.jobs import Liveness
+from offbeat.runtime.net.messages import Welcome, kinds
+from offbeat.runtime.net.spoke import Spoke
+
+log = getLogger("offbeat.net")
+LEAVE_S = 10.0  # for the job at hand, once the process is asked to end
+FAREWELL_S = 2.0  # for the server to hear that it leaves
+WAIT_S = 0.5  # a wait is cut short after so long, to look at signals
+MOST_HANDSHAKES = 3  # that fail in a row without a word of why
+REMIND_S = 30.0
+
+
+class Abandoned(BaseException):
+    """The job at hand takes too long for a process that was asked to end."""
+
+
+class Worker:
+    """One worker.
+
+    Args:
+        endpoint: of the server.
+        name: its own; of its key, where there are keys.
+        folder: of keys, or None.
+        device: where a torch task computes.
+
+    Raises:
+        ConfigError: no keys of that name, or an address that is none.
+    """
+
+    def __init__(
+        self, endpoint: str, name: str = "", folder: Path | None = None, device: str = "cpu"
+    ) -> None:
+        self.endpoint, self._device = endpoint, device
+        self.own = keys.identity(folder, name) if folder is not None else None
+        self._server_key = keys.server_key(folder) if folder is not None else b""
+        where = f"{platform.node()[:32] or 'host'}:{os.getpid()}"
+        nonce = random.SystemRandom().randrange(1, 2**52)
+        self.name = name or f"{where}:{nonce % 16**4:04x}"
+        self.spoke = Spoke(self.name, nonce, version("offbeat"), where, time.monotonic())
+        self._context = zmq.Context()
+        self._leaving = False
+        self._computing = False
+        self._runner: Runner | None = None
+        self._built = ""  # the experiment that the runner is for
+        self._kinds: Any = None
+        self._handshakes = 0  # failed since one succeeded
+        self._stop = threading.Event()
+        try:
+            self._socket = self._connected()
+            self._monitor = self._socket.get_monitor_socket()
+            sockets.connected(self._socket, endpoint)
+        except BaseException:
+            self._context.destroy(0)
+            raise
+        self._pulse = threading.Thread(target=self._pulsate, name="pulse", daemon=True)
+
+    def _connected(self) -> zmq.Socket:
+        socket = sockets.limited(self._context, zmq.DEALER, Liveness())
+        if self.own is not None:
+            keys.as_client(socket, self.own, self._server_key)
+        return socket
+
+    def run(self) -> None:
+        """Work until the run is over, or the process is asked to end.
+
+        Raises:
+            Refused: the server does not let it in; Fenced: another process took its place;
+            ConfigError: it cannot build the task, or builds another one than the server's.
+        """
+        before = {n: signal.signal(n, self._asked) for n in (signal.SIGTERM, signal.SIGINT)}
+        before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._alarm)
+        self._pulse.start()
+        try:
+            self._work()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            self.close()
+
+    def close(self) -> None:
+        """Let go of the sockets; may be called twice."""
+        self._stop.set()
+        if self._pulse.is_alive():
+            self._pulse.join()
+        self._context.destroy(sockets.LINGER_MS)
+
+    # -- The loop --------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        spoke, remind_s = self.spoke, time.monotonic() + REMIND_S
+        while True:
+            now_s = time.monotonic()
+            self._drain(now_s)
+            spoke.tick(now_s)
+            self._send()
+            if spoke.fate is not None:
+                raise spoke.fate
+            if spoke.state == "over":
+                log.info("%s", spoke.why)
+                return
+            if self._leaving:
+                self._leave()
+                return
+            if spoke.welcome is not None:
+                self._build(spoke.welcome)
+            elif (order := spoke.take()) is not None:
+                self._compute(order)
+            else:
+                self._listen()
+                if spoke.state == "calling" and now_s >= remind_s:
+                    why = f": {spoke.last_said}" if spoke.last_said else ""
+                    log.warning("waiting for the server at %s%s", self.endpoint, why)
+                    remind_s = now_s + REMIND_S
+                self._wait(spoke.due_s() - time.monotonic())
+
+    def _wait(self, seconds: float) -> None:
+        if seconds > 0 and not sockets.readable(self._socket):
+            select.select([self._socket.fileno()], [], [], min(seconds, WAIT_S))
+
+    def _drain(self, now_s: float) -> None:
+        for _ in range(sockets.QUEUED):
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            self.spoke.receive([frame.buffer for frame in frames], now_s)
+
+    def _send(self) -> None:
+        outbox, self.spoke.outbox = self.spoke.outbox, []
+        for frames in outbox:
+            try:
+                self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                self.spoke.counts["unsent"] += 1  # no connection; the link sends it again
+
+    def _build(self, welcome: Welcome) -> None:
+        """Make the task that the server described."""
+        if self._runner is None or self._built != welcome.experiment:
+            self._runner, self._kinds = built(welcome.experiment, self._device)
+            self._built = welcome.experiment
+        now_s = time.monotonic()
+        if self.spoke.welcome is welcome:
+            self.spoke.ready(self._kinds, now_s)
+            log.info("%s is worker %d of %s", self.name, welcome.slot, self.endpoint)
+
+    def _compute(self, order: Order) -> None:
+        assert self._runner is not None
+        self._computing = True
+        try:
+            (answer,) = self._runner.compute([order])
+        except Abandoned:
+            return
+        except Exception:
+            self.spoke.failed(order, traceback.format_exc(), time.monotonic())
+        else:
+            self.spoke.answer(order, answer, time.monotonic())
+            self.spoke.release(order.x)
+        finally:
+            self._computing = False
+
+    # -- Ends ------------------------------------------------------------------------------------
+
+    def _asked(self, number: int, frame: FrameType | None) -> None:
+        """SIGTERM or SIGINT: finish the job at hand, or hand it back; a second one ends at once."""
+        if self._leaving:
+            raise KeyboardInterrupt
+        self._leaving = True
+        signal.setitimer(signal.ITIMER_REAL, LEAVE_S)
+
+    def _alarm(self, number: int, frame: FrameType | None) -> None:
+        if self._computing:
+            raise Abandoned
+
+    def _leave(self) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        end_s = time.monotonic() + FAREWELL_S
+        self.spoke.leave("it was asked to leave", time.monotonic())
+        while self.spoke.pending and (left_s := end_s - time.monotonic()) > 0:
+            self.spoke.tick(time.monotonic())
+            self._send()
+            self._wait(min(left_s, 0.05))
+            self._drain(time.monotonic())
+
+    def _listen(self) -> None:
+        """What the socket's monitor says of a server that does not let this worker in.
+
+        Raises:
+            Refused: it makes no sense to knock again.
+        """
+        for event in sockets.told(self._monitor):
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._handshakes = 0
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                raise Refused(
+                    f"this node's key is not in the run's list; at the server, run: "
+                    f"offbeat keys authorize {self.name} {self.own.public.decode()}"
+                    if self.own
+                    else f"the server at {self.endpoint} wants keys; give --keys FOLDER"
+                )
+            elif event & sockets.FAILED:
+                self._handshakes += 1
+                if self._handshakes >= MOST_HANDSHAKES:
+                    raise Refused(
+                        f"the server at {self.endpoint} has another key than the one in "
+                        f"{keys.AUTHORIZED}/{keys.SERVER}.key, or wants none"
+                        if self.own
+                        else f"the server at {self.endpoint} wants keys; give --keys FOLDER"
+                    )
+
+    def _pulsate(self) -> None:
+        """Say that the process is alive, whatever its main thread is busy with."""
+        with self._connected() as socket:
+            socket.linger = 0
+            sockets.connected(socket, self.endpoint)
+            while not self._stop.wait(self.spoke.liveness.heartbeat_s):
+                if (frames := self.spoke.pulse) is not None:
+                    try:
+                        socket.send_multipart(frames, zmq.NOBLOCK)
+                    except zmq.Again:
+                        continue  # no connection: there is nobody to tell
+                while socket.poll(0):  # answers go to the main thread's connection, too
+                    socket.recv_multipart()
+
+
+def built(text: str, device: str) -> tuple[Runner, Any]:
+    """What computes the jobs of the experiment in ``text``, and the messages it needs."""
+    from offbeat.runtime.experiment import from_table
+
+    try:
+        (experiment,) = from_table(tomllib.loads(text))
+    except OffbeatError as error:
+        raise ConfigError(f"the server's experiment cannot be built here: {error}") from None
+    task: Any = experiment.task
+    if device != "cpu":
+        if not hasattr(task, "to"):
+            raise ConfigError(f"this task cannot compute on device {device}")
+        task = task.to(device)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    x = task.initial(experiment.seed)
+    return Runner(task, experiment.work), kinds(x, experiment.work.keep(1, x))

@@ -1,0 +1,292 @@
+"""What is read is what was written; anything else is a ``PeerError`` with a name."""
+
+import random
+import resource
+import struct
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offbeat.algorithms.compression import COMPRESSORS
+from offbeat.runtime.errors import (
+    BadArray,
+    BadHeader,
+    PeerError,
+    TooLarge,
+    UnknownKind,
+    WrongRun,
+    WrongVersion,
+)
+from offbeat.runtime.net import messages as say
+from offbeat.runtime.net import wire
+from offbeat.runtime.net.hub import Hub
+from offbeat.runtime.net.jobs import Liveness
+from offbeat.runtime.net.spoke import Spoke
+
+D = 7
+X = np.arange(D, dtype=np.float32)
+KINDS = say.kinds(X, {"first": np.zeros((1, D), np.float32), "steps": np.zeros(1, np.int64)})
+KEPT = {"kept.first": np.ones((1, D), np.float32), "kept.steps": np.array([3])}
+WORK = say.Work(1, 2, 3, 4, 5)
+
+
+def posts(kind="work", body=WORK, arrays=None, **more):
+    arrays = {"x": X, **KEPT} if arrays is None else arrays
+    options = {"run": "r", "node": "n", "incarnation": 1, "sequence": 9, **more}
+    return [wire.pack(p, **options) for p in wire.parcels(kind, body, arrays)]
+
+
+def reader():
+    return wire.Reader("r", KINDS)
+
+
+def test_what_is_read_is_what_was_written():
+    (frames,) = posts()
+    message = reader().read([bytes(frame) for frame in frames])
+    assert message.body == WORK
+    assert (message.head.run, message.head.node, message.head.sequence) == ("r", "n", 9)
+    for name, array in {"x": X, **KEPT}.items():
+        np.testing.assert_array_equal(message.arrays[name], array)
+        assert message.arrays[name].dtype == array.dtype
+
+
+def test_arrays_are_not_copied():
+    (frames,) = posts()
+    assert np.shares_memory(np.frombuffer(frames[1], np.float32), X)
+    raw = np.frombuffer(bytearray(frames[1]), np.uint8)
+    message = reader().read([frames[0], raw.data, *frames[2:]])
+    assert np.shares_memory(message.arrays["x"], raw)
+
+
+def test_no_pickle_is_near_the_wire():
+    import offbeat.runtime.net as package
+
+    for file in __import__("pathlib").Path(package.__file__).parent.glob("*.py"):
+        assert "import pickle" not in file.read_text()
+
+
+@given(st.integers(1, 5000), st.sampled_from([16, 100, 1024]))
+def test_large_arrays_travel_in_pieces(size, piece):
+    x = np.random.default_rng(size).random(size)
+    kinds = say.kinds(x, {"m": np.zeros((1, size))})
+    before, wire.PIECE_BYTES = wire.PIECE_BYTES, piece
+    try:
+        sent = posts("result", say.Result(1, 0.5, 0.1), {"payload": x, "kept.m": x[None]})
+        assert all(len(frame) <= piece for frames in sent for frame in frames[1:])
+        assert len(sent) == 1 + (2 * -(-8 * size // piece) if 8 * size > piece else 0)
+        assembly, got = wire.Assembly(kinds), []
+        source = wire.Reader("r", kinds)
+        for frames in sent:
+            got.append(assembly.take(source.read(frames)))
+        assert got[:-1] == [None] * (len(got) - 1)
+        np.testing.assert_array_equal(got[-1].arrays["payload"], x)
+        np.testing.assert_array_equal(got[-1].arrays["kept.m"], x[None])
+    finally:
+        wire.PIECE_BYTES = before
+
+
+def test_pieces_out_of_place(monkeypatch):
+    monkeypatch.setattr(wire, "PIECE_BYTES", 8)
+    source, sent = reader(), posts(arrays={"x": X})
+    first, *pieces = sent
+    with pytest.raises(BadArray, match="a piece of nothing"):
+        wire.Assembly(KINDS).take(source.read(pieces[0]))
+    assembly = wire.Assembly(KINDS)
+    assembly.take(source.read(first))
+    with pytest.raises(BadArray, match="a piece at 8 to 16, where 0 comes next"):
+        assembly.take(source.read(pieces[1]))
+    with pytest.raises(BadArray, match="between the pieces of another"):
+        assembly.take(source.read(first))
+
+
+@pytest.mark.parametrize("text", ["topk(3)", "qsgd(4)", "sign"])
+def test_a_compressors_frame_is_an_array(text):
+    message = COMPRESSORS.parse(text).compress(X, np.random.default_rng(0))
+    (frame,) = message.encode()
+    (frames,) = posts("result", say.Result(1, 0.5, 0.1), {"payload": frame, **KEPT})
+    got = reader().read(frames).arrays["payload"]
+    np.testing.assert_array_equal(got, message.dense())
+
+
+def header(**changes):
+    fields = {
+        "version": 1, "run": "r", "node": "n", "incarnation": 1, "to": 0, "sequence": 1,
+        "acknowledged": 0, "kind": "work",
+        "arrays": [["x", "<f4", [D], "raw", 4 * D]],
+        "body": msgspec.msgpack.encode(WORK),
+    }  # fmt: skip
+    assert not changes.keys() - fields.keys()
+    return msgspec.msgpack.encode(list((fields | changes).values()))
+
+
+def one(**changes):
+    return {"arrays": [list(({"name": "x", "dtype": "<f4", "shape": [D], "codec": "raw",
+                              "nbytes": 4 * D} | changes).values())]}  # fmt: skip
+
+
+GOOD = [header(), X.tobytes()]
+BAD = {
+    "no frames": ([], BadHeader),
+    "empty": ([b""], BadHeader),
+    "truncated": ([GOOD[0][:-3], GOOD[1]], BadHeader),
+    "trailing bytes": ([GOOD[0] + b"\0", GOOD[1]], BadHeader),
+    "reserved byte": ([b"\xc1"], BadHeader),
+    "invalid UTF-8": ([header(run="ab").replace(b"\xa2ab", b"\xa2\xff\xfe")], BadHeader),
+    "deep nesting": ([b"\x91" * 100_000], BadHeader),
+    "deep body": ([header(body=b"\x91" * 100_000), GOOD[1]], BadHeader),
+    "array of 2^32-1": ([b"\xdd\xff\xff\xff\xff"], BadHeader),
+    "text of 2^32-1": ([b"\x9a\x01\xdb\xff\xff\xff\xff"], BadHeader),
+    "bytes of 2^32-1": ([b"\x9a\x01\xc6\xff\xff\xff\xff"], BadHeader),
+    "a map": ([b"\x81\xa1a\x01"], BadHeader),
+    "extension": ([b"\xc7\x02\x01ab"], BadHeader),
+    "huge header": ([b"\x9a" + bytes(wire.MOST_HEADER)], TooLarge),
+    "another version": ([header(version=2), GOOD[1]], WrongVersion),
+    "another version's shape": ([b"\x92\x07\xa1x"], WrongVersion),
+    "another run": ([header(run="s"), GOOD[1]], WrongRun),
+    "unknown kind": ([header(kind="__class__"), GOOD[1]], UnknownKind),
+    "unknown field": ([GOOD[0].replace(b"\x9a", b"\x9b", 1) + b"\x01", GOOD[1]], BadHeader),
+    "negative counter": ([header(sequence=-1), GOOD[1]], BadHeader),
+    "counter of 2^60": ([header(sequence=2**60), GOOD[1]], BadHeader),
+    "body of another kind": ([header(body=b"\x91\x01"), GOOD[1]], BadHeader),
+    "text for a number": ([header(incarnation="1"), GOOD[1]], BadHeader),
+    "an attribute": ([header(**one(name="__class__")), GOOD[1]], BadArray),
+    "twice the same": ([header(arrays=one()["arrays"] * 2), GOOD[1], GOOD[1]], BadArray),
+    "too many arrays": ([header(arrays=one()["arrays"] * 33), *[GOOD[1]] * 33], BadHeader),
+    "wrong dtype": ([header(**one(dtype="<f8")), GOOD[1]], BadArray),
+    "object dtype": ([header(**one(dtype="|O")), GOOD[1]], BadHeader),
+    "void dtype": ([header(**one(dtype="|V4")), GOOD[1]], BadHeader),
+    "wrong shape": ([header(**one(shape=[D - 1], nbytes=4 * D - 4)), GOOD[1]], BadArray),
+    "shape of -1": ([header(**one(shape=[-1])), GOOD[1]], BadHeader),
+    "five axes": ([header(**one(shape=[1, 1, 1, 1, D])), GOOD[1]], BadHeader),
+    "said too few bytes": ([header(**one(nbytes=4 * D - 1)), GOOD[1]], BadArray),
+    "sent too few bytes": ([GOOD[0], GOOD[1][:-1]], BadArray),
+    "no frame": ([GOOD[0]], BadArray),
+    "one frame more": ([*GOOD, b""], BadArray),
+    "coded, and too large": ([header(**one(codec="coded", nbytes=10**9)), b""], TooLarge),
+    "coded, and nonsense": ([header(**one(codec="coded", nbytes=5)), b"12345"], PeerError),
+    "piece of nothing": (
+        [header(kind="piece", arrays=[], body=b"\x91\x00"), b""], TooLarge,
+    ),
+    "piece in two frames": (
+        [header(kind="piece", arrays=[], body=b"\x91\x00"), b"a", b"b"], BadArray,
+    ),
+}  # fmt: skip
+
+
+def test_the_good_one_is_good():
+    np.testing.assert_array_equal(reader().read(GOOD).arrays["x"], X)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_each_wrong_message_has_a_name(case):
+    frames, error = BAD[case]
+    with pytest.raises(error) as told:
+        reader().read(frames)
+    assert isinstance(told.value, PeerError)
+    assert told.value.name in {e.name for e in (*PeerError.__subclasses__(), PeerError)}
+
+
+def test_many_frames_are_refused_before_anything_is_made_of_them():
+    with pytest.raises(BadArray, match="has 1001 frames for 1 arrays"):
+        reader().read([GOOD[0], *[GOOD[1]] * 1001])
+
+
+def mutated(g, frames):
+    """``frames`` with something wrong."""
+    frames = [bytearray(frame) for frame in frames]
+    for _ in range(g.randint(1, 3)):
+        how = g.randrange(8)
+        frame = g.choice(frames) if frames else bytearray()
+        at = g.randrange(len(frame)) if frame else 0
+        if how == 0 and frame:
+            frame[at] ^= 1 << g.randrange(8)
+        elif how == 1 and frame:
+            frame[at] = g.choice([0, 1, 0x7F, 0x80, 0x90, 0xC1, 0xC6, 0xDB, 0xDD, 0xDF, 0xFF])
+        elif how == 2:
+            del frame[at:]
+        elif how == 3:
+            frame += g.randbytes(g.randint(1, 20))
+        elif how == 4 and frame:
+            frame[at:at] = struct.pack(">BI", g.choice([0xC6, 0xDB, 0xDD, 0xDF]), 2**32 - 1)
+        elif how == 5:
+            frames.append(bytearray(g.randbytes(g.randint(0, 40))))
+        elif how == 6 and frames:
+            frames.pop(g.randrange(len(frames)))
+        elif frame:
+            frame[at : at + 4] = g.randbytes(4)
+    return [bytes(frame) for frame in frames]
+
+
+def samples():
+    bodies = {
+        "hello": say.Hello(1, "1", "here"), "welcome": say.Welcome(1, 1, 0, 1.0, "e", "m"),
+        "refusal": say.Refusal(1, "no", 1.0), "again": say.Again(), "ready": say.Ready("m"),
+        "pulse": say.Pulse(), "cancel": say.Cancel(1), "failure": say.Failure(1, "why"),
+        "leave": say.Leave("why"), "over": say.Over("why", True), "ask": say.Ask(),
+        "status": say.Status("{}"),
+    }  # fmt: skip
+    plain = [posts(kind, body, {}, to=1)[0] for kind, body in bodies.items()]
+    heavy = [posts(to=1)[0], posts("result", say.Result(1, 0.5, 0.1), {"payload": X, **KEPT})[0]]
+    return plain + heavy + heavy + [posts("piece", wire.Piece(0), {})[0]]
+
+
+def fuzz(seed, count):
+    """Mutated messages for a reader, a server and a worker; only PeerErrors come out."""
+    g, source, wrong = random.Random(seed), reader(), 0
+    good = [[bytes(frame) for frame in frames] for frames in samples()]
+    hub = Hub("r", "e", KINDS, 2, 1, Liveness(1.0), "1")
+    spoke = Spoke("n", 1, "1", "here", 0.0)
+    model = X.tobytes()
+    for k in range(count):
+        frames = mutated(g, g.choice(good))
+        try:
+            source.read(frames)
+        except PeerError:
+            wrong += 1
+        hub.receive(b"a", g.choice([None, "n"]), frames, k * 1e-3)
+        hub.tick(k * 1e-3)
+        spoke.receive(frames, k * 1e-3)
+        for box in (hub.outbox, hub.cuts, hub.notes, hub.events, spoke.outbox, spoke.orders):
+            box.clear()
+        if spoke.fate is not None:
+            spoke = Spoke("n", 1, "1", "here", 0.0)
+        if hub.roster.quarantined:
+            hub.roster.quarantined.clear()
+    assert X.tobytes() == model
+    return wrong, hub
+
+
+def test_mutated_frames():
+    wrong, hub = fuzz(1, 20_000)
+    assert wrong > 10_000
+    assert len([name for name, count in hub.counts.items() if count > 20]) > 4
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("block", range(10))
+def test_a_million_mutated_frames(block):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    wrong, _ = fuzz(100 + block, 100_000)
+    assert wrong > 50_000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
+@settings(max_examples=300)
+@given(st.lists(st.binary(max_size=60), max_size=4))
+def test_no_bytes_raise_anything_else(frames):
+    assert not frames or frames[0] != header()
+    with pytest.raises(PeerError, match=r"."):
+        reader().read(frames)
+
+
+@given(st.data())
+def test_a_message_cut_anywhere(data):
+    (frames,) = posts()
+    whole = [bytes(frame) for frame in frames]
+    place = data.draw(st.integers(0, len(whole) - 1))
+    whole[place] = whole[place][: data.draw(st.integers(0, len(whole[place]) - 1))]
+    with pytest.raises(PeerError):
+        reader().read(whole)
