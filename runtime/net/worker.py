@@ -201,7 +201,6 @@ class Worker:
             self.spoke.failed(order, traceback.format_exc(), time.monotonic())
         else:
             self.spoke.answer(order, answer, time.monotonic())
-            self.spoke.release(order.x)
         finally:
             self._computing = False
 
