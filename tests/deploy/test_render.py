@@ -301,14 +301,11 @@ def parses(words):
         return context.params
 
 
-@pytest.mark.parametrize(
-    ("recipe", "shape", "names"),
-    [
-        (recipe, shape, {"keys", *(("serve", "join") if shape == "server" else ("peer",))})
-        for recipe, shape in RECIPES
-    ],
-)
-def test_command_lines_are_ours(recipe, shape, names, tmp_path):
+@each_recipe
+def test_command_lines_are_ours(recipe, shape, tmp_path):
+    names = {"server": {"keys", "serve", "join"}, "peers": {"keys", "peer"}}[shape]
+    if (recipe, shape) == ("ssh", "server"):
+        names |= {"status"}
     found = command_lines(deploying.deploy(tmp_path, recipe, shape))
     assert {words[0] for words in found} == names
     missing = sorted(names - COMMANDS.keys())
