@@ -32,7 +32,7 @@ class Machine:
         self.home.mkdir()
         self.log.touch()
         deploying.program(self.bin, "offbeat", deploying.STUB)
-        self.env = {
+        self.env = os.environ | {
             "PATH": f"{self.bin}:{os.environ['PATH']}",
             "HOME": str(self.home),
             "STUB_LOG": str(self.log),
