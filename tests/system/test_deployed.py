@@ -455,7 +455,7 @@ def test_secrets_are_applied_before_what_needs_them(shape, machine, tmp_path):
     peers = [f"run-peer-{i}" for i in range(3)]
     if shape == "server":
         assert secrets == {
-            "run-server-keys": {"server.key_secret", *(f"{w}.key" for w in workers)},
+            "run-server-keys": {"server.key", "server.key_secret", *(f"{w}.key" for w in workers)},
             "run-worker-keys": {"server.key", *(f"{w}.key_secret" for w in workers)},
         }
     else:
