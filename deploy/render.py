@@ -152,8 +152,9 @@ def kubernetes(
         storage: of a run folder.
     """
     _check_sizes(plan, cpus, memory, storage)
+    stay = _fill("kubernetes/stay.sh", done=manifests.DONE)
     return _with_keys(plan) | _dockerfile(plan, image) | {
-        "offbeat.yaml": manifests.kubernetes(plan, image, cpus, memory, storage),
+        "offbeat.yaml": manifests.kubernetes(plan, image, cpus, memory, storage, stay),
         "apply.sh": _fill("kubernetes/apply.sh", plan=plan),
     }  # fmt: skip
 
@@ -187,6 +188,7 @@ def ssh(plan: Plan, *, folder: str | None = None) -> Files:
             else:
                 server = server_endpoint(plan.hosts)  # type: ignore[arg-type]
                 commands[node.name] = plan.join(server, node.name, keys, node.device)
+    port = None
     if not plan.peers:
         port = plan.hosts.serving().port  # type: ignore[union-attr]
         commands[SERVER] = plan.serve(port, f"keys/{SERVER}", "run")
@@ -195,7 +197,7 @@ def ssh(plan: Plan, *, folder: str | None = None) -> Files:
         "keep.sh": _fill("shared/keep.sh"),
         "launch.sh": _fill(
             "ssh/launch.sh", plan=plan, dir=folder or f"offbeat-{plan.name}", remotes=remotes,
-            commands=commands,
+            commands=commands, port=port,
         ),
     }  # fmt: skip
 

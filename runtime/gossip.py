@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.algorithms.gossip import Gossip
+from offbeat.runtime.farmed import FarmedWork
 from offbeat.runtime.loop import Loop
 from offbeat.runtime.network import Network
 from offbeat.runtime.records import Records
@@ -65,6 +66,11 @@ class GossipLoop(Loop):
     def facts(self) -> dict[str, Any]:
         """See ``Loop``."""
         return {key: getattr(self, key) for key in COUNTS}
+
+    def close(self) -> None:
+        """See ``Loop``."""
+        if isinstance(self.work, FarmedWork):
+            self.work.crew.close()
 
     def _answers(
         self, points: tuple[NDArray, ...], node: NDArray, draw: NDArray, steps: NDArray, kept: Kept

@@ -145,15 +145,16 @@ class RayCrew(Crew):
         device = "" if options.device == "cpu" else options.device
         if device and not hasattr(experiment.task, "to"):
             raise ConfigError(f'engine = "ray": this task cannot compute on device = "{device}"')
-        self._stop = start(options.address)
+        self._session = start(options.address)
         try:
             self._where = places(self._ray, count, options)
             self._make = self._ray.remote(Host)
             try:
                 self._parts = self._ray.put((experiment.task, experiment.work)), device
-            except (TypeError, AttributeError) as error:
+            except (TypeError, AttributeError) as error:  # Ray explains itself at length
                 raise ConfigError(
-                    f'engine = "ray": the task or its work cannot be sent to an actor ({error})'
+                    'engine = "ray": the task or its work cannot be sent to an actor '
+                    f"({error.__cause__ or error})"
                 ) from None
             for seat in self._seats:
                 self._fill(seat)
@@ -229,6 +230,7 @@ class RayCrew(Crew):
 
     def _listen(self, timeout_s: float) -> None:
         """Wait for answers, and take all that are there."""
+        self._session.check()
         pings = {seat.ready: seat for seat in self._seats if seat.ready is not None and seat.actor}
         asked = [*pings, *self._calls]
         if 0 < timeout_s < SHORTEST_S or not asked:
@@ -349,14 +351,13 @@ class RayCrew(Crew):
 
     def close(self) -> None:
         """See ``Crew``: the actors, and the Ray that was begun for them."""
-        stop, self._stop = self._stop, lambda: None
         for seat in self._seats:
             if seat.actor is not None:
                 self._kill(seat)
                 seat.actor, seat.ready = None, "never"
         self._calls.clear()
         self._stored.clear()
-        stop()
+        self._session.stop()
 
 
 def places(ray: Any, count: int, options: "Ray") -> list[Any]:

@@ -30,11 +30,12 @@ class Spoke:
         node: its name; its key's, where there are keys.
         nonce: a random number of this process.
         package: the version of this package.
+        where: the process runs.
         now_s: the time.
     """
 
-    def __init__(self, node: str, nonce: int, package: str, now_s: float) -> None:
-        self.node, self.nonce, self._package = node, nonce, package
+    def __init__(self, node: str, nonce: int, package: str, where: str, now_s: float) -> None:
+        self.node, self.nonce, self._hello = node, nonce, say.Hello(nonce, package, where)
         self.run = ""
         self.incarnation = self.server = 0  # its own, as the server gave it, and the server's
         self.liveness = Liveness()
@@ -239,7 +240,7 @@ class Spoke:
     def tick(self, now_s: float) -> None:
         """Let time pass: greet, send again, say that it is alive."""
         if self.state == "calling" and now_s >= self._hello_s:
-            self.outbox.append(self._unordered("hello", say.Hello(self.nonce, self._package), 0))
+            self.outbox.append(self._unordered("hello", self._hello, 0))
             self._hello_s = now_s + self._retry_s
             self._retry_s = min(2 * self._retry_s, RETRY_MOST_S)
         elif self.state in ("building", "working"):

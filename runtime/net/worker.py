@@ -60,10 +60,10 @@ class Worker:
         self.endpoint, self._device = endpoint, device
         self.own = keys.identity(folder, name) if folder is not None else None
         self._server_key = keys.server_key(folder) if folder is not None else b""
-        where = f"{platform.node()[:32] or 'host'}-{os.getpid()}"
-        self.name = name or f"{where}-{random.SystemRandom().randrange(16**4):04x}"
+        where = f"{platform.node()[:32] or 'host'}:{os.getpid()}"
         nonce = random.SystemRandom().randrange(1, 2**52)
-        self.spoke = Spoke(self.name, nonce, version("offbeat"), time.monotonic())
+        self.name = name or f"{where}:{nonce % 16**4:04x}"
+        self.spoke = Spoke(self.name, nonce, version("offbeat"), where, time.monotonic())
         self._context = zmq.Context()
         self._leaving = False
         self._computing = False

@@ -160,10 +160,9 @@ class Study:
         table.setdefault("name", path.stem)
         try:
             if quick:
-                for key, value in _flat(_section(table, "quick")):
-                    put(table, key, value)
+                _merge(table, _section(table, "quick"))
             for override in overrides:
-                apply_override(table, override)
+                _override(table, override)
             return Study(table)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
@@ -304,6 +303,28 @@ def _section(table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if not isinstance(found := table.get(key, {}), Mapping):
         raise ConfigError(f"[{key}] must be a table, not {found!r}")
     return found
+
+
+def _merge(table: dict[str, Any], other: Mapping[str, Any]) -> None:
+    """Put what is in ``other`` in the place of what is in ``table``, table by table."""
+    for key, value in other.items():
+        if isinstance(value, Mapping) and isinstance(table.get(key), dict):
+            _merge(table[key], value)
+        else:
+            table[key] = deepcopy(value)
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    """As of any experiment, but what follows ``grid.`` is one key: ``grid.algorithm.lr=[1, 2]``."""
+    for grid in ("tune.grid.", "grid."):
+        if override.startswith(grid):
+            found: dict[str, Any] = {}
+            apply_override(found, f"value={override.partition('=')[2]}")
+            key = override.partition("=")[0].removeprefix(grid).strip()
+            part = table.setdefault("tune", {}) if grid.startswith("tune") else table
+            part["grid"] = {**dict(_flat(part.get("grid", {}))), key: found["value"]}
+            return
+    apply_override(table, override)
 
 
 def _flat(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

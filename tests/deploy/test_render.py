@@ -16,7 +16,6 @@ import yaml
 
 from offbeat.deploy import render
 from offbeat.deploy.hosts import read_hosts
-from offbeat.runtime.backends import ENGINES, Virtual
 from offbeat.runtime.cli import app
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.experiment import read
@@ -46,20 +45,11 @@ def passes(*words, **options):
     return done.stdout
 
 
-@pytest.fixture
-def ray_engine():
-    """The name alone, where this build has no Ray engine."""
-    if "ray" in ENGINES:
-        yield
-        return
-    ENGINES.register("ray")(lambda: Virtual())
-    yield
-    del ENGINES._factories["ray"]
+RAY = 'engine = {name = "ray", address = "auto", num_cpus = 1}\n' + deploying.SERVER
 
 
 def rayjob(folder, *options):
-    text = 'engine = "ray"\n' + deploying.SERVER
-    return deploying.deploy(folder, "kuberay", "server", *options, text=text)
+    return deploying.deploy(folder, "kuberay", "server", *options, text=RAY)
 
 
 # -- Parsers and validators ------------------------------------------------------------------------
@@ -167,7 +157,7 @@ def test_kubernetes_objects_fit_together(shape, tmp_path):
         ]
 
 
-def test_rayjob(tmp_path, ray_engine):
+def test_rayjob(tmp_path):
     out = rayjob(tmp_path, "--device", "cuda", "--image", "registry:5000/us/offbeat:1")
     _, claim, job = yaml.safe_load_all((out / "rayjob.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
@@ -195,7 +185,7 @@ def test_rayjob(tmp_path, ray_engine):
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_a_rayjob_goes_on_where_it_was(there, tmp_path, ray_engine):
+def test_a_rayjob_goes_on_where_it_was(there, tmp_path):
     (_, _, job) = yaml.safe_load_all((rayjob(tmp_path) / "rayjob.yaml").read_text())
     folder = tmp_path / "run-folder"
     entrypoint = job["spec"]["entrypoint"].replace("/run-folder", str(folder))
@@ -329,7 +319,7 @@ def test_command_lines_are_ours(recipe, shape, names, tmp_path):
         pytest.skip(f"this build has no offbeat {', '.join(missing)}")
 
 
-def test_the_rayjobs_command_lines_are_ours(tmp_path, ray_engine):
+def test_the_rayjobs_command_lines_are_ours(tmp_path):
     found = command_lines(rayjob(tmp_path))
     assert [words[0] for words in found] == ["resume", "run"]
     assert parses(found[1])["out"] == Path("/run-folder/run")
@@ -356,8 +346,10 @@ def test_keys_are_made_where_the_script_runs(recipe, shape, tmp_path):
         secrets = [path.name for path in (keys / node).rglob("*.key_secret")]
         assert secrets == [f"{node}.key_secret"]
         known = {path.stem for path in (keys / node / "authorized").iterdir()}
-        all_others = set(nodes) - {node}
-        assert known == (all_others if shape == "peers" or node == "server" else {"server"})
+        if shape == "peers":
+            assert known == set(nodes) - {node}
+        else:  # the server knows its own, so that `offbeat status` may ask with it
+            assert known == (set(nodes) if node == "server" else {"server"})
     assert all(path.read_text() == text for path, text in before.items())
 
 
@@ -387,6 +379,16 @@ def test_keys_are_made_where_the_script_runs(recipe, shape, tmp_path):
 def test_mistakes_are_one_sentence(recipe, options, said, tmp_path):
     with pytest.raises(ConfigError, match=re.escape(said)):
         deploying.deploy(tmp_path, recipe, "server", *options)
+
+
+def test_a_rayjob_joins_its_cluster(tmp_path, capsys):
+    with pytest.raises(ConfigError, match="begins a Ray of its own; to join the cluster, give"):
+        deploying.deploy(tmp_path, "kuberay", "server", text='engine = "ray"\n' + deploying.SERVER)
+    text = RAY.replace(", num_cpus = 1", "")
+    deploying.deploy(tmp_path, "kuberay", "server", text=text)
+    assert "engine.num_cpus is 0, so actors may be put on the head too" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match='deploy it with kuberay, or take "zmq"'):
+        deploying.deploy(tmp_path, "slurm", "server", text=text)
 
 
 def test_gossip_needs_all_its_nodes(tmp_path):

@@ -250,3 +250,15 @@ def test_large_networks_run():
     result = offbeat.run(task, method, "3000 exponential", graph, stop={"steps": 20})
     assert result.final["gradients"] == 60_000
     assert len(result.trace) == 0  # beyond a thousand nodes, jobs are counted only
+
+
+def test_a_run_may_end_at_a_level_of_any_metric():
+    stop = {"steps": 500, "loss": 0.1, "metric": "loss_worst"}
+    result = offbeat.run("least-squares(5)", "dsgt(lr=0.01)", topology="ring:6", stop=stop)
+    *before, last = result.column("loss_worst")
+    assert result.reason == "target loss"
+    assert last <= 0.1 < min(before)
+    with pytest.raises(ConfigError, match='no metric "loss_wrost"; did you mean "loss_worst"'):
+        offbeat.run(
+            "least-squares(5)", "dsgt", topology="ring:6", stop={**stop, "metric": "loss_wrost"}
+        )

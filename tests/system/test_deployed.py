@@ -68,7 +68,7 @@ def keep(tmp_path):
     return deploying.deploy(tmp_path, "ssh", "server") / "keep.sh"
 
 
-@pytest.mark.parametrize("status", [0, 2, 3, 4, 7])
+@pytest.mark.parametrize("status", [0, 2, 3, 4, 7, 130])
 def test_what_would_not_get_better_is_not_tried_again(status, keep, machine):
     code, _, said = machine.call(keep, "bash", "-c", f"exit {status}")
     assert (code, said) == (status, "")
@@ -174,6 +174,8 @@ def test_a_launch_from_keys_to_stop(launch, machine):
     code, said, _ = call("status")
     assert code == 0
     assert len(re.findall("runs on", said)) == 4
+    assert call("live")[0] == 0
+    assert machine.lines("asked: (.*)") == ["status tcp://127.0.0.1:5555 --keys keys/server"]
 
     assert call("stop", "gpu1-0")[0] == 0
     code, said, _ = call("status")
@@ -425,6 +427,38 @@ def test_secrets_are_applied_before_what_needs_them(shape, machine, tmp_path):
     else:
         both = {f"{peer}.{kind}" for peer in peers for kind in ("key", "key_secret")}
         assert secrets == {"run-peer-keys": both}
+
+
+@pytest.fixture
+def stay(tmp_path):
+    import yaml
+
+    out = deploying.deploy(tmp_path, "kubernetes", "server")
+    config = next(yaml.safe_load_all((out / "offbeat.yaml").read_text()))
+    done = tmp_path / "done"
+    return deploying.program(
+        tmp_path / "bin", "stay.sh", config["data"]["stay.sh"].replace("/tmp/done", str(done))
+    ), done  # fmt: skip
+
+
+def test_a_pod_that_is_done_stays_until_it_is_stopped(stay, machine):
+    script, done = stay
+    with subprocess.Popen([script, "true"], env=machine.env, stdout=subprocess.DEVNULL) as process:
+        until(done.exists)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT_S) == 0
+
+
+def test_a_pod_that_fails_or_is_stopped_says_so(stay, machine, tmp_path):
+    script, done = stay
+    assert machine.call(script, "sh", "-c", "exit 6")[0] == 6
+    command = f"trap 'exit 130' TERM; touch {tmp_path}/up; sleep 60 & wait"
+    with subprocess.Popen([script, "sh", "-c", command], env=machine.env) as process:
+        until((tmp_path / "up").exists)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT_S) == 130
+    assert not done.exists()
 
 
 def test_compose_is_prepared(machine, tmp_path):

@@ -1,9 +1,11 @@
 """Ray actors: the same runs as without them, whatever dies meanwhile."""
 
+import threading
 import time
 
 import faulty
 import numpy as np
+import psutil
 import pytest
 from faulty import Faulty
 from ray.cloudpickle import register_pickle_by_value
@@ -25,10 +27,10 @@ ACTORS = []  # that are there, for tests that do not kill them
 @pytest.fixture(scope="module", autouse=True)
 def ray():
     """One Ray, which runs find and leave as it is."""
-    stop = start()
+    session = start()
     yield
     ACTORS.clear()
-    stop()
+    session.stop()
 
 
 class Borrowing(RayCrew):
@@ -204,3 +206,54 @@ def test_code_that_raises_is_told_with_its_traceback(tmp_path):
     said = r"job 3 of worker 3 .* failed 3 times; (.|\n)*ZeroDivisionError: division at \(3, 3\)"
     with pytest.raises(CrewError, match=said):
         run("pure", "ray(4)", task=task, clock="real", pace=1e-3)
+
+
+# -- Mistakes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ("ray(workers_per_actor=0)", "greater than or equal to 1"),
+        ("ray(4, placement=sprad)", "'spread' or 'pack', not 'sprad'"),
+        ("ray(4, num_cpus=1000)", "2 actors with 1000 CPU each do not fit, there is room for 0"),
+        ('ray(4, resources={"magic": 1})', "2 actors with 1 magic each do not fit"),
+        ("ray(4, device=cuda)", 'this task cannot compute on device = "cuda"'),
+        ("rey", 'no engine is called "rey"; did you mean "ray"'),
+    ],
+)
+def test_mistakes_are_one_sentence(engine, said):
+    with pytest.raises(offbeat.ConfigError, match=said):
+        run("pure", engine)
+
+
+def test_a_task_that_cannot_travel():
+    task = quadratic(5, workers=N)
+    task.lock = threading.Lock()
+    with pytest.raises(
+        offbeat.ConfigError, match=r"cannot be sent to an actor \(cannot pickle .*lock"
+    ):
+        run("pure", "ray(4)", task=task)
+
+
+def hosts():
+    """Process ids of actors."""
+    found = psutil.Process().children(recursive=True)
+    return {process.pid for process in found if process.cmdline()[:1] == ["ray::Host"]}
+
+
+def test_actors_are_gone_after_a_run_that_failed(monkeypatch):
+    before, seen, collect = hosts(), set(), RayCrew.collect
+
+    def collected(self, timeout_s):
+        seen.update(hosts() - before)
+        return collect(self, timeout_s)
+
+    monkeypatch.setattr(RayCrew, "collect", collected)
+    with pytest.raises(offbeat.Diverged):
+        offbeat.run("quadratic", "pure(lr=1e200)", "8 1.0", engine="ray(4)", clock="virtual")
+    assert len(seen) == 2
+    until_s = time.monotonic() + 10
+    while hosts() & seen and time.monotonic() < until_s:
+        time.sleep(0.05)
+    assert not hosts() & seen
