@@ -14,7 +14,7 @@ def tasks(
 ) -> Generator[tuple[int, Outcome], None, None]:
     """See ``Engine``; ``where`` is the address of a cluster, else Ray is begun here."""
     ray = load()
-    stop = start(where or "local")
+    session = start(where or "local")
     task = ray.remote(num_cpus=1, max_retries=0)(_run)
     running: dict[Any, tuple[int, float]] = {}  # reference -> index, when it was handed out
     todo = iter(range(len(work)))
@@ -40,7 +40,7 @@ def tasks(
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
-        stop()
+        session.stop()
 
 
 def _run(function: Function, item: Any) -> Outcome:
