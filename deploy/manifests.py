@@ -1,5 +1,6 @@
 """Compose and Kubernetes documents, as the values that are written down as YAML."""
 
+import shlex
 from importlib.metadata import version
 from typing import Any
 
@@ -11,6 +12,7 @@ GRACE_S = 90  # from SIGTERM to SIGKILL: to finish a job and save
 UID = 10001  # of the image's user
 CONFIG, KEYS, RUN = "/config", "/keys", "/run-folder"
 EXPERIMENT = f"{CONFIG}/experiment.toml"
+DONE = "/tmp/done"  # there when a pod's command has ended well
 
 
 def _python(code: str) -> list[str]:
@@ -84,7 +86,7 @@ def compose(plan: Plan, image: str) -> str:
             **common,
             "command": plan.serve(port, "/run/secrets", f"{RUN}/server"),
             "configs": config,
-            "secrets": secrets(SERVER, *plan.participants),
+            "secrets": secrets(SERVER, SERVER, *plan.participants),
             "volumes": [f"./run:{RUN}"],
             "healthcheck": _healthcheck(listening(port)),
         }
@@ -122,10 +124,18 @@ def _healthcheck(test: list[str]) -> dict[str, Any]:
 # -- Kubernetes ------------------------------------------------------------------------------------
 
 
-def kubernetes(plan: Plan, image: str, cpus: float, memory: str, storage: str) -> str:
-    """Headless service, stateful sets, disruption budgets: server and workers, or peers."""
+def kubernetes(plan: Plan, image: str, cpus: float, memory: str, storage: str, stay: str) -> str:
+    """Headless service, stateful sets, disruption budgets: server and workers, or peers.
+
+    Args:
+        plan, image, cpus, memory, storage: see ``render.kubernetes``.
+        stay: the script that a pod runs its command with.
+    """
     port = plan.port
-    documents = [_config_map(plan), _headless(plan)]
+    files = {"stay.sh": stay}
+    if plan.peers:
+        files["hosts.toml"] = plan.counted_hosts(lambda node: f"{node}.{plan.name}")
+    documents = [_config_map(plan, files), _headless(plan)]
     if plan.peers:
         role = "peer"
         command = plan.peer(f"{CONFIG}/hosts.toml", "$(NODE)", f"{KEYS}/own", f"{RUN}/$(NODE)")
@@ -163,11 +173,9 @@ def _metadata(plan: Plan, role: str | None = None) -> dict[str, Any]:
     return {"name": name, "labels": _labels(plan, role)}
 
 
-def _config_map(plan: Plan) -> dict[str, Any]:
-    files = {"experiment.toml": plan.text}
-    if plan.peers and plan.engine != "ray":
-        files["hosts.toml"] = plan.counted_hosts(lambda node: f"{node}.{plan.name}")
-    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _metadata(plan), "data": files}
+def _config_map(plan: Plan, files: dict[str, str]) -> dict[str, Any]:
+    data = {"experiment.toml": plan.text, **files}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _metadata(plan), "data": data}
 
 
 def _headless(plan: Plan) -> dict[str, Any]:
@@ -238,11 +246,13 @@ def _pod(
 ) -> dict[str, Any]:  # fmt: skip
     pod_name = {"valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}
     node = {"name": "NODE", **({"value": "server"} if role == "server" else pod_name)}
-    socket = {"tcpSocket": {"port": plan.port}}
+    well = {"exec": {"command": ["sh", "-c", f"[ -e {DONE} ] || {shlex.join(ready)}"]}}
+    probe = {**well, "periodSeconds": 10, "timeoutSeconds": 5}
     gpu = {"nvidia.com/gpu": 1} if plan.cuda else {}
     main: dict[str, Any] = {
         "name": "offbeat",
         "image": image,
+        "command": ["sh", f"{CONFIG}/stay.sh", "offbeat"],
         "args": command,
         "env": [node, {"name": "HOME", "value": "/tmp"}],
         "securityContext": LOCKED,
@@ -256,13 +266,12 @@ def _pod(
             {"name": "tmp", "mountPath": "/tmp"},
             *([{"name": "run", "mountPath": RUN}] if serves else []),
         ],
-        "readinessProbe": {"exec": {"command": ready}, "periodSeconds": 10, "timeoutSeconds": 5},
+        "readinessProbe": probe,
     }
     if serves:  # a worker that has lost its server comes back by itself; to kill it helps nobody
         main["ports"] = [{"name": "offbeat", "containerPort": plan.port}]
-        main["startupProbe"] = {**socket, "periodSeconds": 5, "failureThreshold": 60}
-        main["livenessProbe"] = {**socket, "periodSeconds": 10, "failureThreshold": 6}
-        main["readinessProbe"] = {**socket, "periodSeconds": 10}
+        main["startupProbe"] = {**probe, "failureThreshold": 60}
+        main["livenessProbe"] = {**probe, "failureThreshold": 6}
     # Files of secrets can be read by the pod's group; a copy of its own can not, and has of all
     # the secrets in the role's only this pod's.
     copy = (
@@ -308,9 +317,13 @@ def _pod(
     }
 
 
-def kuberay(plan: Plan, image: str, cpus: float, memory: str, storage: str) -> str:
-    """A RayJob: a Ray cluster for this run, from the first job to the last."""
-    run = f"{RUN}/{plan.name}"
+def kuberay(plan: Plan, image: str, cpus: float, memory: str, storage: str, entry: str) -> str:
+    """A RayJob: a Ray cluster for this run, from the first job to the last.
+
+    Args:
+        plan, image, cpus, memory, storage: see ``render.kuberay``.
+        entry: the script that the job is.
+    """
     claim = {
         "apiVersion": "v1",
         "kind": "PersistentVolumeClaim",
@@ -361,15 +374,12 @@ def kuberay(plan: Plan, image: str, cpus: float, memory: str, storage: str) -> s
         {"name": "dashboard", "containerPort": 8265},
         {"name": "client", "containerPort": 10001},
     ]
-    # A second try goes on from the run's folder, which outlives the cluster.
-    begin = f"offbeat run {plan.experiment} --out {run}"
-    go_on = f"offbeat resume {run}"
     job = {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
         "metadata": _metadata(plan),
         "spec": {
-            "entrypoint": f"sh -c '[ -e {run}/experiment.toml ] && exec {go_on} || exec {begin}'",
+            "entrypoint": f"sh {CONFIG}/entry.sh",
             "submissionMode": "K8sJobMode",
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 600,
@@ -395,7 +405,7 @@ def kuberay(plan: Plan, image: str, cpus: float, memory: str, storage: str) -> s
         },
     }
     about = f"on Ray, {len(plan.participants)} pods for workers; kubectl apply -f rayjob.yaml"
-    return _text([_config_map(plan), claim, job], about)
+    return _text([_config_map(plan, {"entry.sh": entry}), claim, job], about)
 
 
 # -- YAML ------------------------------------------------------------------------------------------

@@ -126,8 +126,7 @@ def plan(
         )
     what = experiments[0]
     own = str(what.engine.spec.name if what.engine.spec else "virtual")
-    _check_engine(file, own, engine)
-    notes = _data_notes(file, what)
+    notes = _data_notes(file, what) + _engine_notes(file, what, own, engine)
     called = name(run or _named(file))
     peers = isinstance(what.algorithm, Gossip)
     size = what.fleet.workers
@@ -189,11 +188,22 @@ def _data_notes(file: Path, what: Experiment) -> list[str]:
     return notes
 
 
-def _check_engine(file: Path, own: str, wanted: str) -> None:
-    if wanted == "ray" and own != "ray":
+def _engine_notes(file: Path, what: Experiment, own: str, wanted: str) -> list[str]:
+    if wanted != "ray":
+        if own == "ray":
+            raise ConfigError(f'{file}: has engine = "ray"; deploy it with kuberay, or take "zmq"')
+        return []
+    options = what.engine.spec.options if what.engine.spec else {}
+    if own != "ray":
         raise ConfigError(f'{file}: kuberay runs what has engine = "ray"; this has "{own}"')
-    if wanted != "ray" and own == "ray":
-        raise ConfigError(f'{file}: has engine = "ray"; deploy it with kuberay, or take "zmq"')
+    if options["address"] != "auto":
+        raise ConfigError(
+            f"{file}: the engine begins a Ray of its own; to join the cluster, give [engine] "
+            'address = "auto"'
+        )
+    if not options["num_cpus"]:
+        return ["engine.num_cpus is 0, so actors may be put on the head too; give it 1"]
+    return []
 
 
 def _named(file: Path) -> str:

@@ -18,12 +18,20 @@ from threadpoolctl import threadpool_limits
 
 from offbeat.algorithms.compression import COMPRESSORS
 from offbeat.algorithms.gossip import ALGORITHMS
-from offbeat.deploy.cli import deploy
-from offbeat.runtime import api
+from offbeat.deploy.cli import deploy, doctor
+from offbeat.runtime import api, checkpoint
 from offbeat.runtime.backends import ENGINES
 from offbeat.runtime.checkpoint import write_whole
-from offbeat.runtime.errors import ConfigError, Diverged, OffbeatError, StorageError, nearest
+from offbeat.runtime.errors import (
+    ConfigError,
+    CrewError,
+    Diverged,
+    OffbeatError,
+    StorageError,
+    nearest,
+)
 from offbeat.runtime.experiment import Experiment, apply_override, from_table, put, read
+from offbeat.runtime.net import cli as net
 from offbeat.runtime.registry import Spec, told_apart
 from offbeat.runtime.studies.cli import mount
 from offbeat.topologies import TOPOLOGIES, WEIGHTS, facts
@@ -56,6 +64,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(deploy, name="deploy")
+app.command()(doctor)
 mount(app)
 WIDE = 140  # characters a line, where no terminal says
 console = Console(width=None if sys.stdout.isatty() else WIDE)
@@ -328,6 +337,10 @@ def _go_on(
                 raise
             diverged.append(f"{label}: {error}")
             continue
+        except CrewError as error:
+            again = checkpoint.exist(part / "checkpoint")
+            hint = f"\nthe last checkpoint is intact: offbeat resume {folder}" if again else ""
+            raise CrewError(f"{error}{hint}") from None
         for note in result.notes:
             console.print(note, style="yellow", markup=False)
         results[label] = result
@@ -412,6 +425,9 @@ def _report(results: dict[str, api.Result], folder: Path) -> None:
 def _say(text: str) -> None:
     """Plain text, on one line: paths are to be copied."""
     console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+net.mount(app, _go_on, _fresh)
 
 
 def main() -> None:

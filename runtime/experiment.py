@@ -12,7 +12,7 @@ import tomli_w
 
 from offbeat.algorithms.gossip import Gossip
 from offbeat.algorithms.server import ALGORITHMS, Algorithm
-from offbeat.runtime.backends import ENGINES, Backend, virtual
+from offbeat.runtime.backends import ENGINES, Backend, Virtual, virtual
 from offbeat.runtime.errors import ConfigError, nearest
 from offbeat.runtime.network import Network
 from offbeat.runtime.registry import MADE_BY_HAND, MOST_SEEDS, Positive, Registry, settings
@@ -131,9 +131,11 @@ class Experiment:
         name = method.spec.name if method.spec else type(method).__name__
         if self.topology is None:
             raise ConfigError(f'{name} is a gossip method: give a topology, as topology = "ring"')
-        if self.work.keep(1, self.task.initial(self.seed)):
+        elsewhere = not isinstance(self.engine, Virtual)
+        if elsewhere and self.work.keep(1, self.task.initial(self.seed)):
             raise ConfigError(
-                f"{name}: a gossip node keeps nothing between rounds; give its work fresh = true"
+                f'{name}: with engine = "{self.engine.spec}" a gossip node keeps nothing between '
+                "rounds; give its work fresh = true"
             )
         if self.mode not in (None, *MODES):
             raise ConfigError(f'mode must be one of {", ".join(MODES)}, not "{self.mode}"')

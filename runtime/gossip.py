@@ -3,20 +3,21 @@
 import math
 import time
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.algorithms.gossip import Gossip
+from offbeat.runtime.farmed import FarmedWork
 from offbeat.runtime.loop import Loop
 from offbeat.runtime.network import Network
 from offbeat.runtime.records import Records
 from offbeat.topologies import Topology
 from offbeat.workers.fleet import Fleet, Timing
 from offbeat.workers.tasks.contract import Task
-from offbeat.workers.work import Work, gradient
+from offbeat.workers.work import Kept, Work, gradient
 
 COUNTS = ("bytes", "messages", "messages_lost")  # of all nodes
 CHUNK = 2**20  # numbers looked at together where all nodes' models are measured
@@ -28,7 +29,7 @@ class GossipLoop(Loop):
     Args:
         task, method, topology, fleet, timing, records: the parts.
         seed: of the run.
-        work: what takes a gradient's place; it keeps nothing between rounds.
+        work: what takes a gradient's place.
         asynchronous: whether nodes exchange in pairs, at their own pace.
         around: see ``Loop``.
 
@@ -65,6 +66,22 @@ class GossipLoop(Loop):
     def facts(self) -> dict[str, Any]:
         """See ``Loop``."""
         return {key: getattr(self, key) for key in COUNTS}
+
+    def close(self) -> None:
+        """See ``Loop``."""
+        if isinstance(self.work, FarmedWork):
+            self.work.crew.close()
+
+    def _answers(
+        self, points: tuple[NDArray, ...], node: NDArray, draw: NDArray, steps: NDArray, kept: Kept
+    ) -> Iterator[tuple[NDArray, NDArray]]:
+        """Losses and gradients at each of ``points``, of k nodes ``[k, d]``.
+
+        All start from what the nodes keep; ``kept [k, ...]`` becomes what the first leaves.
+        """
+        first = [{name: held.copy() for name, held in kept.items()} for _ in points[1:]]
+        for x, mine in zip(points, [kept, *first], strict=True):
+            yield self.work.update(self.task, x, node, draw, steps, mine)
 
     @abstractmethod
     def _advance(self) -> bool:

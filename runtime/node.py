@@ -36,6 +36,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ from offbeat.runtime import trees
 from offbeat.runtime.errors import ConfigError, Diverged, PeerError
 from offbeat.runtime.experiment import Experiment
 from offbeat.runtime.network import Network
-from offbeat.runtime.peer import Item, nbytes
+from offbeat.runtime.peer import Item, Links, nbytes
 
 MOST_OPENINGS = 2**32  # of one link by one incarnation of a node
 OPEN, OPENING, CLOSED = range(3)
@@ -232,6 +233,15 @@ class GossipNode(ABC):
         losses = [float(loss[0]) for loss, _ in found]
         gradients = tuple(gradient[0] for _, gradient in found)
         return losses, gradients if len(gradients) > 1 else gradients[0]
+
+    @cached_property
+    def neighbours(self) -> frozenset[int]:
+        """With whom it ever has a link."""
+        period = self.network.topology.period
+        if period is None:
+            return frozenset(range(self.n)) - {self.i}
+        rounds = (Links(self.network.whole(k), self.i) for k in range(period))
+        return frozenset(j for links in rounds for j in (*links.hears, *links.takes))
 
     @property
     def model(self) -> NDArray:

@@ -175,6 +175,11 @@ class Records:
         self.events.append(row)
         self._write("trace.jsonl", json.dumps(row) + "\n")
 
+    def note(self, row: dict[str, Any]) -> None:
+        """A line of the trace file that only a replay reads."""
+        self.flush()
+        self._write("trace.jsonl", json.dumps(row) + "\n")
+
     def trace(self) -> NDArray:
         """``[arrivals, 7]``, columns ``TRACE_COLUMNS``, of a run without a folder."""
         return np.concatenate([np.empty((0, len(TRACE_COLUMNS))), *self._chunks])

@@ -46,7 +46,7 @@ from pathlib import Path
 
 words = sys.argv[1:]
 if words[:2] == ["keys", "new"]:
-    name, folder = words[2], Path(words[words.index("--dir") + 1])
+    name, folder = words[2], Path(words[words.index("--keys") + 1])
     if (folder / (name + ".key_secret")).exists():
         sys.exit(2)
     os.umask(0o022)
@@ -59,6 +59,10 @@ secret = next(keys.glob("*.key_secret"))
 assert secret.stat().st_mode & 0o077 == 0, "others can read it"
 log = open(os.environ["STUB_LOG"], "a", buffering=1)
 node = secret.name.removesuffix(".key_secret")
+
+if words[0] == "status":
+    log.write(node + " asked: " + " ".join(words) + "\\n")
+    sys.exit(0)
 
 def end(*_):
     log.write(node + " stopped\\n")

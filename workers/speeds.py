@@ -363,6 +363,22 @@ def _steps(path: Path) -> int:
     return int(run["work"].get("steps", 1))
 
 
+class Instant(Clock):
+    """Jobs take no time of their own: what they really take is all."""
+
+    def finish(self, worker: int, number: int, start_s: float, steps: int = 1) -> float:
+        """See ``Clock``."""
+        return start_s
+
+
+@SPEEDS.register("real")
+def real() -> Law:
+    """As fast as the machines are: nothing is emulated; for a real clock only."""
+    law = Law(1.0, lambda means, seed: Instant())
+    law.measured = True
+    return law
+
+
 def parse(text: str | float | list[float]) -> Law:
     """A law from its text; numbers, lists and ranges are constant laws.
 

@@ -3,7 +3,7 @@
     m_i <- alpha m_i - lr (g_i + g_j)/2 + gamma ((x_i + x_j)/2 - x_i)
     x_i <- x_i + m_i
 
-g_i is what the local steps since the last round moved (``work = "local-steps(...)"``), j the node
+g_i is what the local steps since the last round moved (``work = "local-steps(adamw)"``), j the node
 that i is paired with in this round: ``topology = "matching"``.  Only pairs ever wait for one
 another.  On another graph the two means are those of its weights.
 

@@ -68,13 +68,11 @@ class Fragments(Algorithm):
     def check(self, n: int) -> None:
         """A quorum can be met."""
         if self.quorum is not None and self.quorum > n:
-            raise ConfigError(
-                f"decoupled-diloco: a quorum of {self.quorum}, but there are {n} workers"
-            )
+            raise ConfigError(f"a quorum of {self.quorum}, but there are {n} workers")
         if self.fragments == 1 and self.overlap and not self.alpha:
             raise ConfigError(
-                "decoupled-diloco: with one fragment and alpha=0, what is done in the overlap is "
-                "thrown away; take more fragments, alpha=0.5 or overlap=0"
+                "with one fragment and alpha=0, what is done in the overlap is thrown away; take "
+                "more fragments, alpha=0.5 or overlap=0"
             )
 
     def start(self, server: Server) -> None:

@@ -30,11 +30,12 @@ from offbeat.algorithms.server.method import (
     DiscardStale,
     Method,
     Plan,
+    Round,
     Rule,
     StalenessWeight,
     StepSize,
 )
-from offbeat.algorithms.server.outer import Adam, Compensate, DelayedNesterov, Momentum, Round
+from offbeat.algorithms.server.outer import Adam, Compensate, DelayedNesterov, Momentum
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.registry import Count, Fraction, NonNegative, Positive
 
@@ -132,7 +133,7 @@ class Windows(Plan):
     charged: bool = True
     local: LocalUpdates | None = None
     shards: ShardSampling | None = None
-    ahead: "LookAhead | None" = None
+    ahead: LookAhead | None = None
     opened: int = 0  # windows so far
     done: list[int] = field(default_factory=list)  # workers whose results came in this one
     last_s: float = 0.0  # when the last result came

@@ -22,10 +22,6 @@ class Rule(Protocol):
         """``g [d]`` changed, or None: the update goes no further."""
         ...
 
-    def rest(self) -> NDArray | None:
-        """What it holds back, where nothing is left to come; for rules that look at no update."""
-        return None
-
 
 class Plan(Protocol):
     """Who works next, and when; ``Schedule`` is one, ``Windows`` another."""
@@ -199,10 +195,11 @@ class Method(Algorithm):
         self.schedule.timer(server, token)
 
     def lost(self, server: Server, worker: int) -> None:
-        """See ``Algorithm``; what waited for this job alone waits no longer."""
+        """See ``Algorithm``; a round that waited for this job alone is over."""
         for at, rule in enumerate(self.rules):
-            if not server.outstanding and (g := rule.rest()) is not None:
-                self._step(server, None, g, self.rules[at + 1 :])
+            if isinstance(rule, Round) and rule.count and not server.outstanding:
+                # Of a round, no update is left for the rules behind it to look at.
+                self._step(server, None, rule.mean(), self.rules[at + 1 :])
         self.schedule.lost(server)
 
     def joined(self, server: Server, worker: int, lost: int) -> None:
@@ -270,6 +267,26 @@ class Buffer(Rule):
         if self.count < self.size:
             return None
         mean, self.total, self.count = self.total / self.size, None, 0
+        return mean
+
+
+@dataclass
+class Round(Rule):
+    """Nothing until no job is out, then the mean of all that came: one step a barrier."""
+
+    count: int = 0
+    total: NDArray | None = None  # [d], sum of the updates so far
+
+    def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray | None:
+        """See ``Rule``."""
+        self.total = g if self.total is None else self.total + g
+        self.count += 1
+        return None if server.outstanding else self.mean()
+
+    def mean(self) -> NDArray:
+        """What came; the next round begins."""
+        assert self.total is not None
+        mean, self.total, self.count = self.total / self.count, None, 0
         return mean
 
 

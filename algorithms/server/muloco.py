@@ -20,8 +20,8 @@ from offbeat.algorithms.compression import Compressor
 from offbeat.algorithms.compression.contract import made
 from offbeat.algorithms.server.contract import ALGORITHMS, Server, Update
 from offbeat.algorithms.server.local_sgd import windows
-from offbeat.algorithms.server.method import Method, Rule, StepSize
-from offbeat.algorithms.server.outer import Momentum, Round
+from offbeat.algorithms.server.method import Method, Round, Rule, StepSize
+from offbeat.algorithms.server.outer import Momentum
 from offbeat.runtime.registry import Fraction, Positive
 
 

@@ -4,6 +4,7 @@ It knows no socket.  ``runtime.net.server`` moves its bytes over ZeroMQ, the tes
 network, and it is the same code that meets both.
 """
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -48,6 +49,7 @@ from offbeat.runtime.net.wire import (
 )
 
 SERVER = "server"  # the name under which it speaks
+MOST_SHOWN = 400  # workers in a status
 HARMLESS = (OldIncarnation, StaleJob, NotFinite)  # what honest nodes cause, too
 
 
@@ -65,8 +67,11 @@ class Seat:
         self.member, self.address, self.link = member, address, link
         self.assembly = Assembly(kinds)
         self.last: NDArray | None = None  # the model it was sent last
-        self.computed = 0  # its results that counted
-        self.staleness = 0.0  # of the last one, in steps
+        self.where = ""
+        self.jobs = self.nbytes = 0  # results, and bytes of arrays to and fro
+        self.staleness, self.loss = 0, float("nan")  # of the last one
+        self.rates = 0.0, 0.0  # jobs and bytes a second, lately
+        self.before: tuple[float, int, int] = (member.heard_s, 0, 0)  # of which this is the last
 
 
 class Hub:
@@ -108,6 +113,7 @@ class Hub:
         self._opinions: dict[int, tuple[Answer, str]] = {}  # serial -> a result to be checked
         self._newest = 0  # step of the newest order
         self.shapes = ""  # of the parameters of loops; see ``runtime.net.shapes``
+        self._rates_s = 0.0  # when rates were measured
 
     # -- What the run asks for -------------------------------------------------------------------
 
@@ -125,6 +131,7 @@ class Hub:
         arrays = {say.KEPT + name: row for name, row in (order.kept or {}).items()}
         if seat.last is not order.x:
             arrays["x"], seat.last = order.x, order.x
+            seat.nbytes += order.x.nbytes
         body = say.Work(job, order.shard, order.draw, order.steps, order.step)
         self._tell(seat, "work", body, now_s, arrays)
 
@@ -146,6 +153,48 @@ class Hub:
     def pending(self) -> int:
         """Messages that members have not acknowledged."""
         return sum(seat.link.pending for seat in self.seats.values())
+
+    def status(self, now_s: float) -> str:
+        """How the run is, as JSON."""
+        rows = [
+            {
+                "worker": seat.member.slot,
+                "node": seat.member.node,
+                "where": seat.where,
+                "state": self._state(seat.member, now_s),
+                "jobs": seat.jobs,
+                "jobs_s": seat.rates[0],
+                "bytes_s": seat.rates[1],
+                "staleness": seat.staleness,
+                "loss": seat.loss,
+            }
+            for seat in sorted(self.seats.values(), key=lambda seat: seat.member.slot)
+        ]
+        whole = {
+            "run": self.run,
+            "incarnation": self.incarnation,
+            "slots": self.roster.slots,
+            "jobs": self.jobs.counts["accepted"],
+            "out": len(self.jobs.outstanding),
+            "step": self._newest,
+            "workers": rows[:MOST_SHOWN],
+            "counts": self.counts,
+        }
+        return json.dumps(whole)
+
+    def _state(self, member: Member, now_s: float) -> str:
+        if not member.ready:
+            return "building"
+        return "suspected" if self.roster.suspects(member, now_s) else "here"
+
+    def _measure(self, now_s: float) -> None:
+        """Rates of the last second."""
+        self._rates_s = now_s + 1.0
+        for seat in self.seats.values():
+            then_s, jobs, nbytes = seat.before
+            spent_s = max(now_s - then_s, 1e-3)
+            seat.rates = (seat.jobs - jobs) / spent_s, (seat.nbytes - nbytes) / spent_s
+            seat.before = now_s, seat.jobs, seat.nbytes
 
     # -- What comes in ---------------------------------------------------------------------------
 
@@ -169,6 +218,9 @@ class Hub:
         if head.kind == "hello":
             self._hello(address, head, message.body, now_s)
             return
+        if head.kind == "ask":
+            self._post(address, "status", say.Status(self.status(now_s)), 0)
+            return
         if head.run != self.run:
             raise BadHeader(f"a {head.kind} of a stranger")
         if head.to != self.incarnation:
@@ -187,6 +239,7 @@ class Hub:
                 self._flush(seat, now_s)
             return
         seat.address = address  # where it is now, if it connected anew
+        seat.nbytes += sum(one.nbytes for one in head.arrays)
         seat.link.acknowledge(head.acknowledged, now_s)
         if head.sequence == 0:
             raise BadHeader(f"a {head.kind} outside of the order")
@@ -228,7 +281,8 @@ class Hub:
             link: Link = Link(
                 resend_s=self.liveness.resend_s, ack_s=self.liveness.tick_s
             )  # fmt: skip
-            self.seats[head.node] = Seat(member, address, link, self._kinds)
+            seat = self.seats[head.node] = Seat(member, address, link, self._kinds)
+            seat.where = hello.where
             self.counts["joined"] += 1
         self.seats[head.node].address = address
         welcome = say.Welcome(
@@ -259,7 +313,7 @@ class Hub:
                 member.ready = True
                 self._slots[member.slot] = seat
                 self.events.append(Back(member.slot))
-                self.notes.append(f"{member.node} is worker {member.slot}")
+                self.notes.append(f"{member.node} ({seat.where}) is worker {member.slot}")
         elif kind == "failure":
             serial = self.jobs.accept(member, body.job)
             self._orders.pop(serial, None)
@@ -299,8 +353,9 @@ class Hub:
         }
         finite = (body.loss is None or np.isfinite(body.loss)) and _finite(payload)
         answer = Answer(serial, body.loss if finite else np.nan, payload, kept, body.spent_s)
-        seat.computed += 1
         order = self._orders.pop(serial)
+        seat.jobs += 1
+        seat.loss = np.nan if body.loss is None else body.loss
         seat.staleness = self._newest - order.step
         if finite:
             member.strikes = 0
@@ -411,6 +466,8 @@ class Hub:
             self._lose(member, why)
         for seat in self.seats.values():
             self._flush(seat, now_s)
+        if now_s >= self._rates_s:
+            self._measure(now_s)
 
     def _tell(
         self,

@@ -16,10 +16,11 @@ Text = Annotated[str, Meta(max_length=MOST_TEXT)]
 
 
 class Hello(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
-    """A worker asks to join; ``nonce`` is of its process."""
+    """A worker asks to join; ``nonce`` is of its process, ``where`` that is."""
 
     nonce: Counter
     package: Name
+    where: Name
 
 
 class Welcome(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from offbeat.runtime.crew import Answer, Order
 from offbeat.runtime.errors import BadArray, ConfigError, Fenced, OffbeatError, PeerError, Refused
 from offbeat.runtime.net import messages as say
+from offbeat.runtime.net import wire
 from offbeat.runtime.net.jobs import MOST_OFFENCES, Liveness
 from offbeat.runtime.net.link import Link
 from offbeat.runtime.net.wire import Assembly, Buffer, Kind, Message, Reader, pack, parcels
 
 RETRY_MOST_S = 5.0  # between two greetings
-MOST_SPARE = 4  # buffers for models, kept to be used again
 
 
 class Spoke:
@@ -30,11 +30,12 @@ class Spoke:
         node: its name; its key's, where there are keys.
         nonce: a random number of this process.
         package: the version of this package.
+        where: the process runs.
         now_s: the time.
     """
 
-    def __init__(self, node: str, nonce: int, package: str, now_s: float) -> None:
-        self.node, self.nonce, self._package = node, nonce, package
+    def __init__(self, node: str, nonce: int, package: str, where: str, now_s: float) -> None:
+        self.node, self.nonce, self._hello = node, nonce, say.Hello(nonce, package, where)
         self.run = ""
         self.incarnation = self.server = 0  # its own, as the server gave it, and the server's
         self.liveness = Liveness()
@@ -53,7 +54,8 @@ class Spoke:
         self._link: Link = Link(resend_s=1.0)
         self._assembly = Assembly(self._kinds)
         self._model: NDArray | None = None
-        self._spare: list[NDArray[np.uint8]] = []
+        self._held: list[tuple[NDArray, NDArray[np.uint8]]] = []  # large models, and their memory
+        self._filling = np.empty(0, np.uint8)
         self.memory: Callable[[int], NDArray[np.uint8]] = _new  # makes buffers for models
         self._hello_s, self._retry_s = now_s, self.liveness.heartbeat_s
         self._pulse_s = now_s
@@ -107,6 +109,7 @@ class Spoke:
         self._link = Link(resend_s=self.liveness.resend_s, ack_s=self.liveness.tick_s)
         self._assembly = Assembly(self._kinds, self._allocate)
         self._model = None
+        self._held.clear()
         self._forget()
 
     def _refused(self, refusal: say.Refusal, now_s: float) -> None:
@@ -141,6 +144,8 @@ class Spoke:
             x = message.arrays.pop("x", None)
             if x is None and (x := self._model) is None:
                 raise BadArray("the first work has no model")
+            if x is not self._model and x.nbytes > wire.PIECE_BYTES:
+                self._held.append((x, self._filling))
             self._model = x
             kept: Any = {name[len(say.KEPT) :]: row for name, row in message.arrays.items()}
             self.orders.append(
@@ -225,28 +230,29 @@ class Spoke:
         """Messages that the server has not acknowledged."""
         return self._link.pending if self.state in ("building", "working") else 0
 
-    def release(self, x: NDArray) -> None:
-        """The model ``x`` of an order is not used any more: its memory may be."""
-        if x is self._model or any(order.x is x for order in self.orders):
-            return
-        base: Any = x  # a view of a view of ... the buffer that was allocated for it
-        while isinstance(base, np.ndarray | memoryview) and getattr(base, "dtype", 0) != np.uint8:
-            base = base.obj if isinstance(base, memoryview) else base.base
-        if isinstance(base, np.ndarray) and len(self._spare) < MOST_SPARE:
-            self._spare.append(base)
-
     def _allocate(self, kind: str, name: str, nbytes: int) -> NDArray[np.uint8]:
-        for place, spare in enumerate(self._spare):
-            if name == "x" and spare.nbytes == nbytes:
-                return self._spare.pop(place)
-        return self.memory(nbytes)
+        """Memory for a large array: that of a model which nothing needs any more, if there is one.
+
+        Its pages were touched before, which for large models is half of the time.
+        """
+        if name != "x":
+            return np.empty(nbytes, np.uint8)
+        needed = [order.x for order in (*self.orders, *self._taken)]
+        for place, (x, buffer) in enumerate(self._held):
+            idle = x is not self._model and all(x is not other for other in needed)
+            if idle and buffer.nbytes == nbytes:
+                del self._held[place]
+                self._filling = buffer
+                return buffer
+        self._filling = self.memory(nbytes)
+        return self._filling
 
     # -- Time and what goes out ------------------------------------------------------------------
 
     def tick(self, now_s: float) -> None:
         """Let time pass: greet, send again, say that it is alive."""
         if self.state == "calling" and now_s >= self._hello_s:
-            self.outbox.append(self._unordered("hello", say.Hello(self.nonce, self._package), 0))
+            self.outbox.append(self._unordered("hello", self._hello, 0))
             self._hello_s = now_s + self._retry_s
             self._retry_s = min(2 * self._retry_s, RETRY_MOST_S)
         elif self.state in ("building", "working"):

@@ -103,11 +103,6 @@ class Courier(Worker):
             self.spoke.answer(order, answer, time.monotonic())
         self._look_up()
 
-    def release(self, x: NDArray) -> None:
-        """The model ``x`` is not used any more."""
-        with self._changed:
-            self.spoke.release(x)
-
     def leave(self, why: str) -> None:
         """Hand back what is not computed, and end; may be called twice."""
         self._why = why

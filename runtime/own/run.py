@@ -132,15 +132,13 @@ class Run:
 
     def _next(self) -> None:
         """Begin the next job, once it is here."""
-        before, self._order = self._order, None
+        self._order = None
         self._began_s = time.perf_counter()
         while (order := self._courier.next(self._patience_s)) is not None:
             self._flat.receive(order.x)
             if order.steps:
                 break
             self._answer(order, None)  # a job of no steps asks for the model that is here
-        if before is not None and (order is None or before.x is not order.x):
-            self._courier.release(before.x)
         if order is None:
             self.over = True
             return

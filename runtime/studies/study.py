@@ -29,6 +29,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, BinaryIO
 
+import msgspec
 import tomli_w
 
 from offbeat.algorithms.gossip import ALGORITHMS
@@ -66,6 +67,7 @@ SECTIONS = (
 )
 BUDGETS = ("steps", "seconds", "gradients")  # what a share of a run is a share of
 MOST_CELLS = 1_000_000
+VERSION = version("offbeat")  # what the same settings give may change with it
 
 Line = dict[str, Any]  # of the cells' file; see ``cell.run``
 Done = dict[str, Line]  # by cell
@@ -160,10 +162,9 @@ class Study:
         table.setdefault("name", path.stem)
         try:
             if quick:
-                for key, value in _flat(_section(table, "quick")):
-                    put(table, key, value)
+                _merge(table, _section(table, "quick"))
             for override in overrides:
-                apply_override(table, override)
+                _override(table, override)
             return Study(table)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
@@ -222,7 +223,7 @@ class Study:
             for key in BUDGETS & stop.keys():
                 part = stop[key] * share
                 stop[key] = part if key == "seconds" else max(1, math.ceil(part))
-        text = json.dumps([version("offbeat"), table], sort_keys=True, default=str)
+        text = json.dumps([VERSION, table], sort_keys=True, default=str)
         return Cell(hashlib.sha256(text.encode()).hexdigest()[:16], axes, seed, table)
 
     # -- What to run next ---------------------------------------------------------------------
@@ -306,6 +307,28 @@ def _section(table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return found
 
 
+def _merge(table: dict[str, Any], other: Mapping[str, Any]) -> None:
+    """Put what is in ``other`` in the place of what is in ``table``, table by table."""
+    for key, value in other.items():
+        if isinstance(value, Mapping) and isinstance(table.get(key), dict):
+            _merge(table[key], value)
+        else:
+            table[key] = deepcopy(value)
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    """As of any experiment, but what follows ``grid.`` is one key: ``grid.algorithm.lr=[1, 2]``."""
+    for grid in ("tune.grid.", "grid."):
+        if override.startswith(grid):
+            found: dict[str, Any] = {}
+            apply_override(found, f"value={override.partition('=')[2]}")
+            key = override.partition("=")[0].removeprefix(grid).strip()
+            part = table.setdefault("tune", {}) if grid.startswith("tune") else table
+            part["grid"] = {**dict(_flat(part.get("grid", {}))), key: found["value"]}
+            return
+    apply_override(table, override)
+
+
 def _flat(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and what is not a table."""
     for key, value in table.items():
@@ -374,9 +397,9 @@ def read_cells(folder: Path) -> Done:
             for number, text in enumerate(file, start=1):
                 if text.endswith(b"\n"):
                     try:
-                        line = json.loads(text)
+                        line = msgspec.json.decode(text)
                         done[line["cell"]] = line
-                    except (ValueError, KeyError, TypeError):
+                    except (msgspec.DecodeError, KeyError, TypeError):
                         raise StorageError(
                             f"{folder / CELLS} line {number}: is no cell; remove the line"
                         ) from None
@@ -455,7 +478,7 @@ def run(
         study: what to run.
         folder: of the results; it may hold some already.
         jobs: cells at a time.
-        engine: where they run.
+        engine: where they run; see ``pool.engine``.
         retry: whether cells that failed are run again.
         folders: whether every cell keeps a run folder of its own, with trace and checkpoints.
         progress: called after every cell.
@@ -463,8 +486,9 @@ def run(
     Raises:
         ConfigError: unknown engine; StorageError.
     """
-    if engine not in pool.ENGINES:
-        raise ConfigError(f'no engine is called "{engine}"{nearest(engine, pool.ENGINES)}')
+    runner = pool.engine(engine)
+    if folders and runner is not pool.processes:
+        raise ConfigError("run folders are kept of cells that run on this machine only")
     done = read_cells(folder)
     if retry:
         done = {key: line for key, line in done.items() if "error" not in line}
@@ -478,14 +502,14 @@ def run(
             work = [_job(one, folder, folders) for one in missing]
             failed = sum("error" in line for line in done.values())
             progress(0, len(work), failed)
-            runs = pool.ENGINES[engine](cell.run, work, jobs, study.limits.cell_s)
+            runs = runner(cell.run, work, jobs, study.limits.cell_s)
             with closing(runs):
                 for count, (index, (text, error)) in enumerate(runs, start=1):
                     if text is None:
                         key, table, _ = work[index]
                         text = cell.encode({"cell": key, "settings": table, "error": error})
                     file.add(text)
-                    line = json.loads(text)
+                    line = msgspec.json.decode(text)
                     done[line["cell"]] = line
                     failed += "error" in line
                     progress(count, len(work), failed)

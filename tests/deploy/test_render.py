@@ -16,7 +16,6 @@ import yaml
 
 from offbeat.deploy import render
 from offbeat.deploy.hosts import read_hosts
-from offbeat.runtime.backends import ENGINES, Virtual
 from offbeat.runtime.cli import app
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.experiment import read
@@ -46,20 +45,11 @@ def passes(*words, **options):
     return done.stdout
 
 
-@pytest.fixture
-def ray_engine():
-    """The name alone, where this build has no Ray engine."""
-    if "ray" in ENGINES:
-        yield
-        return
-    ENGINES.register("ray")(lambda: Virtual())
-    yield
-    del ENGINES._factories["ray"]
+RAY = 'engine = {name = "ray", address = "auto", num_cpus = 1}\n' + deploying.SERVER
 
 
 def rayjob(folder, *options):
-    text = 'engine = "ray"\n' + deploying.SERVER
-    return deploying.deploy(folder, "kuberay", "server", *options, text=text)
+    return deploying.deploy(folder, "kuberay", "server", *options, text=RAY)
 
 
 # -- Parsers and validators ------------------------------------------------------------------------
@@ -167,7 +157,7 @@ def test_kubernetes_objects_fit_together(shape, tmp_path):
         ]
 
 
-def test_rayjob(tmp_path, ray_engine):
+def test_rayjob(tmp_path):
     out = rayjob(tmp_path, "--device", "cuda", "--image", "registry:5000/us/offbeat:1")
     _, claim, job = yaml.safe_load_all((out / "rayjob.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
@@ -195,10 +185,12 @@ def test_rayjob(tmp_path, ray_engine):
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_a_rayjob_goes_on_where_it_was(there, tmp_path, ray_engine):
-    (_, _, job) = yaml.safe_load_all((rayjob(tmp_path) / "rayjob.yaml").read_text())
+def test_a_rayjob_goes_on_where_it_was(there, tmp_path):
+    config, _, job = yaml.safe_load_all((rayjob(tmp_path) / "rayjob.yaml").read_text())
     folder = tmp_path / "run-folder"
-    entrypoint = job["spec"]["entrypoint"].replace("/run-folder", str(folder))
+    entry = config["data"]["entry.sh"].replace("/run-folder", str(folder))
+    (tmp_path / "entry.sh").write_text(entry)
+    entrypoint = job["spec"]["entrypoint"].replace("/config", str(tmp_path))
     if there:
         (folder / "run").mkdir(parents=True)
         (folder / "run" / "experiment.toml").touch()
@@ -265,7 +257,7 @@ def test_experiments_and_host_files_are_read_back(recipe, shape, tmp_path):
 
 
 def in_yaml(value):
-    """Every list of words that begins with a command of ours, and entrypoints."""
+    """Every list of words that begins with a command of ours."""
     if isinstance(value, dict):
         for one in value.values():
             yield from in_yaml(one)
@@ -274,8 +266,6 @@ def in_yaml(value):
             yield value
         for one in value:
             yield from in_yaml(one)
-    elif isinstance(value, str) and "exec offbeat" in value:
-        yield from in_text(value)
 
 
 def in_text(text):
@@ -311,14 +301,11 @@ def parses(words):
         return context.params
 
 
-@pytest.mark.parametrize(
-    ("recipe", "shape", "names"),
-    [
-        (recipe, shape, {"keys", *(("serve", "join") if shape == "server" else ("peer",))})
-        for recipe, shape in RECIPES
-    ],
-)
-def test_command_lines_are_ours(recipe, shape, names, tmp_path):
+@each_recipe
+def test_command_lines_are_ours(recipe, shape, tmp_path):
+    names = {"server": {"keys", "serve", "join"}, "peers": {"keys", "peer"}}[shape]
+    if (recipe, shape) == ("ssh", "server"):
+        names |= {"status"}
     found = command_lines(deploying.deploy(tmp_path, recipe, shape))
     assert {words[0] for words in found} == names
     missing = sorted(names - COMMANDS.keys())
@@ -329,10 +316,11 @@ def test_command_lines_are_ours(recipe, shape, names, tmp_path):
         pytest.skip(f"this build has no offbeat {', '.join(missing)}")
 
 
-def test_the_rayjobs_command_lines_are_ours(tmp_path, ray_engine):
-    found = command_lines(rayjob(tmp_path))
+def test_the_rayjobs_command_lines_are_ours(tmp_path):
+    config, *_ = yaml.safe_load_all((rayjob(tmp_path) / "rayjob.yaml").read_text())
+    found = list(in_text(config["data"]["entry.sh"]))
     assert [words[0] for words in found] == ["resume", "run"]
-    assert parses(found[1])["out"] == Path("/run-folder/run")
+    assert parses(found[1])["file"] == Path("/config/experiment.toml")
 
 
 # -- Secrets ---------------------------------------------------------------------------------------
@@ -356,8 +344,10 @@ def test_keys_are_made_where_the_script_runs(recipe, shape, tmp_path):
         secrets = [path.name for path in (keys / node).rglob("*.key_secret")]
         assert secrets == [f"{node}.key_secret"]
         known = {path.stem for path in (keys / node / "authorized").iterdir()}
-        all_others = set(nodes) - {node}
-        assert known == (all_others if shape == "peers" or node == "server" else {"server"})
+        if shape == "peers":
+            assert known == set(nodes) - {node}
+        else:  # the server knows its own, so that `offbeat status` may ask with it
+            assert known == (set(nodes) if node == "server" else {"server"})
     assert all(path.read_text() == text for path, text in before.items())
 
 
@@ -387,6 +377,16 @@ def test_keys_are_made_where_the_script_runs(recipe, shape, tmp_path):
 def test_mistakes_are_one_sentence(recipe, options, said, tmp_path):
     with pytest.raises(ConfigError, match=re.escape(said)):
         deploying.deploy(tmp_path, recipe, "server", *options)
+
+
+def test_a_rayjob_joins_its_cluster(tmp_path, capsys):
+    with pytest.raises(ConfigError, match="begins a Ray of its own; to join the cluster, give"):
+        deploying.deploy(tmp_path, "kuberay", "server", text='engine = "ray"\n' + deploying.SERVER)
+    text = RAY.replace(", num_cpus = 1", "")
+    deploying.deploy(tmp_path, "kuberay", "server", text=text)
+    assert "engine.num_cpus is 0, so actors may be put on the head too" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match='deploy it with kuberay, or take "zmq"'):
+        deploying.deploy(tmp_path, "slurm", "server", text=text)
 
 
 def test_gossip_needs_all_its_nodes(tmp_path):

@@ -6,13 +6,14 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import deploying
 import pytest
 
-WAIT_S = 20.0
+WAIT_S = 40.0
 
 
 def until(what):
@@ -31,7 +32,7 @@ class Machine:
         self.home.mkdir()
         self.log.touch()
         deploying.program(self.bin, "offbeat", deploying.STUB)
-        self.env = {
+        self.env = os.environ | {
             "PATH": f"{self.bin}:{os.environ['PATH']}",
             "HOME": str(self.home),
             "STUB_LOG": str(self.log),
@@ -68,7 +69,7 @@ def keep(tmp_path):
     return deploying.deploy(tmp_path, "ssh", "server") / "keep.sh"
 
 
-@pytest.mark.parametrize("status", [0, 2, 3, 4, 7])
+@pytest.mark.parametrize("status", [0, 2, 3, 4, 7, 130])
 def test_what_would_not_get_better_is_not_tried_again(status, keep, machine):
     code, _, said = machine.call(keep, "bash", "-c", f"exit {status}")
     assert (code, said) == (status, "")
@@ -174,6 +175,8 @@ def test_a_launch_from_keys_to_stop(launch, machine):
     code, said, _ = call("status")
     assert code == 0
     assert len(re.findall("runs on", said)) == 4
+    assert call("live")[0] == 0
+    assert machine.lines("asked: (.*)") == ["status tcp://127.0.0.1:5555 --keys keys/server"]
 
     assert call("stop", "gpu1-0")[0] == 0
     code, said, _ = call("status")
@@ -260,6 +263,39 @@ def test_unknown_nodes_and_commands(launch):
     code, said, _ = call("restart")
     assert code == 2
     assert "start    start what is not running" in said
+
+
+# The program itself, over the loopback device.
+REAL = {"server": ("serve", "join", "keys"), "peers": ("peer", "keys")}
+
+
+@pytest.mark.parametrize("shape", REAL)
+def test_a_real_run_from_keys_to_its_end(shape, launch, machine, tmp_path):
+    import typer
+
+    from offbeat.runtime.cli import app
+
+    commands = typer.main.get_command(app).commands
+    if missing := [name for name in REAL[shape] if name not in commands]:
+        pytest.skip(f"this build has no offbeat {', '.join(missing)}")
+    run = f'#!/bin/sh\nexec {sys.executable} -m offbeat.runtime.cli "$@"\n'
+    machine.program("offbeat", run)
+    port = 20000 + os.getpid() % 10000
+    (tmp_path / "hosts.toml").write_text(
+        f'server = "a"\nport = {port}\n[[hosts]]\nname = "a"\naddress = "127.0.0.1"\n'
+        '[[hosts]]\nname = "b"\naddress = "127.0.0.2"\nslots = 2\n'
+    )
+    call = launch(shape)
+    assert [call(word)[0] for word in ("keys", "push", "start")] == [0, 0, 0]
+    runs = {"server": 4, "peers": 3}[shape]
+    try:
+        until(lambda: len(re.findall("does not run", call("status")[1])) == runs)
+    finally:
+        call("stop")
+    said = call("logs")[1]
+    assert "keep.sh" not in said  # nothing died
+    folders = [path.parent for path in machine.home.rglob("metrics.jsonl")]
+    assert len(folders) == {"server": 1, "peers": 3}[shape], said
 
 
 # -- Slurm -----------------------------------------------------------------------------------------
@@ -419,12 +455,44 @@ def test_secrets_are_applied_before_what_needs_them(shape, machine, tmp_path):
     peers = [f"run-peer-{i}" for i in range(3)]
     if shape == "server":
         assert secrets == {
-            "run-server-keys": {"server.key_secret", *(f"{w}.key" for w in workers)},
+            "run-server-keys": {"server.key", "server.key_secret", *(f"{w}.key" for w in workers)},
             "run-worker-keys": {"server.key", *(f"{w}.key_secret" for w in workers)},
         }
     else:
         both = {f"{peer}.{kind}" for peer in peers for kind in ("key", "key_secret")}
         assert secrets == {"run-peer-keys": both}
+
+
+@pytest.fixture
+def stay(tmp_path):
+    import yaml
+
+    out = deploying.deploy(tmp_path, "kubernetes", "server")
+    config = next(yaml.safe_load_all((out / "offbeat.yaml").read_text()))
+    done = tmp_path / "done"
+    return deploying.program(
+        tmp_path / "bin", "stay.sh", config["data"]["stay.sh"].replace("/tmp/done", str(done))
+    ), done  # fmt: skip
+
+
+def test_a_pod_that_is_done_stays_until_it_is_stopped(stay, machine):
+    script, done = stay
+    with subprocess.Popen([script, "true"], env=machine.env, stdout=subprocess.DEVNULL) as process:
+        until(done.exists)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT_S) == 0
+
+
+def test_a_pod_that_fails_or_is_stopped_says_so(stay, machine, tmp_path):
+    script, done = stay
+    assert machine.call(script, "sh", "-c", "exit 6")[0] == 6
+    command = f"trap 'exit 130' TERM; touch {tmp_path}/up; sleep 60 & wait"
+    with subprocess.Popen([script, "sh", "-c", command], env=machine.env) as process:
+        until((tmp_path / "up").exists)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT_S) == 130
+    assert not done.exists()
 
 
 def test_compose_is_prepared(machine, tmp_path):

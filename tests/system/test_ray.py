@@ -1,9 +1,11 @@
 """Ray actors: the same runs as without them, whatever dies meanwhile."""
 
+import threading
 import time
 
 import faulty
 import numpy as np
+import psutil
 import pytest
 from faulty import Faulty
 from ray.cloudpickle import register_pickle_by_value
@@ -25,10 +27,10 @@ ACTORS = []  # that are there, for tests that do not kill them
 @pytest.fixture(scope="module", autouse=True)
 def ray():
     """One Ray, which runs find and leave as it is."""
-    stop = start()
+    session = start()
     yield
     ACTORS.clear()
-    stop()
+    session.stop()
 
 
 class Borrowing(RayCrew):
@@ -122,6 +124,27 @@ def test_a_thousand_workers_on_two_actors():
     assert took_s < 15
 
 
+@pytest.mark.parametrize("name", ["pure", "delayed-nesterov", "shuffled", "minibatch"])
+def test_a_straggler_holds_up_whom_it_does_under_the_virtual_clock(name):
+    """One worker is five times slower: that is nothing to those who need not wait for it.
+
+    A shuffled method gives every worker as many jobs: those in flight gather in the straggler's
+    queue, until it has the straggler's pace, as a synchronous one has from the beginning.
+    """
+    options = {"fleet": f"{N} 1.0 stragglers=1x5", "stop": {"seconds": 10.5}}
+    if name == "delayed-nesterov":
+        options["work"] = "local-steps(sgd(lr=0.1), steps=1)"
+    real = run(name, Borrowed(), clock="real", pace=0.2, **options)
+    ideal = run(name, "virtual", **options)
+    ours, theirs = (
+        np.bincount(result.trace[:, 1].astype(int), minlength=N)[:-1].sum() / 10 / (N - 1)
+        for result in (real, ideal)
+    )  # jobs a second of the other workers, which could have done one
+    assert theirs * 0.9 < ours <= theirs * 1.01
+    assert (ours > 0.9) == (name in ("pure", "delayed-nesterov"))
+    assert (ours < 0.3) == (name == "minibatch")
+
+
 # -- What dies -------------------------------------------------------------------------------------
 
 DEATHS = {(2, 3): ("die", 1), (5, 4): ("die", 2)}
@@ -204,3 +227,54 @@ def test_code_that_raises_is_told_with_its_traceback(tmp_path):
     said = r"job 3 of worker 3 .* failed 3 times; (.|\n)*ZeroDivisionError: division at \(3, 3\)"
     with pytest.raises(CrewError, match=said):
         run("pure", "ray(4)", task=task, clock="real", pace=1e-3)
+
+
+# -- Mistakes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ("ray(workers_per_actor=0)", "greater than or equal to 1"),
+        ("ray(4, placement=sprad)", "'spread' or 'pack', not 'sprad'"),
+        ("ray(4, num_cpus=1000)", "2 actors with 1000 CPU each do not fit, there is room for 0"),
+        ('ray(4, resources={"magic": 1})', "2 actors with 1 magic each do not fit"),
+        ("ray(4, device=cuda)", 'this task cannot compute on device = "cuda"'),
+        ("rey", 'no engine is called "rey"; did you mean "ray"'),
+    ],
+)
+def test_mistakes_are_one_sentence(engine, said):
+    with pytest.raises(offbeat.ConfigError, match=said):
+        run("pure", engine)
+
+
+def test_a_task_that_cannot_travel():
+    task = quadratic(5, workers=N)
+    task.lock = threading.Lock()
+    with pytest.raises(
+        offbeat.ConfigError, match=r"cannot be sent to an actor \(cannot pickle .*lock"
+    ):
+        run("pure", "ray(4)", task=task)
+
+
+def hosts():
+    """Process ids of actors."""
+    found = psutil.Process().children(recursive=True)
+    return {process.pid for process in found if process.cmdline()[:1] == ["ray::Host"]}
+
+
+def test_actors_are_gone_after_a_run_that_failed(monkeypatch):
+    before, seen, collect = hosts(), set(), RayCrew.collect
+
+    def collected(self, timeout_s):
+        seen.update(hosts() - before)
+        return collect(self, timeout_s)
+
+    monkeypatch.setattr(RayCrew, "collect", collected)
+    with pytest.raises(offbeat.Diverged):
+        offbeat.run("quadratic", "pure(lr=1e200)", "8 1.0", engine="ray(4)", clock="virtual")
+    assert len(seen) == 2
+    until_s = time.monotonic() + 10
+    while hosts() & seen and time.monotonic() < until_s:
+        time.sleep(0.05)
+    assert not hosts() & seen

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # keep.sh COMMAND...: runs COMMAND, and again when it dies, after 1, 2, 4, ... 32 seconds.
-# Not when it is done (0), nor where that would not help: 2 settings, 3 another took its place,
-# 4 refused, 7 diverged. SIGTERM is handed on, once; what is still there a minute later is killed.
+# Not when it is done (0) or was asked to end (130), nor where that would not help: 2 settings,
+# 3 another took its place, 4 refused, 7 diverged. SIGTERM is handed on, once; what is still there a minute later is killed.
 set -uo pipefail
 
 patience_s=60
@@ -36,7 +36,7 @@ while [ -z "$stopping" ]; do
     fi
     child=''
     case $status in
-        0 | 2 | 3 | 4 | 7) exit "$status" ;;
+        0 | 2 | 3 | 4 | 7 | 130) exit "$status" ;;
     esac
     if ((SECONDS - began_s >= 60)); then
         tries=0 pause_s=1

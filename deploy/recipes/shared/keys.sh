@@ -14,7 +14,7 @@ nodes=(
 for node in "${nodes[@]}"; do
     mkdir -p "$dir/$node/authorized"
     if [ ! -e "$dir/$node/$node.key_secret" ]; then
-        {{ program }} keys new "$node" --dir "$dir/$node"
+        {{ program }} keys new "$node" --keys "$dir/$node"
     fi
 done
 for node in "${nodes[@]}"; do
@@ -25,8 +25,8 @@ for node in "${nodes[@]}"; do
         fi
     done
 {% else %}
+    cp "$dir/$node/$node.key" "$dir/server/authorized/"  # the server's own, too: for offbeat status
     if [ "$node" != server ]; then
-        cp "$dir/$node/$node.key" "$dir/server/authorized/"
         cp "$dir/server/server.key" "$dir/$node/authorized/"
     fi
 {% endif %}

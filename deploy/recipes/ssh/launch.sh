@@ -6,6 +6,9 @@
 #   stop     stop what is running, the server last; jobs are handed back, the run is saved
 #   status   say what is running; fails if something is not
 #   logs     the last lines of each log
+{% if not plan.peers %}
+#   live     who works for the server, and how it goes
+{% endif %}
 # Without NODE it is for all of them. Every command can be given again.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -128,6 +131,14 @@ fi
 END
 }
 
+{% if not plan.peers %}
+live() {
+    there server <<END
+cd $dir && {{ plan.offbeat }} status tcp://127.0.0.1:{{ port }} --keys keys/server
+END
+}
+
+{% endif %}
 each() {  # each FUNCTION NODE...: at once, so many at a time; fails if one of them did
     local act=$1 failed=0 node pid pids
     shift
@@ -155,7 +166,7 @@ for node in "$@"; do
 done
 [ $# -gt 0 ] || set -- "${nodes[@]}"
 case $command in
-    keys) keys ;;
+    {{ "keys" if plan.peers else "keys | live" }}) "$command" ;;
     push | start | status | logs) each "$command" "$@" ;;
     stop)
         last=()
@@ -169,7 +180,7 @@ case $command in
         exit "$failed"
         ;;
     *)
-        sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
+        sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"
         [ "$command" = help ] || exit 2
         ;;
 esac

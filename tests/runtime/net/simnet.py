@@ -118,7 +118,7 @@ class Process:
         world.nonces += 1
         self.nonce = world.nonces
         self.node, self.address = node, f"{node}/{self.nonce}".encode()
-        self.spoke = Spoke(node, self.nonce, "1", world.local_s(node))
+        self.spoke = Spoke(node, self.nonce, "1", "here", world.local_s(node))
         self.busy = None
         self.memory = {}  # by worker
 

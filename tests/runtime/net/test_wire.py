@@ -222,7 +222,7 @@ def mutated(g, frames):
 
 def samples():
     bodies = {
-        "hello": say.Hello(1, "1"), "welcome": say.Welcome(1, 1, 0, 1.0, "e", "m"),
+        "hello": say.Hello(1, "1", "here"), "welcome": say.Welcome(1, 1, 0, 1.0, "e", "m"),
         "refusal": say.Refusal(1, "no", 1.0), "again": say.Again(), "ready": say.Ready("m"),
         "pulse": say.Pulse(), "cancel": say.Cancel(1), "failure": say.Failure(1, "why"),
         "leave": say.Leave("why"), "over": say.Over("why", True), "ask": say.Ask(),
@@ -238,7 +238,7 @@ def fuzz(seed, count):
     g, source, wrong = random.Random(seed), reader(), 0
     good = [[bytes(frame) for frame in frames] for frames in samples()]
     hub = Hub("r", "e", KINDS, 2, 1, Liveness(1.0), "1")
-    spoke = Spoke("n", 1, "1", 0.0)
+    spoke = Spoke("n", 1, "1", "here", 0.0)
     model = X.tobytes()
     for k in range(count):
         frames = mutated(g, g.choice(good))
@@ -252,7 +252,7 @@ def fuzz(seed, count):
         for box in (hub.outbox, hub.cuts, hub.notes, hub.events, spoke.outbox, spoke.orders):
             box.clear()
         if spoke.fate is not None:
-            spoke = Spoke("n", 1, "1", 0.0)
+            spoke = Spoke("n", 1, "1", "here", 0.0)
         if hub.roster.quarantined:
             hub.roster.quarantined.clear()
     assert X.tobytes() == model

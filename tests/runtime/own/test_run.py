@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -28,10 +29,10 @@ def free_port():
 
 
 @contextmanager
-def serving(task, algorithm, fleet, work="own-loop(steps=5)", **options):
+def serving(task, algorithm, fleet, work="own-loop(steps=5)", processes=0, **options):
     """A server in a thread; gives its address and a dictionary with the result, once it is over."""
     address, ended = f"tcp://127.0.0.1:{free_port()}", {}
-    engine = f"zmq({address!r}, most_idle_s=20.0)"
+    engine = f"zmq({address!r}, most_idle_s=20.0, processes={processes})"
 
     def serve():
         try:
@@ -97,7 +98,9 @@ def digits_loop(address, task, optimizer, exact=False, **options):
                 x = nn.utils.parameters_to_vector(net.parameters()).detach().numpy()
                 losses, gradients = task.gradient(x[None], *where)
                 loss = float(losses[0])
-                nn.utils.vector_to_parameters(torch.from_numpy(gradients[0]), (g := Net(task)).parameters())
+                nn.utils.vector_to_parameters(
+                    torch.from_numpy(gradients[0]), (g := Net(task)).parameters()
+                )
                 for p, q in zip(net.parameters(), g.parameters(), strict=True):
                     p.grad = q.detach()
             else:
@@ -156,7 +159,7 @@ def test_a_loop_of_ones_own_is_the_built_in_worker(case):
     task = TASKS.parse(text, workers=2)
     with serving(text, OUTER, "2 real", **ROUNDS) as (address, ended):
         jobs = together(*[lambda: digits_loop(address, task, optimizer, exact)] * 2)
-    assert sum(jobs) == 12
+    assert min(jobs) >= 6  # a job that was begun when the run ended may be done, too
     result = ended["result"]
     assert result.reason == "steps"
     np.testing.assert_allclose(result.x, built_in.x, rtol=apart, atol=apart)
@@ -216,11 +219,13 @@ def test_the_server_brings_the_model(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file(dict(theirs.named_parameters()), path)
     net, seen = little(), []
-    with serving(f"external(file={path})", "diloco", "1 real") as (at, ended):
-        with offbeat.join(at, net, torch.optim.SGD(net.parameters(), lr=0.1)) as run:
-            seen.append(flat(net))
-            while run.step():
-                pass
+    with (
+        serving(f"external(file={path})", "diloco", "1 real") as (at, ended),
+        offbeat.join(at, net, torch.optim.SGD(net.parameters(), lr=0.1)) as run,
+    ):
+        seen.append(flat(net))
+        while run.step():
+            pass
     np.testing.assert_array_equal(seen[0], flat(theirs))
     assert "loss" not in ended["result"].final  # nobody ever said
     np.testing.assert_array_equal(ended["result"].x, seen[0])  # nor moved
@@ -248,7 +253,7 @@ def test_parameters_are_views_of_one_vector():
     np.testing.assert_array_equal(flat(net), before)
     starts = [p.data_ptr() for _, p in sorted(net.named_parameters())]
     sizes = [4 * p.numel() for _, p in sorted(net.named_parameters())]
-    assert [b - a for a, b in zip(starts, starts[1:], strict=False)] == sizes[:-1]
+    assert [b - a for a, b in pairwise(starts)] == sizes[:-1]
     x = np.arange(vector.dim, dtype=np.float32)
     vector.receive(x)
     vector.load()
@@ -288,16 +293,22 @@ def test_another_model_is_refused_with_the_difference(tmp_path):
 def test_no_server():
     net = little()
     began_s = time.monotonic()
-    with pytest.raises(CrewError, match="no server at tcp://127.0.0.1:1 for 0 s; begin it with"):
+    with pytest.raises(
+        CrewError, match=r"no server at tcp://127\.0\.0\.1:1 for 0 s; begin it with"
+    ):
         fit("tcp://127.0.0.1:1", net, patience_s=0.3)
     assert time.monotonic() - began_s < 5
 
 
 def test_a_server_with_other_work():
     net = little()
-    with serving("quadratic(5)", "diloco", "1 real", work="local-steps(sgd)") as (at, ended):
-        with pytest.raises(offbeat.ConfigError, match='needs work = "own-loop'):
-            fit(at, net)
+    work, fleet = "local-steps(sgd)", "2 real"
+    more = {"processes": 1, "stop": {"steps": 3000}}
+    with (
+        serving("quadratic(5)", "async-local-sgd", fleet, work, **more) as (at, ended),
+        pytest.raises(offbeat.ConfigError, match='needs work = "own-loop'),
+    ):
+        fit(at, net)
     assert ended["result"].reason == "steps"
 
 
@@ -359,7 +370,10 @@ def test_a_loop_that_leaves_and_one_that_fails():
         with offbeat.join(at, net, sgd(net), name="first") as run:
             for _ in range(7):
                 run.step(2.0)
-        with pytest.raises(ZeroDivisionError), offbeat.join(at, net, sgd(net), name="second") as run:
+        with (
+            pytest.raises(ZeroDivisionError),
+            offbeat.join(at, net, sgd(net), name="second") as run,
+        ):
             run.step(1 / 0)
         assert fit(at, little(), name="third").jobs == 5
     gone = [event["why"] for event in ended["result"].events if event["event"] == "gone"]

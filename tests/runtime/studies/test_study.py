@@ -90,16 +90,21 @@ task = "quadratic(3)"
 stop.steps = 1000
 [grid]
 algorithm = ["pure", "random"]
+"algorithm.lr" = [0.1, 0.2]
 [quick]
 seeds = 1
 grid.algorithm = ["pure"]
+grid."algorithm.lr" = [0.3]
 experiment.stop.steps = 10
 """)
-    assert len(Study.read(path).plan({})[0]) == 10
+    assert len(Study.read(path).plan({})[0]) == 20
     ((quick,), _) = Study.read(path, quick=True).plan({})
     assert quick.table["stop"]["steps"] == 10
-    (other,) = Study.read(path, ["seeds=[7]"], quick=True).plan({})[0]
-    assert other.seed == 7
+    assert quick.table["algorithm"]["lr"] == 0.3
+    words = ["seeds=[7]", "grid.algorithm.lr=[0.5]", "grid.fleet.workers=[3]"]
+    (other,) = Study.read(path, words, quick=True).plan({})[0]
+    assert (other.seed, other.table["algorithm"]["lr"]) == (7, 0.5)
+    assert other.table["fleet"]["workers"] == 3
 
 
 # -- Once ---------------------------------------------------------------------------------------

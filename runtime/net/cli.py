@@ -1,0 +1,228 @@
+"""The commands of runs over a network: serve, join, status, keys."""
+
+import json
+import logging
+import time
+import tomllib
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import zmq
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from offbeat.algorithms.gossip import Gossip
+from offbeat.runtime.backends import ENGINES
+from offbeat.runtime.errors import ConfigError, CrewError
+from offbeat.runtime.net import keys, sockets, wire
+from offbeat.runtime.net import messages as say
+from offbeat.runtime.net.jobs import Liveness
+
+PORT = 5555
+ASK_S = 5.0  # for a server to answer
+Keys = Annotated[
+    Path | None,
+    typer.Option("--keys", envvar="OFFBEAT_KEYS", help="A folder of keys; see offbeat keys."),
+]
+Address = Annotated[str, typer.Argument(help="Of the server, as tcp://host:5555.")]
+Folder = Annotated[
+    Path, typer.Option("--keys", envvar="OFFBEAT_KEYS", help="The folder of the keys.")
+]
+Name = Annotated[str, typer.Argument(help="Of the node.")]
+
+keyring = typer.Typer(help="Who may take part in a run over a network.", no_args_is_help=True)
+
+
+@keyring.command("new")
+def new(name: Name, folder: Folder = Path("keys")) -> None:
+    """Make a pair of keys; "server" is the server's name."""
+    path = keys.new(folder, name)
+    typer.echo(f"{path}: {keys.show(folder, name)}")
+
+
+@keyring.command("show")
+def show(name: Name, folder: Folder = Path("keys")) -> None:
+    """Print a public key."""
+    typer.echo(keys.show(folder, name))
+
+
+@keyring.command("authorize")
+def authorize(
+    name: Name,
+    key: Annotated[str, typer.Argument(help="Its public key, as offbeat keys show prints it.")],
+    folder: Folder = Path("keys"),
+) -> None:
+    """Let a node in; to revoke that, remove the file."""
+    typer.echo(f"{keys.authorize(folder, name, key)}: {name} may take part")
+
+
+def serving(file: Path, given: dict[str, Any], overrides: list[str]) -> tuple[Any, dict[str, Any]]:
+    """The experiment of ``file`` with an engine that listens, and that engine's table."""
+    from offbeat.runtime.experiment import make_part, read
+
+    table: dict[str, Any] = {"name": "zmq", "bind": f"tcp://127.0.0.1:{PORT}"}
+    with suppress(OSError, ValueError):  # read says what is wrong with the file
+        own = tomllib.loads(file.read_text()).get("engine", "")
+        spec = make_part(ENGINES, own).spec if own else None
+        if spec is not None and spec.name == "zmq":
+            table = spec.table()
+    table |= {"processes": 0} | given
+    found = read(file, {"engine": table}, overrides)
+    if len(found) > 1:
+        raise ConfigError(f"{file}: is a comparison of {len(found)} runs; serve one at a time")
+    if isinstance(found[0].algorithm, Gossip):
+        raise ConfigError(f"{file}: a gossip method has no server; see offbeat peer")
+    return found[0], table
+
+
+def mount(app: typer.Typer, go_on: Callable[..., None], fresh: Callable[[str], Path]) -> None:
+    """Add the commands to ``app``.
+
+    Args:
+        app: the program.
+        go_on: runs or resumes, and reports.
+        fresh: a new run folder.
+    """
+    app.add_typer(keyring, name="keys")
+
+    @app.command()
+    def serve(
+        file: Annotated[Path, typer.Argument(help="An experiment (TOML).")],
+        bind: Annotated[
+            str | None, typer.Option(help="Where to listen, as tcp://0.0.0.0:5555.")
+        ] = None,
+        folder: Keys = None,
+        processes: Annotated[int, typer.Option(help="Workers to begin on this machine.")] = 0,
+        suspect_after_s: Annotated[
+            float | None, typer.Option(help="Silence after which a worker is suspected.")
+        ] = None,
+        max_idle_s: Annotated[
+            float | None, typer.Option(help="Without workers for so long, end.")
+        ] = None,
+        overrides: Annotated[
+            list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As for run.")
+        ] = None,
+        out: Annotated[
+            Path | None, typer.Option(help="The run's folder; a run that is there goes on.")
+        ] = None,
+    ) -> None:
+        """Serve an experiment to workers that join, or go on with one that was stopped."""
+        _log()
+        options = {
+            "bind": bind,
+            "keys": str(folder) if folder else None,
+            "processes": processes,
+            "suspect_after_s": suspect_after_s,
+            "most_idle_s": max_idle_s,
+        }
+        given = {key: value for key, value in options.items() if value is not None}
+        experiment, table = serving(file, given, overrides or [])
+        place = out or fresh(file.stem)
+        parts = {str(experiment.algorithm.spec.name): place}
+        if (place / "experiment.toml").exists():
+            go_on(parts, place, engine=table)
+        else:
+            go_on(parts, place, experiment)
+
+    @app.command()
+    def join(
+        address: Address,
+        name: Annotated[str, typer.Option(help="Of this worker, and of its key.")] = "",
+        folder: Keys = None,
+        device: Annotated[str, typer.Option(help="Where a torch task computes.")] = "cpu",
+        max_wait_s: Annotated[
+            float | None, typer.Option(help="Without a server for so long, give up.")
+        ] = None,
+    ) -> None:
+        """Work for a server until its run is over; it is waited for, and found again."""
+        from offbeat.runtime.net.worker import Worker
+
+        _log()
+        Worker(address, name, folder, device, max_wait_s).run()
+
+    @app.command()
+    def status(
+        address: Address,
+        folder: Keys = None,
+        name: Annotated[str, typer.Option(help="Of this node's key.")] = keys.SERVER,
+        watch: Annotated[bool, typer.Option("--watch", help="Look again every second.")] = False,
+        as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    ) -> None:
+        """Show who works for a server, and how it goes."""
+        with asking(address, folder, name) as ask:
+            if as_json:
+                typer.echo(json.dumps(ask()))
+            elif not watch:
+                Console().print(shown(ask()))
+            else:
+                with Live(shown(ask())) as live:
+                    while True:
+                        time.sleep(1.0)
+                        live.update(shown(ask()))
+
+
+def _log() -> None:
+    logging.getLogger("offbeat").setLevel("INFO")
+
+
+class asking:
+    """A connection to a server; as a context it gives the function that asks how the run is."""
+
+    def __init__(self, address: str, folder: Path | None, name: str) -> None:
+        own = (keys.identity(folder, name), keys.server_key(folder)) if folder else None
+        self._address, self._context = address, zmq.Context()
+        self._socket = sockets.limited(self._context, zmq.DEALER, Liveness())
+        self._socket.linger = 0
+        if own is not None:
+            keys.as_client(self._socket, *own)
+        self._name = name
+        self._reader = wire.Reader("", say.GREETING)
+
+    def __enter__(self) -> Callable[[], dict[str, Any]]:
+        sockets.connected(self._socket, self._address)
+        return self._ask
+
+    def __exit__(self, *error: object) -> None:
+        self._context.destroy(0)
+
+    def _ask(self) -> dict[str, Any]:
+        (parcel,) = wire.parcels("ask", say.Ask())
+        end_s = time.monotonic() + ASK_S
+        while time.monotonic() < end_s:
+            if not self._socket.poll(50, zmq.POLLOUT):
+                continue
+            self._socket.send_multipart(wire.pack(parcel, run="", node=self._name, incarnation=0))
+            if self._socket.poll(round(ASK_S * 1000)):
+                frames = self._socket.recv_multipart(copy=False)
+                message = self._reader.read([frame.buffer for frame in frames])
+                if message.head.kind == "status":
+                    found = json.loads(message.body.text)
+                    assert isinstance(found, dict)
+                    return found
+        raise CrewError(
+            f"{self._address}: no server answers within {ASK_S:.0f} s; is the address right, and "
+            "has it listed this node's key?"
+        )
+
+
+def shown(status: dict[str, Any]) -> Table:
+    """A server's answer as a table."""
+    title = (
+        f"{status['jobs']:,} jobs done, step {status['step']:,}, {status['out']} out, "
+        f"{len(status['workers'])} of {status['slots']} workers; server {status['incarnation']}"
+    )
+    table = Table(title=title, box=None, header_style="bold", title_justify="left")
+    heads = ("worker", "node", "where", "state", "jobs", "jobs/s", "staleness", "loss", "MB/s")
+    for head in heads:
+        table.add_column(head, justify="left" if head in heads[1:4] else "right")
+    for row in status["workers"]:
+        table.add_row(
+            str(row["worker"]), row["node"], row["where"], row["state"], f"{row['jobs']:,}",
+            f"{row['jobs_s']:.4g}", f"{row['staleness']:.0f}", f"{row['loss']:.4g}",
+            f"{row['bytes_s'] / 1e6:.3g}",
+        )  # fmt: skip
+    return table
