@@ -1,14 +1,13 @@
 """Training loops that join a run: what they compute, and what they are told when it goes wrong."""
 
-import socket
 import threading
 import time
-from contextlib import contextmanager
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from loops import serving
 from safetensors.torch import save_file
 from torch import nn
 
@@ -19,43 +18,6 @@ from offbeat.runtime.own.flat import Flat
 from offbeat.workers.tasks import TASKS
 
 ROUNDS = {"stop": {"steps": 6}, "evaluate": {"steps": 2}, "clock": "real"}
-SMALL = {"stop": {"steps": 3}, "clock": "real"}
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
-def listens(address):
-    with socket.socket() as one:
-        return one.connect_ex(("127.0.0.1", int(address.rpartition(":")[2]))) == 0
-
-
-@contextmanager
-def serving(task, algorithm, fleet, work="own-loop(steps=5)", processes=0, **options):
-    """A server in a thread; gives its address and a dictionary with the result, once it is over."""
-    address, ended = f"tcp://127.0.0.1:{free_port()}", {}
-    engine = f"zmq({address!r}, most_idle_s=20.0, processes={processes})"
-
-    def serve():
-        try:
-            ended["result"] = offbeat.run(
-                task, algorithm, fleet, work=work, engine=engine, **{**SMALL, **options}
-            )
-        except Exception as error:
-            ended["error"] = error
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    while thread.is_alive() and not listens(address):
-        time.sleep(0.01)
-    try:
-        yield address, ended
-    finally:
-        thread.join(60)
-    assert not thread.is_alive()
 
 
 def together(*loops):
@@ -182,7 +144,7 @@ def little(width=4):
 def fit(address, net, **options):
     """A loop on noise; answers its run."""
     steps = torch.optim.SGD(net.parameters(), lr=0.01)
-    with offbeat.join(address, net, steps, **options) as run:
+    with offbeat.join(address, net, steps, **{"patience_s": 20.0, **options}) as run:
         while not run.over:
             inputs = torch.randn(8, 3)
             loss = net(inputs).pow(2).mean()
@@ -227,7 +189,7 @@ def test_the_server_brings_the_model(tmp_path):
     save_file(dict(theirs.named_parameters()), path)
     net, seen = little(), []
     with (
-        serving(f"external(file={path})", "diloco", "1 real") as (at, ended),
+        serving(f"external(file='{path}')", "diloco", "1 real") as (at, ended),
         offbeat.join(at, net, torch.optim.SGD(net.parameters(), lr=0.1)) as run,
     ):
         seen.append(flat(net))
@@ -285,7 +247,7 @@ def test_another_model_is_refused_with_the_difference(tmp_path):
     save_file(dict(net.named_parameters()), path)
     other = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(4), nn.Linear(4, 1))
     wider = little(5)
-    with serving(f"external(file={path})", "diloco", "1 real") as (at, ended):
+    with serving(f"external(file='{path}')", "diloco", "1 real") as (at, ended):
         said = r"0\.weight is \[3, 4\] here, \[4, 3\] there; 0\.bias|0\.bias is \[3\] here"
         same_size = nn.Sequential(nn.Linear(4, 3), nn.Identity(), nn.Linear(12, 1), nn.Linear(1, 0))
         assert sum(p.numel() for p in same_size.parameters()) == len(flat(net)) - 1
