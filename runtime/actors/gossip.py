@@ -5,6 +5,7 @@ evaluated, has all nodes come to rest for a checkpoint, notices that an actor is
 another, and tells the nodes of both.
 """
 
+import copy
 import math
 import sys
 import time
@@ -188,7 +189,9 @@ class RayGossip(Loop):
             self._where = places(self._ray, count, options)
             self._make = self._ray.remote(concurrency_groups={"watch": 1})(GossipHost)
             try:
-                self._parts = self._ray.put(experiment)
+                travels = copy.copy(experiment)
+                object.__setattr__(travels, "engine", None)  # not the nodes' business
+                self._parts = self._ray.put(travels)
             except (TypeError, AttributeError) as error:
                 raise ConfigError(
                     f'engine = "ray": the experiment cannot be sent to an actor ({error})'

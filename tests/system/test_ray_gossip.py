@@ -12,7 +12,7 @@ from canonical import METHODS, N, canonical
 
 import offbeat
 from offbeat.algorithms.gossip import ad_psgd, dsgt
-from offbeat.runtime.actors.gossip import RayGossip
+from offbeat.runtime.actors.gossip import GossipHost, RayGossip
 from offbeat.runtime.actors.start import start
 from offbeat.runtime.backends import ENGINES
 from offbeat.runtime.errors import ConfigError, CrewError
@@ -34,11 +34,6 @@ def ray():
     stop()
 
 
-def begin_again(host, *args, **more):
-    host._hosted.end()
-    host.__init__(*args, **more)
-
-
 class Borrowing(RayGossip):
     """Takes actors that are there already, and leaves them."""
 
@@ -48,7 +43,8 @@ class Borrowing(RayGossip):
             return
         seat.actor = ACTORS.pop()
         parts = self._ray.get(self._parts), seat.nodes, self._device
-        seat.ready = seat.actor.__ray_call__.remote(begin_again, *parts, **more)
+        seat.actor.__ray_call__.remote(lambda host: host._hosted.end())
+        seat.ready = seat.actor.__ray_call__.remote(GossipHost.__init__, *parts, **more)
 
     def close(self):
         for seat in self._seats:
