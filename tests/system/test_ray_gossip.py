@@ -157,6 +157,14 @@ class Killing(RayGossip):
             os.kill(pid, signal.SIGKILL)
             self.killed.append(pid)
 
+    def _lose(self, seat, why):
+        super()._lose(seat, why)
+        self._extend(max(self._rounds.values()) + 30)  # the others go on, but not to the end
+
+    def _came(self, seat):
+        super()._came(seat)
+        self._go()
+
 
 class Deadly:
     """``ray`` that kills."""
