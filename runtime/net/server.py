@@ -228,20 +228,18 @@ class ZmqCrew(Crew):
         """Read what is there."""
         socket, hub = self._socket, self._hub
         for _ in range(AT_ONCE):
-            try:
-                address = socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
+            if not sockets.readable(socket):
                 return
-            frames = socket.recv_multipart(copy=False)
-            node = None if self._gate is None else str(frames[0].get("User-Id"))
-            hub.receive(address, node, [frame.buffer for frame in frames], now_s)
+            address, *frames = sockets.receive(socket)
+            node = None if self._gate is None else str(address.get("User-Id"))
+            hub.receive(address.bytes, node, [frame.buffer for frame in frames], now_s)
             if hub.cuts:
-                self._cut(address, frames[0])
+                self._cut(address)
 
-    def _cut(self, address: bytes, frame: zmq.Frame) -> None:
+    def _cut(self, address: zmq.Frame) -> None:
         for whose, why in self._hub.cuts:
-            if whose == address and sockets.cut(frame):
-                log.warning("a connection from %s is ended: %s", frame.get("Peer-Address"), why)
+            if whose == address.bytes and sockets.cut(address):
+                log.warning("a connection from %s is ended: %s", address.get("Peer-Address"), why)
         self._hub.cuts.clear()
 
     def _send(self) -> None:
@@ -251,7 +249,7 @@ class ZmqCrew(Crew):
         posts, hub.outbox = hub.outbox, []
         for address, frames in posts:
             try:
-                socket.send_multipart([address, *frames], zmq.NOBLOCK, copy=False)
+                sockets.send(socket, [address, *frames])
             except zmq.Again:
                 hub.counts["slow"] += 1  # its queue is full; the link sends it again
             except zmq.ZMQError as error:

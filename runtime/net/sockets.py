@@ -18,6 +18,9 @@ LINGER_MS = 1000
 HANDSHAKE_MS = 3000
 RECONNECT_MS = 100, 5000
 BACKLOG = 1024
+# As numbers: to combine ZeroMQ's own flags takes as long as to send.
+_NOW, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
+_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
 FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -65,7 +68,23 @@ def connected(socket: zmq.Socket, endpoint: str) -> None:
 
 def readable(socket: zmq.Socket) -> bool:
     """Whether something is there; to be asked before waiting for the descriptor."""
-    return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+    return bool(int(socket.get(_EVENTS)) & _POLLIN)
+
+
+def send(socket: zmq.Socket, frames: list[Any]) -> None:
+    """Send a message, or raise zmq.Again where it cannot be had at once."""
+    *most, last = frames
+    for frame in most:
+        socket.send(frame, _MORE, copy=False)
+    socket.send(last, _NOW, copy=False)
+
+
+def receive(socket: zmq.Socket) -> list[zmq.Frame]:
+    """The frames of a message that is there."""
+    frames = [socket.recv(_NOW, copy=False)]
+    while frames[-1].more:
+        frames.append(socket.recv(_NOW, copy=False))
+    return frames
 
 
 def told(monitor: zmq.Socket) -> list[int]:

@@ -121,11 +121,18 @@ class Worker:
     # -- The loop --------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        spoke = self.spoke
+        spoke, tick_s = self.spoke, 0.0
         while True:
             now_s = time.monotonic()
             self._drain(now_s)
-            spoke.tick(now_s)
+            if now_s >= tick_s:
+                tick_s = now_s + spoke.liveness.tick_s
+                spoke.tick(now_s)
+                if spoke.state == "calling":
+                    self._listen()
+                    self._await(now_s)
+                else:
+                    self._waits_s = None
             self._send()
             if spoke.fate is not None:
                 raise spoke.fate
@@ -139,16 +146,12 @@ class Worker:
                 self._build(spoke.welcome)
             elif (order := spoke.take()) is not None:
                 self._compute(order)
+                self._send()
             else:
-                self._listen()
-                self._await(now_s)
-                self._wait(spoke.due_s() - time.monotonic())
+                self._wait(tick_s - time.monotonic())
 
     def _await(self, now_s: float) -> None:
         """Say what is waited for, where there is no server, and give up in the end."""
-        if self.spoke.state != "calling":
-            self._waits_s = None
-            return
         if self._waits_s is None:
             self._waits_s, self._remind_s = now_s, now_s + REMIND_S
         why = f": {self.spoke.last_said}" if self.spoke.last_said else ""
@@ -166,17 +169,16 @@ class Worker:
 
     def _drain(self, now_s: float) -> None:
         for _ in range(sockets.QUEUED):
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
+            if not sockets.readable(self._socket):
                 return
+            frames = sockets.receive(self._socket)
             self.spoke.receive([frame.buffer for frame in frames], now_s)
 
     def _send(self) -> None:
         outbox, self.spoke.outbox = self.spoke.outbox, []
         for frames in outbox:
             try:
-                self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+                sockets.send(self._socket, frames)
             except zmq.Again:
                 self.spoke.counts["unsent"] += 1  # no connection; the link sends it again
 
