@@ -248,7 +248,8 @@ class Hub:
             self._pass_on(seat, passed, now_s)
             if self.seats.get(head.node) is not seat:  # it is gone
                 return
-        self._flush(seat, now_s)
+        if seat.link.urgent:
+            self._flush(seat, now_s)
 
     def _pass_on(self, seat: Seat, message: Message, now_s: float) -> None:
         """A message in its order; an error in one does not keep the next from being heard."""

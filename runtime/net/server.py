@@ -183,15 +183,16 @@ class ZmqCrew(Crew):
             self._drain(now_s)
             if now_s >= self._tick_s:
                 self._tick(now_s)
-            self._send()
             if hub.events:
+                self._send()
                 events, hub.events = hub.events, []
                 return events
-            if (left_s := min(end_s, self._tick_s) - time.monotonic()) <= 0:
-                if now_s >= end_s:
-                    return []
-            elif not sockets.readable(self._socket):
-                # The descriptor tells of what is new since the socket was asked last.
+            if now_s >= end_s:
+                self._send()
+                return []
+            if hub.outbox:
+                self._send()  # and look again: while it sends, ZeroMQ may learn of what came
+            elif (left_s := min(end_s, self._tick_s) - time.monotonic()) > 0:
                 select.select(descriptor, [], [], left_s)
 
     def ended(self, reason: str) -> None:
@@ -228,9 +229,9 @@ class ZmqCrew(Crew):
         """Read what is there."""
         socket, hub = self._socket, self._hub
         for _ in range(AT_ONCE):
-            if not sockets.readable(socket):
+            if (message := sockets.receive(socket)) is None:
                 return
-            address, *frames = sockets.receive(socket)
+            address, *frames = message
             node = None if self._gate is None else str(address.get("User-Id"))
             hub.receive(address.bytes, node, [frame.buffer for frame in frames], now_s)
             if hub.cuts:

@@ -20,7 +20,6 @@ RECONNECT_MS = 100, 5000
 BACKLOG = 1024
 # As numbers: to combine ZeroMQ's own flags takes as long as to send.
 _NOW, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
-_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
 FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -66,11 +65,6 @@ def connected(socket: zmq.Socket, endpoint: str) -> None:
         ) from None
 
 
-def readable(socket: zmq.Socket) -> bool:
-    """Whether something is there; to be asked before waiting for the descriptor."""
-    return bool(int(socket.get(_EVENTS)) & _POLLIN)
-
-
 def send(socket: zmq.Socket, frames: list[Any]) -> None:
     """Send a message, or raise zmq.Again where it cannot be had at once."""
     *most, last = frames
@@ -79,9 +73,12 @@ def send(socket: zmq.Socket, frames: list[Any]) -> None:
     socket.send(last, _NOW, copy=False)
 
 
-def receive(socket: zmq.Socket) -> list[zmq.Frame]:
-    """The frames of a message that is there."""
-    frames = [socket.recv(_NOW, copy=False)]
+def receive(socket: zmq.Socket, flags: int = _NOW) -> list[zmq.Frame] | None:
+    """The frames of a message, or None where there is none (in time, with ``flags`` of 0)."""
+    try:
+        frames = [socket.recv(flags, copy=False)]
+    except zmq.Again:
+        return None
     while frames[-1].more:
         frames.append(socket.recv(_NOW, copy=False))
     return frames

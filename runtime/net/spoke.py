@@ -86,7 +86,8 @@ class Spoke:
                 for passed in self._link.receive(head.sequence, message, now_s):
                     if (whole := self._assembly.take(passed)) is not None:
                         self._hear(whole)
-            self._flush(now_s)
+            if self._link.urgent:
+                self._flush(now_s)
 
     def _welcomed(self, message: Message, now_s: float) -> None:
         head, body = message.head, message.body

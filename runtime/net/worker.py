@@ -7,7 +7,6 @@ thread says over a connection of its own that the process is alive.
 import os
 import platform
 import random
-import select
 import signal
 import sys
 import threading
@@ -32,7 +31,6 @@ from offbeat.runtime.net.spoke import Spoke
 log = getLogger("offbeat.net")
 LEAVE_S = 10.0  # for the job at hand, once the process is asked to end
 FAREWELL_S = 2.0  # for the server to hear that it leaves
-WAIT_S = 0.5  # a wait is cut short after so long, to look at signals
 MOST_HANDSHAKES = 3  # that fail in a row without a word of why
 REMIND_S = 30.0
 
@@ -81,6 +79,7 @@ class Worker:
         self._stop = threading.Event()
         try:
             self._socket = self._connected()
+            self._socket.rcvtimeo = round(1000 * self.spoke.liveness.tick_s)
             self._monitor = self._socket.get_monitor_socket()
             sockets.connected(self._socket, endpoint)
         except BaseException:
@@ -123,10 +122,10 @@ class Worker:
     def _work(self) -> None:
         spoke, tick_s = self.spoke, 0.0
         while True:
-            now_s = time.monotonic()
-            self._drain(now_s)
-            if now_s >= tick_s:
+            self._drain(wait=not spoke.orders)
+            if (now_s := time.monotonic()) >= tick_s:
                 tick_s = now_s + spoke.liveness.tick_s
+                self._socket.rcvtimeo = round(1000 * spoke.liveness.tick_s)
                 spoke.tick(now_s)
                 if spoke.state == "calling":
                     self._listen()
@@ -147,8 +146,6 @@ class Worker:
             elif (order := spoke.take()) is not None:
                 self._compute(order)
                 self._send()
-            else:
-                self._wait(tick_s - time.monotonic())
 
     def _await(self, now_s: float) -> None:
         """Say what is waited for, where there is no server, and give up in the end."""
@@ -163,16 +160,17 @@ class Worker:
             self._remind_s = now_s + REMIND_S
             log.warning("waiting for the server at %s%s", self.endpoint, why)
 
-    def _wait(self, seconds: float) -> None:
-        if seconds > 0 and not sockets.readable(self._socket):
-            select.select([self._socket.fileno()], [], [], min(seconds, WAIT_S))
-
-    def _drain(self, now_s: float) -> None:
-        for _ in range(sockets.QUEUED):
-            if not sockets.readable(self._socket):
+    def _drain(self, wait: bool) -> None:
+        """Read what is there, or ``wait`` for it until the next tick."""
+        spoke = self.spoke
+        for count in range(sockets.QUEUED):
+            block = wait and not count
+            frames = sockets.receive(self._socket, 0) if block else sockets.receive(self._socket)
+            if frames is None:
                 return
-            frames = sockets.receive(self._socket)
-            self.spoke.receive([frame.buffer for frame in frames], now_s)
+            spoke.receive([frame.buffer for frame in frames], time.monotonic())
+            if block and spoke.orders:
+                return  # the rest can wait, the job should not
 
     def _send(self) -> None:
         outbox, self.spoke.outbox = self.spoke.outbox, []
@@ -223,11 +221,10 @@ class Worker:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         end_s = time.monotonic() + FAREWELL_S
         self.spoke.leave("it was asked to leave", time.monotonic())
-        while self.spoke.pending and (left_s := end_s - time.monotonic()) > 0:
+        while self.spoke.pending and time.monotonic() < end_s:
             self.spoke.tick(time.monotonic())
             self._send()
-            self._wait(min(left_s, 0.05))
-            self._drain(time.monotonic())
+            self._drain(wait=True)
 
     def _listen(self) -> None:
         """What the socket's monitor says of a server that does not let this worker in.
