@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from offbeat.runtime.experiment import Experiment
 
 log = getLogger("offbeat.net")
-AT_ONCE = 1024  # messages that are read before anything else is looked at
+AT_ONCE = 256  # messages that are read before anything else is looked at
 START_S = 60.0  # for the workers of this machine to be there
 GOODBYE_S = 1.0  # for members to hear that the run is over
 REMIND_S = 30.0  # between two sentences that say what is waited for
@@ -179,9 +179,9 @@ class ZmqCrew(Crew):
         hub, descriptor = self._hub, [self._socket.fileno()]
         end_s = time.monotonic() + timeout_s
         while True:
-            now_s = time.monotonic()
-            self._drain(now_s)
-            if now_s >= self._tick_s:
+            empty = self._drain()
+            # What was not acknowledged is sent again only once all that came has been read.
+            if (now_s := time.monotonic()) >= self._tick_s and empty:
                 self._tick(now_s)
             if hub.events:
                 self._send()
@@ -219,23 +219,26 @@ class ZmqCrew(Crew):
         while hub.pending() and time.monotonic() < end_s:
             self._send()
             self._socket.poll(20)
-            self._drain(time.monotonic())
+            self._drain()
             hub.tick(time.monotonic())
         self._send()
 
     # -- Bytes -----------------------------------------------------------------------------------
 
-    def _drain(self, now_s: float) -> None:
-        """Read what is there."""
+    def _drain(self) -> bool:
+        """Read what is there; answers whether that was all."""
         socket, hub = self._socket, self._hub
         for _ in range(AT_ONCE):
             if (message := sockets.receive(socket)) is None:
-                return
+                return True
             address, *frames = message
             node = None if self._gate is None else str(address.get("User-Id"))
-            hub.receive(address.bytes, node, [frame.buffer for frame in frames], now_s)
+            hub.receive(address.bytes, node, [frame.buffer for frame in frames], time.monotonic())
+            if hub.outbox:
+                self._send()  # acknowledgements keep the other side's window open
             if hub.cuts:
                 self._cut(address)
+        return False
 
     def _cut(self, address: zmq.Frame) -> None:
         for whose, why in self._hub.cuts:

@@ -169,6 +169,8 @@ class Worker:
             if frames is None:
                 return
             spoke.receive([frame.buffer for frame in frames], time.monotonic())
+            if spoke.outbox:
+                self._send()  # acknowledgements keep the other side's window open
             if block and spoke.orders:
                 return  # the rest can wait, the job should not
 
