@@ -178,6 +178,8 @@ class Hub:
             "jobs": self.jobs.counts["accepted"],
             "out": len(self.jobs.outstanding),
             "step": self._newest,
+            "resends": sum(seat.link.resends for seat in self.seats.values()),
+            "duplicates": sum(seat.link.duplicates for seat in self.seats.values()),
             "workers": rows[:MOST_SHOWN],
             "counts": self.counts,
         }

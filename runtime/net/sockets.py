@@ -84,11 +84,12 @@ def receive(socket: zmq.Socket, flags: int = _NOW) -> list[zmq.Frame] | None:
     return frames
 
 
-def told(monitor: zmq.Socket) -> list[int]:
-    """What a socket's monitor has to tell."""
+def told(monitor: zmq.Socket) -> list[tuple[int, int]]:
+    """What a socket's monitor has to tell: (event, its value)."""
     events = []
     while monitor.poll(0):
-        events.append(recv_monitor_message(monitor)["event"])
+        found = recv_monitor_message(monitor)
+        events.append((int(found["event"]), int(found["value"])))
     return events
 
 

@@ -4,6 +4,7 @@ One thread does both: while it computes, ZeroMQ's own thread takes in the next j
 thread says over a connection of its own that the process is alive.
 """
 
+import errno
 import os
 import platform
 import random
@@ -31,7 +32,7 @@ from offbeat.runtime.net.spoke import Spoke
 log = getLogger("offbeat.net")
 LEAVE_S = 10.0  # for the job at hand, once the process is asked to end
 FAREWELL_S = 2.0  # for the server to hear that it leaves
-MOST_HANDSHAKES = 3  # that fail in a row without a word of why
+MOST_HANDSHAKES = 5  # that fail in a row without a word of why
 REMIND_S = 30.0
 
 
@@ -234,24 +235,26 @@ class Worker:
         Raises:
             Refused: it makes no sense to knock again.
         """
-        for event in sockets.told(self._monitor):
+        for event, value in sockets.told(self._monitor):
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._handshakes = 0
-            elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and self.own is not None:
                 raise Refused(
-                    f"this node's key is not in the run's list; at the server, run: "
+                    "this node's key is not in the run's list; at the server, run: "
                     f"offbeat keys authorize {self.name} {self.own.public.decode()}"
+                )
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+                raise Refused(
+                    f"the server at {self.endpoint} has no keys; leave --keys out, if that is right"
                     if self.own
                     else f"the server at {self.endpoint} wants keys; give --keys FOLDER"
                 )
-            elif event & sockets.FAILED:
-                self._handshakes += 1
+            elif event & sockets.FAILED and self.own is not None and value == errno.EPIPE:
+                self._handshakes += 1  # it hung up, without a word of why
                 if self._handshakes >= MOST_HANDSHAKES:
                     raise Refused(
                         f"the server at {self.endpoint} has another key than the one in "
-                        f"{keys.AUTHORIZED}/{keys.SERVER}.key, or wants none"
-                        if self.own
-                        else f"the server at {self.endpoint} wants keys; give --keys FOLDER"
+                        f"{keys.AUTHORIZED}/{keys.SERVER}.key"
                     )
 
     def _pulsate(self) -> None:
