@@ -20,7 +20,7 @@ demo: $(VENV)/.installed  ## a fleet with a straggler, then a network; tables, a
 	$(BIN)/offbeat run examples/gossip.toml --out runs/demo-gossip --overwrite
 
 test: $(VENV)/.installed  ## the fast suite
-	$(BIN)/python -m pytest -q -n 2 -m "not soak"
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not soak"
 
 soak: $(VENV)/.installed  ## the long suite, by hand
 	$(BIN)/python -m pytest -q -m soak

@@ -5,7 +5,8 @@ all.  "step" is the steady displacement by four pseudo-gradients, lr weight upda
 only arms of like step can be compared, which is why ``async Nesterov`` is here twice.  Beside the
 losses stand those of an independent program written from the released code's definition (seeds
 42 to 44), where one was run.  As released: AdamW begins anew in every job, and its first step has
-the full learning rate; the window's rest is not waited out.  Other random numbers, so seeds differ.
+the full learning rate; the window's rest is not waited out.  Not as released: shards are drawn by
+how far they lag behind, not the least visited; other random numbers, so seeds differ.
 """
 
 import time

@@ -15,6 +15,7 @@ from offbeat.algorithms.gossip import Gossip
 from offbeat.algorithms.server import ALGORITHMS, Algorithm
 from offbeat.runtime import checkpoint
 from offbeat.runtime.backends import ENGINES, Backend
+from offbeat.runtime.crew import Crew
 from offbeat.runtime.engine import Engine
 from offbeat.runtime.errors import ConfigError, StorageError
 from offbeat.runtime.experiment import (
@@ -26,10 +27,12 @@ from offbeat.runtime.experiment import (
     read,
     with_more,
 )
+from offbeat.runtime.farmed import FarmedWork
 from offbeat.runtime.loop import Loop
 from offbeat.runtime.pairs import Pairs
 from offbeat.runtime.records import TRACE_COLUMNS, Records, column, read_trace
 from offbeat.runtime.remote import LiveWorkers, RemoteWorkers
+from offbeat.runtime.replayed import Replayed, read_inputs
 from offbeat.runtime.rounds import Rounds
 from offbeat.runtime.settings import DEFAULT_STEPS, Evaluate, Stop
 from offbeat.runtime.virtual import VirtualWorkers
@@ -40,10 +43,12 @@ from offbeat.workers.tasks import TASKS, Task
 from offbeat.workers.work import WORK, Work
 
 Progress = Callable[[float], None]
+DRAWN = {"picture.png", "report.html", "report-figures"}
 # What a run folder holds.
 WRITTEN = {
     *("experiment.toml", "metrics.jsonl", "trace.jsonl", "checkpoint", "summary.json"),
-    *("picture.png", "server.json", "server.lock"),
+    *("server.json", "server.lock"),
+    *DRAWN,
 }
 
 
@@ -108,7 +113,8 @@ class Result:
         return picture([self], Path(path))
 
     def __str__(self) -> str:
-        shown = ", ".join(f"{key} {value:.4g}" for key, value in self.final.items())
+        numbers = {k: v for k, v in self.final.items() if not isinstance(v, list)}
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())
         return f"{self.name}: {shown} ({self.reason})"
 
 
@@ -309,6 +315,14 @@ def replay(
     if not (folder / "trace.jsonl").exists():
         raise ConfigError(f"{folder}: has no trace.jsonl; run with record.trace = true")
     state = checkpointed(folder)
+    if experiment.real and isinstance(experiment.algorithm, Gossip):
+        length = state["records"]["lengths"]["trace.jsonl"]
+        inputs = read_inputs(folder / "trace.jsonl", length)
+        loop = Replayed(
+            experiment, inputs, Records(experiment.fleet, None),
+            stop=experiment.stop, evaluate=experiment.evaluate,
+        )  # fmt: skip
+        return _finish(loop, experiment, None)
     trace = read_trace(folder / "trace.jsonl")[: state["records"]["flushed"]]
     engine = _engine(experiment, None, None, trace)
     if experiment.real and isinstance(engine, Engine):
@@ -367,7 +381,7 @@ def _engine(
                 + ": make room or mend the rights, then resume the run"
             ) from None
 
-    records = Records(e.fleet, folder, e.record.trace)
+    records = Records(e.fleet, folder, e.record.trace, e.record.nodes)
     around: dict[str, Any] = {
         "stop": e.stop,
         "evaluate": e.evaluate,
@@ -376,17 +390,33 @@ def _engine(
         "save_every_s": e.record.save_every_s,
         "progress": progress,
     }
+    try:
+        return _loop(e, folder, records, around, trace)
+    except BaseException:
+        records.close()
+        raise
+
+
+def _loop(
+    e: Experiment,
+    folder: Path | None,
+    records: Records,
+    around: dict[str, Any],
+    trace: NDArray | None,
+) -> Loop:
+    """The loop of ``e`` on the engine it names, or in this process where it follows a trace."""
     if isinstance(e.algorithm, Gossip):
-        assert e.topology is not None
-        if trace is None and (loop := e.engine.gossip(e, records, **around)) is not None:
-            return loop
-        parts = e.task, e.algorithm, e.topology, e.fleet
-        timing = e.fleet.timing(e.seed, 0)
         if trace is not None:
-            timing.clock = RecordedClock(trace)
-        if e.asynchronous:
-            return Pairs(*parts, timing, records, work=e.work, **around)
-        return Rounds(*parts, timing, records, work=e.work, replicas=e.replicas, **around)
+            return _gossip(e, records, around, None, trace)
+        if (loop := e.engine.gossip(e, records, **around)) is not None:
+            return loop
+        crew = e.engine.crew(e, folder)
+        try:
+            return _gossip(e, records, around, crew, None)
+        except BaseException:
+            if crew is not None:
+                crew.close()
+            raise
     x = e.task.initial(e.seed)
     algorithm = copy.deepcopy(e.algorithm)
     if trace is not None:
@@ -401,6 +431,26 @@ def _engine(
     except BaseException:
         crew.close()
         raise
+
+
+def _gossip(
+    e: Experiment,
+    records: Records,
+    around: dict[str, Any],
+    crew: Crew | None,
+    trace: NDArray | None,
+) -> Loop:
+    """The loop of a gossip method in this process, whose gradients a crew may compute."""
+    assert isinstance(e.algorithm, Gossip)
+    assert e.topology is not None
+    parts = e.task, e.algorithm, e.topology, e.fleet
+    timing = e.fleet.timing(e.seed, 0)
+    if trace is not None:
+        timing.clock = RecordedClock(trace)
+    work: Work = e.work if crew is None else FarmedWork(e.work, crew)
+    if e.asynchronous:
+        return Pairs(*parts, timing, records, work=work, **around)
+    return Rounds(*parts, timing, records, work=work, replicas=e.replicas, **around)
 
 
 def _finish(

@@ -25,7 +25,7 @@ class Backend(Protocol):
     """The clocks it can keep; the first is the one it keeps where nothing is said."""
 
     def crew(self, experiment: "Experiment", folder: Path | None = None) -> "Crew | None":
-        """Who computes the jobs of a method with a server; None: this process.
+        """Who computes the jobs of a run; None: this process.
 
         Args:
             experiment: whose jobs.
@@ -34,7 +34,7 @@ class Backend(Protocol):
         ...
 
     def gossip(self, experiment: "Experiment", records: "Records", **around: Any) -> "Loop | None":
-        """What runs a gossip method; None: this process.
+        """What runs a gossip method; None: this process, and the crew, if there is one, computes.
 
         Args:
             experiment: what to run.
@@ -87,10 +87,12 @@ class Ray:
         return RayCrew(experiment, self)
 
     def gossip(self, experiment: "Experiment", records: "Records", **around: Any) -> "Loop | None":
-        """This process, under the virtual clock."""
-        if experiment.real:
-            raise ConfigError('gossip under a real clock does not run with engine = "ray"')
-        return None
+        """Actors that speak to one another, under a real clock."""
+        if not experiment.real:
+            return None
+        from offbeat.runtime.actors.gossip import RayGossip
+
+        return RayGossip(experiment, self, records, **around)
 
 
 @ENGINES.register("ray")

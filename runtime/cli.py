@@ -18,13 +18,22 @@ from threadpoolctl import threadpool_limits
 
 from offbeat.algorithms.compression import COMPRESSORS
 from offbeat.algorithms.gossip import ALGORITHMS
-from offbeat.runtime import api
+from offbeat.deploy.cli import deploy, doctor
+from offbeat.runtime import api, checkpoint
 from offbeat.runtime.backends import ENGINES
 from offbeat.runtime.checkpoint import write_whole
-from offbeat.runtime.errors import ConfigError, Diverged, OffbeatError, StorageError, nearest
+from offbeat.runtime.errors import (
+    ConfigError,
+    CrewError,
+    Diverged,
+    OffbeatError,
+    StorageError,
+    nearest,
+)
 from offbeat.runtime.experiment import Experiment, apply_override, from_table, put, read
 from offbeat.runtime.net import cli as net
-from offbeat.runtime.registry import Spec
+from offbeat.runtime.registry import Spec, told_apart
+from offbeat.runtime.studies.cli import mount
 from offbeat.topologies import TOPOLOGIES, WEIGHTS, facts
 from offbeat.workers.data import BUNDLED
 from offbeat.workers.partition import PARTITIONS
@@ -54,6 +63,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(deploy, name="deploy")
+app.command()(doctor)
+mount(app)
 WIDE = 140  # characters a line, where no terminal says
 console = Console(width=None if sys.stdout.isatty() else WIDE)
 Set = Annotated[
@@ -246,7 +258,7 @@ def _clear(folder: Path) -> None:
         return
     parts = _parts(folder)
     runs = [part for part in parts if part.is_dir()] or [folder]
-    written = {"runs.txt", "picture.png", *(part.name for part in parts)} if parts else set()
+    written = {"runs.txt", *api.DRAWN, *(part.name for part in parts)} if parts else set()
     foreign = {path.name for path in folder.iterdir()} - written if parts else set()
     for run in runs:
         inside = {path.name for path in run.iterdir()}
@@ -267,26 +279,11 @@ def _parts(folder: Path) -> list[Path]:
         return []
 
 
-def _told_apart(specs: Sequence[Spec]) -> list[str]:
-    """The names in ``specs``, with the options that tell apart those of one name."""
-    return [
-        " ".join(
-            [spec.name]
-            + [
-                f"{key}={value}"
-                for key, value in spec.options.items()
-                if any(o.name == spec.name and o.options.get(key) != value for o in specs)
-            ]
-        )
-        for spec in specs
-    ]
-
-
 def _labels(experiments: Sequence[Experiment]) -> list[str]:
     """What each run is called: its method, and what else differs."""
-    columns = [_told_apart([_spec(e.algorithm) for e in experiments])]
+    columns = [told_apart([_spec(e.algorithm) for e in experiments])]
     if all(e.topology is not None for e in experiments):
-        columns.append(_told_apart([_spec(e.topology) for e in experiments]))
+        columns.append(told_apart([_spec(e.topology) for e in experiments]))
     columns.append(["asynchronous" if e.asynchronous else "synchronous" for e in experiments])
     telling = columns[:1] + [column for column in columns[1:] if len(set(column)) > 1]
     labels: list[str] = []
@@ -340,6 +337,10 @@ def _go_on(
                 raise
             diverged.append(f"{label}: {error}")
             continue
+        except CrewError as error:
+            again = checkpoint.exist(part / "checkpoint")
+            hint = f"\nthe last checkpoint is intact: offbeat resume {folder}" if again else ""
+            raise CrewError(f"{error}{hint}") from None
         for note in result.notes:
             console.print(note, style="yellow", markup=False)
         results[label] = result
@@ -399,6 +400,8 @@ def _report(results: dict[str, api.Result], folder: Path) -> None:
     table.add_column("method", no_wrap=True)
     for key in columns:
         title = "rounds" if gossip and key == "step" else COLUMNS[key][0]
+        if key == "time_s" and all(result.experiment.real for result in results.values()):
+            title = "seconds"
         table.add_column(title, justify="right", no_wrap=True)
     for label, result in results.items():
         final = result.final

@@ -10,6 +10,7 @@ import copy
 import math
 import operator
 import time
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -28,12 +29,13 @@ from offbeat.workers.tasks.contract import Task
 class ServerState:
     """The facade through which a method acts; see ``offbeat.algorithms.server.Server``."""
 
-    __slots__ = ("_records", "_seed", "_workers", "n", "step", "steps", "x")
+    __slots__ = ("_records", "_seed", "_workers", "n", "shards", "step", "steps", "x")
 
     def __init__(self, x: NDArray, workers: VirtualWorkers, records: Records, seed: int) -> None:
         x.flags.writeable = False
         self.x, self.step, self._seed = x, 0, seed
         self.n, self._workers, self._records = workers.n, workers, records
+        self.shards = workers.task.workers
         self.steps = workers.work.steps
 
     @property
@@ -79,8 +81,8 @@ class ServerState:
                 f"the method assigned {steps} local steps to workers that compute one gradient a "
                 'job; give work = "local-steps(adamw, steps=50)"'
             )
-        if shard is not None and not 0 <= shard < self.n:
-            raise ConfigError(f"the method assigned shard {shard}; they are 0..{self.n - 1}")
+        if shard is not None and not 0 <= shard < self.shards:
+            raise ConfigError(f"the method assigned shard {shard}; they are 0..{self.shards - 1}")
         x, step = (self.x, self.step) if like is None else (like.x, like.step)
         if at is not None:
             x = at
@@ -94,8 +96,14 @@ class ServerState:
 
     @property
     def sizes(self) -> NDArray:
-        """``[n]``: how much data each shard has."""
-        return np.asarray(getattr(self._workers.task, "sizes", np.ones(self.n)))
+        """``[shards]``: how much data each shard has."""
+        return np.asarray(getattr(self._workers.task, "sizes", np.ones(self.shards)))
+
+    @property
+    def tensors(self) -> list[slice]:
+        """Where each tensor of the model lies in ``x``; all of it, where the task does not say."""
+        ends = accumulate(getattr(self._workers.task, "tensors", [self.x.size]), initial=0)
+        return [slice(first, end) for first, end in pairwise(ends)]
 
     def cancel(self, worker: int) -> int:
         """Drop every outstanding job of ``worker``; answers how many there were."""
@@ -241,7 +249,7 @@ class Engine(Loop):
         if isinstance(event, Joined):
             if lost := self._lost.pop(event.worker, 0):
                 self.algorithm.joined(server, event.worker, lost)
-            if not workers.has_job(event.worker) and workers.relieve():
+            if not workers.has_job(event.worker) and workers.relieve(event.worker):
                 server.assign(event.worker)
             return
         if not workers.reassigns:

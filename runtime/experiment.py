@@ -12,7 +12,7 @@ import tomli_w
 
 from offbeat.algorithms.gossip import Gossip
 from offbeat.algorithms.server import ALGORITHMS, Algorithm
-from offbeat.runtime.backends import ENGINES, Backend, virtual
+from offbeat.runtime.backends import ENGINES, Backend, Virtual, virtual
 from offbeat.runtime.errors import ConfigError, nearest
 from offbeat.runtime.network import Network
 from offbeat.runtime.registry import MADE_BY_HAND, MOST_SEEDS, Positive, Registry, settings
@@ -24,6 +24,8 @@ from offbeat.workers.work import WORK, Work, gradient
 
 T = TypeVar("T")
 
+MOST_NODES = 200  # whose losses are recorded one by one
+
 
 @settings
 class Record:
@@ -31,10 +33,12 @@ class Record:
 
     Args:
         trace: every arrival (needed for replay and the timeline).
+        nodes: the loss at each node's model, of gossip on at most 200 nodes; slower.
         save_every_s: wall seconds between checkpoints of a run with a folder.
     """
 
     trace: bool = True
+    nodes: bool = False
     save_every_s: Positive = 30.0
 
 
@@ -74,10 +78,11 @@ class Experiment:
 
     def __post_init__(self) -> None:
         """What no part can see alone."""
-        if self.task.workers != self.fleet.workers:
+        parts, workers = self.task.workers, self.fleet.workers
+        if parts < workers or (parts > workers and not getattr(self.algorithm, "any_shard", False)):
             raise ConfigError(
-                f"the task is divided among {self.task.workers} workers, but the fleet has "
-                f"{self.fleet.workers}"
+                f"the task is divided among {parts} workers, but the fleet has {workers}"
+                + ("; for more shards than workers, take sample_shards = true" * (parts > workers))
             )
         self._check_clock()
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
@@ -92,6 +97,10 @@ class Experiment:
             )
         elif self.fleet.loss:
             raise ConfigError("fleet.loss is for gossip; a server's messages are not lost")
+        if self.record.nodes and (self.topology is None or self.fleet.workers > MOST_NODES):
+            raise ConfigError(
+                f"record.nodes is for gossip on at most {MOST_NODES} nodes; remove it"
+            )
         self.algorithm.check(self.fleet.workers)
 
     def _check_clock(self) -> None:
@@ -122,9 +131,11 @@ class Experiment:
         name = method.spec.name if method.spec else type(method).__name__
         if self.topology is None:
             raise ConfigError(f'{name} is a gossip method: give a topology, as topology = "ring"')
-        if self.work.keep(1, self.task.initial(self.seed)):
+        elsewhere = not isinstance(self.engine, Virtual)
+        if elsewhere and self.work.keep(1, self.task.initial(self.seed)):
             raise ConfigError(
-                f"{name}: a gossip node keeps nothing between rounds; give its work fresh = true"
+                f'{name}: with engine = "{self.engine.spec}" a gossip node keeps nothing between '
+                "rounds; give its work fresh = true"
             )
         if self.mode not in (None, *MODES):
             raise ConfigError(f'mode must be one of {", ".join(MODES)}, not "{self.mode}"')

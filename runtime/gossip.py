@@ -3,20 +3,21 @@
 import math
 import time
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.algorithms.gossip import Gossip
+from offbeat.runtime.farmed import FarmedWork
 from offbeat.runtime.loop import Loop
 from offbeat.runtime.network import Network
 from offbeat.runtime.records import Records
 from offbeat.topologies import Topology
 from offbeat.workers.fleet import Fleet, Timing
 from offbeat.workers.tasks.contract import Task
-from offbeat.workers.work import Work, gradient
+from offbeat.workers.work import Kept, Work, gradient
 
 COUNTS = ("bytes", "messages", "messages_lost")  # of all nodes
 CHUNK = 2**20  # numbers looked at together where all nodes' models are measured
@@ -28,7 +29,7 @@ class GossipLoop(Loop):
     Args:
         task, method, topology, fleet, timing, records: the parts.
         seed: of the run.
-        work: what takes a gradient's place; it keeps nothing between rounds.
+        work: what takes a gradient's place.
         asynchronous: whether nodes exchange in pairs, at their own pace.
         around: see ``Loop``.
 
@@ -66,6 +67,22 @@ class GossipLoop(Loop):
         """See ``Loop``."""
         return {key: getattr(self, key) for key in COUNTS}
 
+    def close(self) -> None:
+        """See ``Loop``."""
+        if isinstance(self.work, FarmedWork):
+            self.work.crew.close()
+
+    def _answers(
+        self, points: tuple[NDArray, ...], node: NDArray, draw: NDArray, steps: NDArray, kept: Kept
+    ) -> Iterator[tuple[NDArray, NDArray]]:
+        """Losses and gradients at each of ``points``, of k nodes ``[k, d]``.
+
+        All start from what the nodes keep; ``kept [k, ...]`` becomes what the first leaves.
+        """
+        first = [{name: held.copy() for name, held in kept.items()} for _ in points[1:]]
+        for x, mine in zip(points, [kept, *first], strict=True):
+            yield self.work.update(self.task, x, node, draw, steps, mine)
+
     @abstractmethod
     def _advance(self) -> bool:
         """The next event or round; False if there is none."""
@@ -87,17 +104,21 @@ class GossipLoop(Loop):
                 return reason
 
 
-def measure(models: NDArray, evaluated: Callable[[NDArray], dict[str, float]]) -> dict[str, float]:
+def measure(
+    models: NDArray, evaluated: Callable[[NDArray], dict[str, float]], nodes: bool = False
+) -> dict[str, Any]:
     """The task's facts at the mean of ``models [n, d]``, and how far the nodes are from it.
 
     ``consensus`` is the root of the mean squared distance to the mean; ``loss_worst`` the loss of
-    the node that is farthest away.
+    the node that is farthest away; with ``nodes``, ``node_loss`` ``[n]`` has every node's.
     """
     mean = models.mean(axis=0)
     apart = distances2(models, mean)
     row = evaluated(mean)
     row["loss_worst"] = evaluated(models[apart.argmax()])["loss"]
     row["consensus"] = math.sqrt(float(apart.mean()))
+    if nodes:
+        return {**row, "node_loss": [evaluated(model)["loss"] for model in models]}
     return row
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from offbeat.runtime.errors import ConfigError, Diverged
+from offbeat.runtime.errors import ConfigError, Diverged, nearest
 from offbeat.runtime.records import Records
 from offbeat.runtime.settings import Evaluate, Stop
 from offbeat.workers.tasks.contract import Task
@@ -163,7 +163,7 @@ class Loop(ABC):
     def _reached(self) -> str | None:
         """The stop rule that is met, if any."""
         stop = self.stop
-        if stop.loss is not None and self.records.metrics[-1]["loss"] <= stop.loss:
+        if stop.loss is not None and self._level() <= stop.loss:
             return "target loss"
         if stop.steps is not None and self.step >= stop.steps:
             return "steps"
@@ -172,6 +172,13 @@ class Loop(ABC):
         if stop.gradients is not None and self.gradients >= stop.gradients:
             return "gradients"
         return None
+
+    def _level(self) -> float:
+        """Where the metric is that the run ends by."""
+        row, metric = self.records.metrics[-1], self.stop.metric
+        if metric not in row:
+            raise ConfigError(f'stop: there is no metric "{metric}"{nearest(metric, row)}')
+        return row[metric]
 
     def _fraction(self) -> float:
         parts = [

@@ -101,7 +101,7 @@ class Pairs(GossipLoop):
         task, method, topology, fleet, timing, records: the parts.
         seed: of the run.
         initial: ``[n, d]``, where the nodes start; None: all at the task's initial point.
-        work: what takes a gradient's place; it keeps nothing between rounds.
+        work: what takes a gradient's place.
         around: see ``Loop``.
 
     Raises:
@@ -133,6 +133,7 @@ class Pairs(GossipLoop):
             PairNode(x[i].copy(), channels, self._sayer(i))
             for i, channels in enumerate(self.channels)
         ]
+        self.kept = self.work.keep(self.n, x[0])  # by the nodes, between rounds
         self._apart = initial is not None
         self.now_s = 0.0
         self.told = 0  # gradients, of all nodes
@@ -211,6 +212,7 @@ class Pairs(GossipLoop):
             "start_s": self.now_s,
             "read": self.told,
             "found": None,
+            "kept": {},
         }
         end_s = self.timing.clock.finish(i, number, self.now_s, self.work.steps)
         for from_s, to_s in self._windows.get(i, []):
@@ -231,6 +233,8 @@ class Pairs(GossipLoop):
         job, node = self.jobs[i], self.nodes[i]
         if job["found"] is None:
             self._compute(job)
+        for name, row in job["kept"].items():
+            self.kept[name][i] = row
         gradient = job["found"] if len(job["found"]) > 1 else job["found"][0]
         row = self.now_s, i, job["number"], job["read"], self.told, job["start_s"], self.now_s
         self.records.rows.append(row)
@@ -266,10 +270,9 @@ class Pairs(GossipLoop):
         worker = np.array([nodes[id(job)] for job in jobs])
         draw = np.array([job["number"] for job in jobs]) * self.work.steps
         steps = np.full(len(jobs), self.work.steps)
-        found = []
-        for points in zip(*(job["points"] for job in jobs), strict=True):
-            x = np.stack(points)
-            losses, gradients = self.work.update(self.task, x, worker, draw, steps, {})
+        found, kept = [], {name: held[worker] for name, held in self.kept.items()}
+        points = tuple(map(np.stack, zip(*(job["points"] for job in jobs), strict=True)))
+        for losses, gradients in self._answers(points, worker, draw, steps, kept):
             good = np.isfinite(losses) & np.isfinite(gradients).all(axis=1)
             if not good.all():
                 raise Diverged(
@@ -279,6 +282,8 @@ class Pairs(GossipLoop):
             found.append(gradients)
         for job, *mine in zip(jobs, *found, strict=True):
             job["found"] = tuple(mine)
+        for at, job in enumerate(jobs):
+            job["kept"] = {name: rows[at] for name, rows in kept.items()}
 
     # -- Exchanges -----------------------------------------------------------------------------
 
@@ -461,7 +466,7 @@ class Pairs(GossipLoop):
     def _measured(self) -> dict[str, float]:
         self.records.flush()
         row = {"time_s": self.now_s, "step": self.step, "gradients": self.gradients}
-        row |= measure(self._models(), self._evaluated)
+        row |= measure(self._models(), self._evaluated, self.records.nodes)
         row["bytes"], row["bytes_edge"] = self.bytes, self.bytes / max(self.messages, 1)
         row |= self.records.staleness()
         counts = np.array(list(self.ages.values())).reshape(-1, 4)
@@ -480,7 +485,7 @@ class Pairs(GossipLoop):
 
     _STATE = (
         *("now_s", "told", "bytes", "messages", "messages_lost", "order", "heap", "jobs", "begun"),
-        *("rounds", "numbers", "count", "link_s", "busy", "seen", "ages", "channels"),
+        *("kept", "rounds", "numbers", "count", "link_s", "busy", "seen", "ages", "channels"),
         *("_next_step", "_next_s", "_next_gradients"),
     )
 

@@ -2,22 +2,38 @@
 
 It computes what one row of ``runtime.stacked`` computes.  A round: ``outbox`` answers what to send
 to each node that hears this one, ``inbox`` takes what came, then the method's ``ask`` and ``tell``.
+
+A link may be closed and opened again.  Its ends then forget what they kept for each other, and the
+first message over it says the whole copy instead of a difference.  What came over the link on a
+``conserved`` channel is given back when it closes, each end what it took itself: so the sum over
+the others is what they put in, whatever was under way (after the flow updating of Jesus, Baquero
+and Almeida, DAIS 2009).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.algorithms.compression import Compressor
+from offbeat.algorithms.compression.contract import HEADER, decode
 from offbeat.algorithms.gossip import Channel, Gossip
+from offbeat.runtime import trees
+from offbeat.runtime.errors import PeerError
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.stacked import NOTHING, Round
 
-Mail = dict[int, list[Any]]
-"""Node -> one item a channel: a vector, a running total, or None."""
+Item = bytes | NDArray | None
+"""What one channel sends over one link: a compressor's frame, a vector, or nothing."""
+
+
+class Read(NamedTuple):
+    """An item as it was read: ``whole`` where it is no compressed difference but all there is."""
+
+    value: Any
+    whole: bool
 
 
 class Links:
@@ -43,189 +59,272 @@ class Links:
         """The weights with which this node takes theirs."""
         self.own = float(now.matrix.diagonal()[node])
 
+    def without(self, gone: Sequence[int], pushes: bool) -> "Links":
+        """The same without some nodes: their weight is this node's own."""
+        less: Links = object.__new__(Links)
+        less.hears = [j for j in self.hears if j not in gone]
+        for name in ("gives", "shares", "takes"):
+            pairs = getattr(self, name).items()
+            setattr(less, name, {j: weight for j, weight in pairs if j not in gone})
+        before, after = (self.shares, less.shares) if pushes else (self.takes, less.takes)
+        less.own = self.own + sum(weight for j, weight in before.items() if j not in after)
+        return less
+
 
 def _pairs(node: NDArray, weight: NDArray, which: NDArray) -> dict[int, float]:
     return dict(zip(node[which].tolist(), weight[which].tolist(), strict=True))
 
 
 class End(ABC):
-    """One node's end of a channel."""
+    """One node's end of a channel; its fields without underscore are its state.
+
+    Args:
+        conserved: see ``Channel``.
+    """
+
+    def __init__(self, conserved: bool) -> None:
+        self.value: Any = None  # what was published last, [d]
+        self.mixed: Any = NOTHING
+        # What was taken from each neighbour so far, and what is to be given back with the next mix.
+        self.flow: dict[int, NDArray] | None = {} if conserved else None
+        self.owed: Any = NOTHING
 
     def start(self, value: NDArray) -> None:
         """Publish what all nodes know."""
         self.publish(value)
 
-    value: Any
-    """What was published last, ``[d]``."""
-
     @abstractmethod
     def publish(self, value: NDArray) -> NDArray:
         """See ``Node``."""
 
     @abstractmethod
-    def send(self, links: Links) -> dict[int, Any]:
-        """What goes to each of ``links.hears``."""
+    def send(self, links: Links, anew: Sequence[int]) -> dict[int, Item]:
+        """What goes to each of ``links.hears``; all there is to those ``anew``."""
 
     @abstractmethod
-    def receive(self, links: Links, got: Mapping[int, Any]) -> None:
+    def receive(self, links: Links, got: Mapping[int, Read]) -> None:
         """What came from each of ``links.takes``."""
 
-    @abstractmethod
     def mix(self) -> NDArray:
         """See ``Node``, or what was kept and arrived of what was pushed."""
+        return self.mixed
+
+    def close(self, j: int) -> None:
+        """The link to ``j`` is out of use: forget what stood on it."""
+        if self.flow is not None:
+            self.owed = self.owed - self.flow.pop(j, NOTHING)
+
+    def fresh(self, j: int) -> None:  # noqa: B027 - most have forgotten by then
+        """The node ``j`` that comes back has forgotten all."""
+
+    def _moved(self, j: int, moved: NDArray) -> NDArray:
+        if self.flow is not None:
+            self.flow[j] = self.flow.get(j, NOTHING) + moved
+        return moved
+
+    def _back(self, total: NDArray) -> None:
+        self.mixed, self.owed = total + self.owed, NOTHING
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {key: trees.dump(v) for key, v in vars(self).items() if not key.startswith("_")}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from what ``state`` answered."""
+        for key, tree in state.items():
+            setattr(self, key, trees.load(None, tree))
 
 
 class Values(End):
-    """What is published is sent as it is, or compressed without memory."""
+    """What is published is sent as it is, or compressed without memory (``squeeze``)."""
 
-    def __init__(self, squeeze: Any) -> None:
+    def __init__(self, squeeze: Any, conserved: bool) -> None:
+        super().__init__(conserved)
         self._squeeze = squeeze
         self.count = 0
-        self.value: Any = None
-        self.mixed: Any = NOTHING
+        self.frame: Item = None  # what is sent
+
+    def start(self, value: NDArray) -> None:
+        """See ``End``: nothing need be sent."""
+        if self._squeeze is None:
+            self.value = value
+        else:
+            self.publish(value)
 
     def publish(self, value: NDArray) -> NDArray:
         """See ``Node``."""
-        self.value = self._squeeze(value, self.count)
+        if self._squeeze is None:
+            self.value = self.frame = value
+        else:
+            self.value, self.frame = self._squeeze(value, self.count)
         self.count += 1
         return self.value
 
-    def send(self, links: Links) -> dict[int, Any]:
+    def send(self, links: Links, anew: Sequence[int]) -> dict[int, Item]:
         """See ``End``."""
-        return dict.fromkeys(links.hears, self.value)
+        return dict.fromkeys(links.hears, self.frame)
 
-    def receive(self, links: Links, got: Mapping[int, Any]) -> None:
+    def receive(self, links: Links, got: Mapping[int, Read]) -> None:
         """See ``End``."""
-        if self.value is not None:
-            self.mixed = sum(
-                (w * got[j] for j, w in links.takes.items()), (links.own - 1) * self.value
-            )
+        if self.value is None:
+            return
+        total = np.zeros_like(self.value)
+        if self.frame is not None:  # else all start alike
+            for j, weight in links.takes.items():
+                if got[j].value is not None:
+                    total += self._moved(j, weight * (got[j].value - self.value))
+        self._back(total)
 
-    def mix(self) -> NDArray:
-        """See ``Node``."""
-        return self.mixed
 
+class Public(End):
+    """Compressed differences on a fixed graph: the public copies of this node and its neighbours.
 
-class Sum(End):
-    """Compressed differences on a fixed graph: h, and s = sum_j w_ij h_j.  Two vectors, any degree.
-
-    Every message that is published is sent once to all, and changes s at both ends.
+    Every message that is published goes to all, and changes the copy at every end alike.
     """
 
-    def __init__(self, squeeze: Any, damping: float) -> None:
-        self._squeeze, self._damping = squeeze, damping
+    def __init__(self, squeeze: Any, channel: Channel) -> None:
+        super().__init__(channel.conserved)
+        self._squeeze, self._damping = squeeze, channel.damping
         self.count = 0
+        self.first: Any = NOTHING  # the copy of whoever has not said more
         self.h: Any = None
-        self.s: Any = None
         self.q: Any = None  # the message that is on its way
-        self.mixed: Any = NOTHING
+        self.frame: Item = None
+        self.copies: dict[int, Any] = {}
 
     def start(self, value: NDArray) -> None:
         """See ``End``."""
-        self.h = self.s = value
+        self.h = self.first = value
 
     def publish(self, value: NDArray) -> NDArray:
         """See ``Node``."""
         if self.h is None:
-            self.h = self.s = np.zeros_like(value)
-        self.q = self._squeeze(value - self.h, self.count)
+            self.h = np.zeros_like(value)
+        self.q, self.frame = self._squeeze(value - self.h, self.count)
         self.count += 1
         return self.h + self.q
 
-    def send(self, links: Links) -> dict[int, Any]:
+    def send(self, links: Links, anew: Sequence[int]) -> dict[int, Item]:
         """See ``End``."""
-        return dict.fromkeys(links.hears, self.q)
+        sent: dict[int, Item] = dict.fromkeys(links.hears, self.frame)
+        if self.q is not None:
+            sent |= {j: self.h + self._damping * self.q for j in anew}
+        return sent
 
-    def receive(self, links: Links, got: Mapping[int, Any]) -> None:
+    def receive(self, links: Links, got: Mapping[int, Read]) -> None:
         """See ``End``."""
-        if self.q is None:
-            self.mixed = NOTHING if self.h is None else self.s - self.h
-            return
-        total = sum((w * got[j] for j, w in links.takes.items()), links.own * self.q)
-        self.mixed = self.s + total - self.h - self.q
-        self.h, self.s = self.h + self._damping * self.q, self.s + self._damping * total
-        self.q = None
+        total = NOTHING if self.q is None else np.zeros_like(self.q)
+        for j, weight in links.takes.items():
+            q, whole = got[j]
+            if q is None:
+                continue
+            if whole:
+                self.copies[j] = says = q
+            else:
+                h = self.copies.get(j, self.first)
+                says, self.copies[j] = h + q, h + self._damping * q
+            if self.q is not None:
+                total += self._moved(j, weight * (says - self.h - self.q))
+        self._back(total)
+        if self.q is not None:
+            self.h = self.h + self._damping * self.q
+            self.q = self.frame = None
 
-    def mix(self) -> NDArray:
-        """See ``Node``."""
-        return self.mixed
+    def close(self, j: int) -> None:
+        """See ``End``."""
+        super().close(j)
+        self.copies[j] = NOTHING
 
 
 class Copies(End):
     """Compressed differences a link: what went over it, out and in.  Two vectors a neighbour."""
 
-    def __init__(self, squeeze: Any) -> None:
+    def __init__(self, squeeze: Any, conserved: bool) -> None:
+        super().__init__(conserved)
         self._squeeze = squeeze
         self.count = 0
-        self.value: Any = None
         self.out: dict[int, NDArray] = {}
         self.back: dict[int, NDArray] = {}
-        self.sent: dict[int, NDArray] = {}
-        self.mixed: Any = NOTHING
+        self.sent: dict[int, NDArray] = {}  # their copies after the messages that are on their way
 
     def publish(self, value: NDArray) -> NDArray:
         """See ``Node``."""
         self.value = value
         return value
 
-    def send(self, links: Links) -> dict[int, Any]:
+    def send(self, links: Links, anew: Sequence[int]) -> dict[int, Item]:
         """See ``End``."""
+        items: dict[int, Item] = dict.fromkeys(links.hears)
         if self.value is None:
-            return dict.fromkeys(links.hears)
+            return items
         for j in links.hears:
-            h = self.out.setdefault(j, np.zeros_like(self.value))
-            self.sent[j] = self._squeeze(self.value - h, self.count, j)
+            if j in anew:
+                self.sent[j] = items[j] = self.value
+                continue
+            h = self.out.get(j)
+            q, items[j] = self._squeeze(self.value if h is None else self.value - h, self.count, j)
+            self.sent[j] = q if h is None else h + q
         self.count += 1
-        return {j: self.sent[j] for j in links.hears}
+        return items
 
-    def receive(self, links: Links, got: Mapping[int, Any]) -> None:
+    def receive(self, links: Links, got: Mapping[int, Read]) -> None:
         """See ``End``."""
+        sent, self.sent = self.sent, {}
+        for j in links.takes:
+            q, whole = got[j]
+            if q is not None:
+                self.back[j] = q if whole or j not in self.back else self.back[j] + q
         if self.value is None:
             return
-        self.mixed = np.zeros_like(self.value)
+        total = np.zeros_like(self.value)
         for j, weight in links.gives.items():
-            self.out[j] = self.out[j] + self.sent[j]
-            self.mixed = self.mixed - weight * self.out[j]
+            if j in sent:
+                self.out[j] = sent[j]
+                if j not in got or got[j].value is not None:
+                    total += self._moved(j, -weight * sent[j])
         for j, weight in links.takes.items():
-            self.back[j] = self.back.get(j, 0) + got[j]
-            self.mixed = self.mixed + weight * self.back[j]
-        self.sent = {}
+            if got[j].value is not None:
+                total += self._moved(j, weight * self.back[j])
+        self._back(total)
 
-    def mix(self) -> NDArray:
-        """See ``Node``."""
-        return self.mixed
+    def close(self, j: int) -> None:
+        """See ``End``."""
+        super().close(j)
+        for table in (self.out, self.back, self.sent):
+            table.pop(j, None)
 
 
 class Totals(End):
     """Shares given away, as running totals, so that a later message makes up for a lost one."""
 
     def __init__(self) -> None:
-        self.value: Any = None
+        super().__init__(conserved=False)
         self.given: dict[int, NDArray] = {}
         self.taken: dict[int, NDArray] = {}
-        self.arrived: Any = None
 
     def publish(self, value: NDArray) -> NDArray:
         """See ``Node``."""
         self.value = value
         return value
 
-    def send(self, links: Links) -> dict[int, Any]:
+    def send(self, links: Links, anew: Sequence[int]) -> dict[int, Item]:
         """See ``End``."""
         for j, share in links.shares.items():
-            self.given[j] = self.given.get(j, 0) + share * self.value
+            self.given[j] = self.given.get(j, NOTHING) + share * self.value
         return {j: self.given[j] for j in links.hears}
 
-    def receive(self, links: Links, got: Mapping[int, Any]) -> None:
+    def receive(self, links: Links, got: Mapping[int, Read]) -> None:
         """See ``End``."""
-        self.arrived = links.own * self.value
+        self.mixed = links.own * self.value
         for j in links.takes:
-            self.arrived = self.arrived + got[j] - self.taken.get(j, 0)
-            self.taken[j] = got[j]
+            total = got[j].value
+            self.mixed = self.mixed + total - self.taken.get(j, NOTHING)
+            self.taken[j] = total
 
-    def mix(self) -> NDArray:
-        """What was kept and what arrived."""
-        return self.arrived
+    def fresh(self, j: int) -> None:
+        """See ``End``."""
+        self.given.pop(j, None)
+        self.taken.pop(j, None)
 
 
 class Peer:
@@ -246,6 +345,7 @@ class Peer:
     ) -> None:
         self.x = x
         self._i, self._n, self._seed, self._starting = i, n, seed, common
+        self._pushes = method.pushes
         self._ends = {
             name: self._end(name, channel, method, fixed)
             for name, channel in method.channels.items()
@@ -259,16 +359,17 @@ class Peer:
         if method.pushes:
             return Totals()
         if method.exact:
-            return Values(lambda value, count: value)
+            return Values(None, channel.conserved)
         if not channel.memory:
-            return Values(squeeze)
-        return Sum(squeeze, channel.damping) if fixed else Copies(squeeze)
+            return Values(squeeze, channel.conserved)
+        return Public(squeeze, channel) if fixed else Copies(squeeze, channel.conserved)
 
     def _squeezer(self, compressor: Compressor, purpose: str) -> Any:
-        def squeeze(value: NDArray, index: int, to: int | None = None) -> NDArray:
+        def squeeze(value: NDArray, index: int, to: int | None = None) -> tuple[NDArray, bytes]:
             node = self._i if to is None else self._i * self._n + to
             generator = rng(self._seed, purpose, node, index) if compressor.draws else None
-            return compressor.compress(value, generator).dense()
+            message = compressor.compress(value, generator)
+            return message.dense(), message.encode()[0]
 
         return squeeze
 
@@ -294,13 +395,84 @@ class Peer:
         """From now on, what is published has to be sent."""
         self._starting = False
 
-    def outbox(self, links: Links) -> Mail:
-        """What goes to whom this round."""
+    def outbox(self, links: Links, anew: Sequence[int] = ()) -> dict[int, list[Item]]:
+        """What goes to whom this round, an item a channel; all there is to those ``anew``."""
         self.begun()
-        sent = [end.send(links) for end in self._ends.values()]
+        sent = [end.send(links, anew) for end in self._ends.values()]
         return {j: [items[j] for items in sent] for j in links.hears}
 
-    def inbox(self, links: Links, mail: Mail) -> None:
+    def read(self, items: Sequence[Item]) -> list[Read]:
+        """What a neighbour sent; see ``read``."""
+        values = [self.x if end.value is None else end.value for end in self._ends.values()]
+        found = read(items, [len(value) for value in values], self.x.dtype)
+        if self._pushes and any(one.value is None for one in found):
+            raise PeerError("a share is missing")
+        return found
+
+    def inbox(self, links: Links, mail: Mapping[int, Sequence[Read]]) -> None:
         """What came this round, of which ``links.takes`` says what counts."""
         for place, end in enumerate(self._ends.values()):
             end.receive(links, {j: mail[j][place] for j in links.takes})
+
+    def close(self, j: int) -> None:
+        """The link to ``j`` is out of use."""
+        for end in self._ends.values():
+            end.close(j)
+
+    def fresh(self, j: int) -> None:
+        """The node ``j`` has forgotten all."""
+        for end in self._ends.values():
+            end.fresh(j)
+
+    def fields(self) -> dict[str, Any]:
+        """The method's state."""
+        return {key: value for key, value in vars(self).items() if not key.startswith("_")}
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        ends = {name: end.state() for name, end in self._ends.items()}
+        return {"fields": trees.dump(self.fields()), "ends": ends, "starting": self._starting}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from what ``state`` answered."""
+        self._starting = state["starting"]
+        for key, value in trees.load(None, state["fields"]).items():
+            setattr(self, key, value)
+        for name, end in self._ends.items():
+            end.restore(state["ends"][name])
+
+
+def read(items: Sequence[Item], sizes: Sequence[int], dtype: np.dtype) -> list[Read]:
+    """One item a channel, of these sizes.
+
+    Raises:
+        PeerError: it is not what a node of this run sends.
+    """
+    if len(items) != len(sizes):
+        raise PeerError(f"a message has {len(items)} items, not one a channel")
+    found = []
+    for item, d in zip(items, sizes, strict=True):
+        if item is None:
+            found.append(Read(None, False))
+            continue
+        whole = isinstance(item, np.ndarray)
+        value = item if isinstance(item, np.ndarray) else decode([item], d).dense()
+        if value.shape != (d,) or value.dtype != dtype:
+            raise PeerError(
+                f"a vector is {value.dtype} of shape {list(value.shape)}, where {dtype} of shape "
+                f"[{d}] is right"
+            )
+        if not np.isfinite(value).all():
+            raise PeerError("a vector is not finite")
+        found.append(Read(value, whole))
+    return found
+
+
+def nbytes(items: Sequence[Item]) -> int:
+    """Bytes of a message."""
+    sizes = (
+        len(item) if isinstance(item, bytes) else HEADER + item.nbytes
+        for item in items
+        if item is not None
+    )
+    return sum(sizes)

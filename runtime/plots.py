@@ -61,7 +61,7 @@ def picture(results: Sequence["Result"], path: Path, labels: Sequence[str] | Non
         if max(ends) > UNLIKE * min(ends) > 0:  # else the shortest run is a stub at the edge
             axes.set_xscale("symlog", linthresh=max(1.0 / unit, min(ends) / UNLIKE))
             axes.set_xlim(left=0)
-        axes.set(xlabel=label, ylabel="loss" if at == 0 else "")
+        axes.set(xlabel=_seconds(label, results), ylabel="loss" if at == 0 else "")
         axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8 if len(results) > TIMELINES else None)
     window = _window([result.trace for result in shown]) if shown else 0.0
@@ -94,6 +94,11 @@ def _lines(results: Sequence["Result"]) -> list[dict[str, Any]]:
     ]
 
 
+def _seconds(label: str, results: Sequence["Result"]) -> str:
+    """``label``, of which real seconds are not virtual."""
+    return label.removeprefix("virtual ") if results[0].experiment.real else label
+
+
 def _window(traces: Sequence[NDArray]) -> float:
     """Virtual seconds to show: a few of the slowest jobs, at most BARS jobs in any timeline."""
     slowest = max(float((column(t, "end_s") - column(t, "start_s")).max()) for t in traces)
@@ -117,7 +122,8 @@ def _timeline(axes: Any, result: "Result", window: float, colour: str) -> None:
             axes.broken_barh(
                 spans[odd::2], (worker - 0.4, 0.8), facecolors=colour, alpha=alpha, linewidth=0
             )
-    axes.set(xlim=(0, window), ylim=(n - 0.4, -0.6), xlabel="virtual seconds", ylabel="worker")
+    axes.set(xlim=(0, window), ylim=(n - 0.4, -0.6), xlabel=_seconds("virtual seconds", [result]))
+    axes.set_ylabel("worker")
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set_facecolor("#f0f0f0")
     fraction = result.final["busy"]
@@ -170,9 +176,7 @@ def _graph(axes: Any, topology: "Topology", k: int) -> None:
     from matplotlib.collections import LineCollection
 
     graph, n = topology.graph(k), topology.n
-    angle = 2 * np.pi * np.arange(n) / n
-    circle = np.column_stack([np.sin(angle), np.cos(angle)])
-    at = np.array([_place(graph.nodes[i].get("pos"), circle[i]) for i in range(n)])
+    at = places(topology, k)
     edges = np.array(graph.edges, int).reshape(-1, 2)
     weight = np.abs(topology.matrix(k).toarray()[edges[:, 1], edges[:, 0]])
     if topology.directed and len(edges) <= ARROWS:
@@ -188,6 +192,14 @@ def _graph(axes: Any, topology: "Topology", k: int) -> None:
     axes.scatter(*at.T, s=np.clip(1200 / n, 6, 60), color=COLOURS[1], zorder=3)
     axes.set_aspect("equal")
     axes.margins(0.08)
+
+
+def places(topology: "Topology", k: int = 0) -> NDArray:
+    """``[n, 2]``: where nodes are in round ``k``; else on a circle from the top, clockwise."""
+    graph, n = topology.graph(k), topology.n
+    angle = 2 * np.pi * np.arange(n) / n
+    circle = np.column_stack([np.sin(angle), np.cos(angle)])
+    return np.array([_place(graph.nodes[i].get("pos"), circle[i]) for i in range(n)])
 
 
 def _place(pos: Any, otherwise: NDArray) -> NDArray:

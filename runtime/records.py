@@ -27,6 +27,7 @@ class Records:
         fleet: whose workers they are.
         folder: where metrics.jsonl and trace.jsonl are written, or None.
         trace: whether arrivals are kept.
+        nodes: whether gossip measures every node's loss.
     """
 
     def __init__(
@@ -34,7 +35,9 @@ class Records:
         fleet: Fleet,
         folder: Path | None,
         trace: bool = True,
+        nodes: bool = False,
     ) -> None:
+        self.nodes = nodes
         self.done = np.zeros(fleet.workers, np.int64)  # results of each worker
         self.busy_s = np.zeros(fleet.workers)  # seconds it spent on them
         self._counted = 0  # rows that are in these two
@@ -170,6 +173,11 @@ class Records:
         self.flush()
         row = {"time_s": time_s} | row
         self.events.append(row)
+        self._write("trace.jsonl", json.dumps(row) + "\n")
+
+    def note(self, row: dict[str, Any]) -> None:
+        """A line of the trace file that only a replay reads."""
+        self.flush()
         self._write("trace.jsonl", json.dumps(row) + "\n")
 
     def trace(self) -> NDArray:

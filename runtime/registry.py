@@ -9,7 +9,7 @@ import ast
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
@@ -57,6 +57,25 @@ class Spec:
     def __str__(self) -> str:
         inner = ", ".join(f"{k}={v!r}" for k, v in self.options.items() if v is not None)
         return f"{self.name}({inner})" if inner else self.name
+
+
+def told_apart(specs: Sequence[Spec]) -> list[str]:
+    """The names in ``specs``, with the options that tell apart those of one name.
+
+    >>> told_apart([Spec("ring", {"n": 4}), Spec("ring", {"n": 8}), Spec("star", {"n": 8})])
+    ['ring n=4', 'ring n=8', 'star']
+    """
+    return [
+        " ".join(
+            [spec.name]
+            + [
+                f"{key}={value}"
+                for key, value in spec.options.items()
+                if any(o.name == spec.name and o.options.get(key) != value for o in specs)
+            ]
+        )
+        for spec in specs
+    ]
 
 
 def _plain(value: Any) -> bool:

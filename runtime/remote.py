@@ -157,6 +157,7 @@ class LiveWorkers(RemoteWorkers):
         self._pace, self._measured = pace, fleet.law().measured
         self._waits = fleet.on_outage == "pause"  # jobs wait for their worker's return
         self._came: list[Left | Joined | Note] = []  # to be told, oldest first
+        self._without: set[int] = set()  # workers whose process is gone, and may be back
         self._began_s, self._before_s = time.monotonic(), 0.0
 
     def clock_s(self) -> float:
@@ -169,7 +170,8 @@ class LiveWorkers(RemoteWorkers):
 
     def idle(self) -> bool:
         """See ``VirtualWorkers``."""
-        return not (self.outstanding or self._came) and self._change_s == math.inf
+        waits = self.outstanding or self._came or self._without
+        return not waits and self._change_s == math.inf
 
     def pop(self, before_s: float) -> Job | Left | Joined | Timer | Note | None:
         """The next event, waiting for it for a little while; None where none came by then."""
@@ -244,11 +246,13 @@ class LiveWorkers(RemoteWorkers):
 
     def _gone(self, event: Gone) -> None:
         super()._gone(event)
+        self._without.add(event.worker)
         self._came.append(Note({"event": "gone", "worker": event.worker, "why": event.why}))
         if not self._waits and event.worker not in self._away:
             self._came.append(Left(event.worker, []))
 
     def _back(self, worker: int) -> None:
+        self._without.discard(worker)
         if self._waits:
             super()._back(worker)
             self._came.append(Note({"event": "back", "worker": worker}))

@@ -40,7 +40,7 @@ class Rounds(GossipLoop):
             the two ends of every link, or "global": every message reaches all who are ever
             neighbours, in every round.
         initial: ``[n, d]``, where the nodes start; None: all at the task's initial point.
-        work: what takes a gradient's place; it keeps nothing between rounds.
+        work: what takes a gradient's place.
         around: see ``Loop``.
     """
 
@@ -82,6 +82,7 @@ class Rounds(GossipLoop):
         self.free_s = np.zeros(self.n)  # when what it sent then has arrived, but for the bytes
         self._sent = np.zeros(self.n)  # seconds its bytes took
         self._steps = np.full(self.n, self.work.steps)
+        self._kept = self.work.keep(self.n, start)  # by the nodes, between rounds
         self._all, self._draws = np.arange(self.n), np.zeros(self.n, np.int64)
 
     def _wire(self, name: str, seed: int) -> Wire:
@@ -130,6 +131,7 @@ class Rounds(GossipLoop):
         now = self.network.round(k, present)
         self._send(now)
         before = node.snapshot() if present is not None else None
+        kept = {} if present is None else {name: held.copy() for name, held in self._kept.items()}
         try:
             # What is asked for is not held on to here: it may be the last to hold a whole [n, d].
             self.method.tell(node, self._gradients(self.method.ask(node), k + 1))
@@ -142,6 +144,8 @@ class Rounds(GossipLoop):
         self._spend(k + 1, self._ready(now), present)
         if before is not None and present is not None:
             node.keep(before, ~present)
+            for name, held in kept.items():
+                self._kept[name][~present] = held[~present]
         self.round += 1
         return True
 
@@ -150,8 +154,7 @@ class Rounds(GossipLoop):
         draws.fill(draw * self.work.steps)
         points = wanted if isinstance(wanted, tuple) else (wanted,)
         found = []
-        for x in points:
-            losses, gradients = self.work.update(self.task, x, self._all, draws, self._steps, {})
+        for losses, gradients in self._answers(points, self._all, draws, self._steps, self._kept):
             if not math.isfinite(np.add.reduce(losses)):
                 good = np.isfinite(losses) & np.isfinite(gradients).all(axis=1)
                 if not good.all():
@@ -212,7 +215,7 @@ class Rounds(GossipLoop):
     def _measured(self) -> dict[str, float]:
         self.records.flush()
         row = {"time_s": self.time_s, "step": self.round, "gradients": self.gradients}
-        row |= measure(self.method.models(self.node), self._evaluated)
+        row |= measure(self.method.models(self.node), self._evaluated, self.records.nodes)
         row["bytes"], row["bytes_edge"] = self.bytes, self.bytes / max(self.messages, 1)
         busy_s = float(self.records.busy_s.sum())
         row["busy"] = busy_s / (self.n * self.time_s) if self.time_s else 0.0
@@ -230,6 +233,7 @@ class Rounds(GossipLoop):
             "gradients": self.gradients,
             "step": self.round,
             "node": self.node.state(),
+            "kept": self._kept,
             "times": [self.end_s, self.free_s, self._sent],
             "counters": {key: getattr(self, key) for key in self._COUNTERS},
             "records": self.records.state(),
@@ -239,6 +243,7 @@ class Rounds(GossipLoop):
         """See ``Loop``."""
         self._started = True
         self.node.restore(state["node"])
+        self._kept = state["kept"]
         self.end_s, self.free_s, self._sent = state["times"]
         for key, value in state["counters"].items():
             setattr(self, key, value)

@@ -15,7 +15,8 @@ class Stop:
         steps: server steps; rounds of gossip, on average over the nodes.
         seconds: virtual seconds.
         gradients: in the results that arrived; a local step is one.
-        loss: the full objective, looked at when the run evaluates.
+        loss: a level of ``metric``, looked at when the run evaluates.
+        metric: a column of the metrics: the full objective if nothing is said.
         wall_s: real seconds of this process.
     """
 
@@ -23,6 +24,7 @@ class Stop:
     seconds: Positive | None = None
     gradients: Count | None = None
     loss: Finite | None = None
+    metric: str = "loss"
     wall_s: Positive | None = None
 
     def __post_init__(self) -> None:

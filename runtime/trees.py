@@ -24,6 +24,8 @@ def dump(value: Any, where: str = "the algorithm") -> Any:
         return {"scalar": np.asarray(value)}
     if isinstance(value, LEAVES):
         return value
+    if isinstance(value, bytes):
+        return {"bytes": np.frombuffer(value, np.uint8)}
     if isinstance(value, tuple):
         return {"tuple": [dump(item, where) for item in value]}
     if isinstance(value, list):
@@ -52,6 +54,8 @@ def load(target: Any, tree: Any, where: str = "the algorithm") -> Any:
     ((kind, inner),) = tree.items()
     if kind == "scalar":
         return inner[()]
+    if kind == "bytes":
+        return inner.tobytes()
     if kind == "tuple":
         return tuple(load(None, item, where) for item in inner)
     if kind == "dict":

@@ -129,7 +129,7 @@ class VirtualWorkers:
         self.most_steps = work.steps  # of a job so far
         # Samples of each shard that jobs were given; until a job is anything but one gradient of
         # its worker's own data, the jobs' numbers say the same (and nothing is spent on it).
-        self._drawn: list[int] | None = None if self.plain else [0] * n
+        self._drawn: list[int] | None = None if self.plain else [0] * task.workers
         self._timers: list[tuple[float, int, int]] = []  # heap of (time, order, token)
         self._follows = False  # a trace, which says when timers rang
         self.now_s = 0.0
@@ -151,6 +151,7 @@ class VirtualWorkers:
         self._changes: list[tuple[float, int, int]] = []
         self._next_change = 0
         self._away: set[int] = set()
+        self._spare: list[int] = []  # who came back to find nothing to do
         # Jobs with nobody there to take them: the arguments of ``take``.
         self._stranded: list[tuple[NDArray, int, More | None]] = []
         windows = fleet.windows()
@@ -171,6 +172,10 @@ class VirtualWorkers:
                 self._stranded.append((x, step, more))
                 return
             worker = here
+        if self._spare:  # a job that would wait is for one of them
+            if worker not in self._spare and self._running[worker] is not None:
+                worker = self._spare[0]
+            self._spare = [w for w in self._spare if w != worker]
         number = self._numbers[worker]
         self._numbers[worker] = number + 1
         job = Job(self._serial, worker, number, x, step, self.now_s)
@@ -186,7 +191,7 @@ class VirtualWorkers:
     def _address(self, job: Job, more: More) -> None:
         """Say what is more to a job than its worker's next gradient."""
         if self._drawn is None:
-            self._drawn = list(self._numbers)
+            self._drawn = self._numbers + [0] * (self.task.workers - self.n)
             self._drawn[job.worker] -= 1  # this job's own
         if more.shard is not None:
             job.shard = more.shard
@@ -405,6 +410,7 @@ class VirtualWorkers:
 
     def _leave(self, worker: int) -> Left:
         self._away.add(worker)
+        self._spare = [w for w in self._spare if w != worker]
         jobs = self._unfinished(worker)
         for job in reversed(jobs):
             self._drop(job)
@@ -432,10 +438,14 @@ class VirtualWorkers:
         here = [w for w in range(self.n) if w not in self._away]
         return min(here, key=lambda w: (len(self._jobs_of(w)), w), default=None)
 
-    def relieve(self) -> bool:
-        """Take back the newest waiting job from the longest queue, if there is one."""
+    def relieve(self, worker: int) -> bool:
+        """Take back the newest waiting job from the longest queue, if there is one.
+
+        If not, the next job that would have to wait is for ``worker``.
+        """
         longest = max(range(self.n), key=lambda w: (len(self._queues[w]), -w))
         if not self._queues[longest]:
+            self._spare.append(worker)
             return False
         self._drop(self._queues[longest][-1])
         return True
@@ -445,7 +455,7 @@ class VirtualWorkers:
     _COUNTERS = (
         *("now_s", "outstanding", "peak", "lost", "reassigned", "cancelled"),
         *("_serial", "_order", "_held", "_next_change", "_numbers", "_free_s"),
-        *("extra", "most_steps", "_drawn", "_kept"),
+        *("extra", "most_steps", "_drawn", "_kept", "_spare"),
     )
 
     def state(self) -> dict[str, Any]:

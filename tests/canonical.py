@@ -14,6 +14,7 @@ from offbeat.algorithms.gossip import (
     momentum_tracking,
     motef,
     motef_vr,
+    noloco,
 )
 from offbeat.runtime.network import Network
 from offbeat.runtime.pairs import Pairs
@@ -62,6 +63,7 @@ METHODS = {
     "motef": motef(lr=0.02, gamma=0.3, compressor="qsgd(8)"),
     "motef-vr": motef_vr(lr=0.02, compressor="randk(0.3)"),
     "gradient-push": gradient_push(lr=0.03),
+    "noloco": noloco(lr=0.02, momentum=0.5),
 }
 GRAPHS = (
     *("ring", "star", "complete", "exponential", "random-regular", "one-peer-exponential"),
@@ -130,7 +132,7 @@ class Peers:
         links = [Links(now, i) for i in range(len(self.nodes))]
         sent = [node.outbox(mine) for node, mine in zip(self.nodes, links, strict=True)]
         for i, node in enumerate(self.nodes):
-            node.inbox(links[i], {j: mail[i] for j, mail in enumerate(sent) if i in mail})
+            node.inbox(links[i], {j: node.read(m[i]) for j, m in enumerate(sent) if i in m})
         for i, node in enumerate(self.nodes):
             self.method.tell(node, self.gradient(i, self.method.ask(node)))
 

@@ -29,7 +29,13 @@ METHODS = {
         "buffer": 4, "c": 0.1, "momentum": 0.5, "grace_s": 0.3, "charged": False, "dylu": True,
     },
     "look-ahead": {"momentum": 0.5, "grace_s": 0.2},
-    "decoupled-diloco": {"momentum": 0.5, "quorum": 3, "grace_s": 0.4},
+    "decoupled-diloco": {
+        "momentum": 0.5, "quorum": 3, "fragments": 2, "overlap": 1, "alpha": 0.3,
+    },
+    "streaming-diloco": {"momentum": 0.5, "fragments": 3},
+    "eager-diloco": {"momentum": 0.5},
+    "heloco": {"momentum": 0.5, "grace_s": 0.2},
+    "muloco": {"momentum": 0.5},
     "halos": {"region_lr": 0.1, "region_momentum": 0.5, "region_buffer": 2, "push": 3, "lr": 0.5},
 }  # fmt: skip
 # What workers do with a job, where it is more than a gradient.
@@ -37,7 +43,8 @@ WORKS = {
     name: "local-steps(momentum(lr=0.2, beta=0.3), steps=3)"
     for name in (
         *("local-sgd", "diloco", "async-local-sgd", "delayed-nesterov"),
-        *("look-ahead", "decoupled-diloco", "halos"),
+        *("look-ahead", "decoupled-diloco", "halos", "streaming-diloco", "eager-diloco"),
+        *("heloco", "muloco"),
     )
 }
 

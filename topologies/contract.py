@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -39,9 +40,18 @@ class Topology:
         directed: bool = False,
     ) -> None:
         self.n, self.period, self.directed = n, period, directed
-        self._graph = graph
+        self._graph, self._made = graph, matrix
         kept = min(period or 1, KEPT_ROUNDS)
         self._matrix = lru_cache(maxsize=kept)(lambda k: _finished(matrix(k)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the matrices that are kept."""
+        return {key: value for key, value in vars(self).items() if key != "_matrix"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        n, period, directed = state["n"], state["period"], state["directed"]
+        self.__init__(n, state["_made"], period=period, directed=directed)  # type: ignore[misc]
+        vars(self).update(state)
 
     def matrix(self, k: int = 0) -> sparse.csr_array:
         """W of round ``k``, ``[n, n]``, without stored zeros; its numbers are read-only."""

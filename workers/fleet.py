@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -11,9 +12,19 @@ from pydantic import Field
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.registry import Count, Fraction, Natural, NonNegative, Positive, settings
-from offbeat.workers.speeds import BLOCK, MOST_S, Clock, Constant, Law, Paused, parse
+from offbeat.workers.speeds import (
+    BLOCK,
+    MOST_S,
+    Clock,
+    Constant,
+    Law,
+    Paused,
+    parse,
+    recorded_workers,
+)
 
 Delay = Annotated[float, Field(ge=0, le=MOST_S, allow_inf_nan=False)]
+TRACED = "trace:"  # what a fleet from records begins with
 Rate = Annotated[float, Field(ge=1 / MOST_S, allow_inf_nan=False)]
 
 
@@ -113,9 +124,14 @@ class Fleet:
     def parse(text: str) -> "Fleet":
         """A fleet from its short text: workers, speed law, then ``key=value``.
 
+        Or ``trace:PATH``, the workers of a recorded run (its folder), or of a CSV of their times.
+
         >>> str(Fleet.parse("16 lognormal(1.0) stragglers=2x10"))
         '16 lognormal(1.0) stragglers=2x10'
         """
+        if text.startswith(TRACED):
+            path = Path(text.removeprefix(TRACED).strip()).expanduser().resolve()
+            return Fleet(workers=recorded_workers(path), speeds=f"trace({str(path)!r})")
         words = text.split(" ")
         try:
             options: dict[str, Any] = {"workers": int(words[0])}

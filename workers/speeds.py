@@ -9,6 +9,7 @@ and, for laws that follow the clock, of the second at which it starts.
 import ast
 import json
 import re
+import tomllib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -282,24 +283,36 @@ def periodic(period_s: Positive = 100.0, slowdown: Positive = 3.0, mean: Seconds
 
 @SPEEDS.register("trace")
 def trace(file: str) -> Law:
-    """Times from a file: CSV lines "worker,seconds", or the trace.jsonl of a run; cycled."""
+    """Times from a run's folder or trace.jsonl, or CSV "worker,seconds" or "worker,start,end"."""
     path = Path(file).expanduser()
+    return Law(1.0, lambda means, seed: Recorded(recorded_times(path, len(means))))
 
-    def make(means: NDArray, seed: int) -> Clock:
-        times: list[list[float]] = [[] for _ in means]
-        for line, worker, taken in _trace_rows(path):
-            if not 0 <= worker < len(times):
-                raise ConfigError(f"{path} line {line}: there is no worker {worker}")
-            if not 0 <= taken < np.inf:
-                raise ConfigError(f"{path} line {line}: {taken} is not a time")
-            times[worker].append(taken)
-        if short := [w for w, mine in enumerate(times) if not mine]:
-            raise ConfigError(f"{path}: has no times for worker {short[0]}")
-        if not any(map(any, times)):
-            raise ConfigError(f"{path}: all of its times are zero")
-        return Recorded(times)
 
-    return Law(1.0, make)
+def recorded_times(path: Path, workers: int) -> list[list[float]]:
+    """The seconds of a gradient in each worker's jobs, in their order; see ``trace``."""
+    path = _trace_file(path)
+    steps = _steps(path.parent / "experiment.toml") if path.suffix == ".jsonl" else 1
+    times: list[list[float]] = [[] for _ in range(workers)]
+    for line, worker, taken in _trace_rows(path):
+        if not 0 <= worker < workers:
+            raise ConfigError(f"{path} line {line}: there is no worker {worker}")
+        if not 0 <= taken < np.inf:
+            raise ConfigError(f"{path} line {line}: {taken} is not a time")
+        times[worker].append(taken / steps)
+    if short := [w for w, mine in enumerate(times) if not mine]:
+        raise ConfigError(f"{path}: has no times for worker {short[0]}")
+    if not any(map(any, times)):
+        raise ConfigError(f"{path}: all of its times are zero")
+    return times
+
+
+def recorded_workers(path: Path) -> int:
+    """How many workers a trace has."""
+    return 1 + max((worker for _, worker, _ in _trace_rows(_trace_file(path))), default=0)
+
+
+def _trace_file(path: Path) -> Path:
+    return path / "trace.jsonl" if path.is_dir() else path
 
 
 class Recorded(Clock):
@@ -327,10 +340,27 @@ def _trace_rows(path: Path) -> Iterator[tuple[int, int, float]]:
                 if isinstance(row, list) and not isinstance(row[0], str):
                     yield number, row[1], row[6] - row[5]
             elif line.strip() and not (number == 1 and line.startswith("worker")):
-                worker, taken = line.split(",")
-                yield number, int(worker), float(taken)
+                worker, *spans = line.split(",")
+                start_s, end_s = map(float, spans) if len(spans) == 2 else (0.0, float(*spans))
+                yield number, int(worker), end_s - start_s
         except (ValueError, IndexError, TypeError):
             raise ConfigError(f'{path} line {number}: "{line[:40]}" is no worker,seconds') from None
+
+
+def _steps(path: Path) -> int:
+    """Local steps of each job of the run whose experiment.toml is at ``path``."""
+    if not path.exists():
+        return 1
+    try:
+        run = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    if run["algorithm"].get("dylu"):
+        raise ConfigError(
+            f"{path.parent}: its jobs are of different numbers of local steps (dylu), which its "
+            "trace does not have; record a run without"
+        )
+    return int(run["work"].get("steps", 1))
 
 
 class Instant(Clock):

@@ -380,6 +380,8 @@ def local_steps(
     made = INNERS.parse(inner) if isinstance(inner, str) else inner
     if total is not None and total <= warmup:
         raise ConfigError(f"local-steps: total={total} must be more than warmup={warmup}")
+    if last_lr and total is None:
+        raise ConfigError(f"local-steps: last_lr={last_lr} is where a cosine ends; give its total")
     if last_lr > made.lr:
         raise ConfigError(f"local-steps: last_lr={last_lr} is above the learning rate {made.lr}")
     return LocalSteps(made, steps, clip, warmup, total, last_lr, fresh)

@@ -8,6 +8,7 @@ from offbeat.algorithms.gossip.deepsqueeze import deepsqueeze
 from offbeat.algorithms.gossip.dsgd import ad_psgd, dsgd
 from offbeat.algorithms.gossip.exact_diffusion import exact_diffusion
 from offbeat.algorithms.gossip.motef import beer, motef, motef_vr
+from offbeat.algorithms.gossip.noloco import noloco
 from offbeat.algorithms.gossip.push import gradient_push
 from offbeat.algorithms.gossip.tracking import dsgt, momentum_tracking
 
@@ -29,4 +30,5 @@ __all__ = [
     "momentum_tracking",
     "motef",
     "motef_vr",
+    "noloco",
 ]

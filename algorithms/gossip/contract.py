@@ -33,11 +33,14 @@ class Channel:
         memory: whether a message is the compressed difference to the public copy; else it is the
             compressed value, and the public copy is that.
         damping: how far the public copy moves towards what is published, in (0, 1].
+        conserved: whether the nodes' sum must be that of what they put in, also of those that are
+            left when others are gone: what was mixed in from one that is gone is given back.
     """
 
     gain: float = 1.0
     memory: bool = True
     damping: float = 1.0
+    conserved: bool = False
 
 
 class Node(Protocol):

@@ -30,8 +30,8 @@ class MoTEF(Gossip):
     """Momentum tracking with compression and error feedback; see the module."""
 
     def __init__(self, lr: float, gamma: float, lam: float, compressor: str | Compressor) -> None:
-        both = Channel(gain=gamma)
-        super().__init__({"x": both, "v": both}, compressor)
+        channels = {"x": Channel(gain=gamma), "v": Channel(gain=gamma, conserved=True)}
+        super().__init__(channels, compressor)
         self.lr, self.gamma, self.lam = lr, gamma, lam
 
     def init(self, node: Node) -> NDArray:

@@ -26,7 +26,7 @@ class DSGT(Gossip):
     """Gradient tracking, of the gradient or of its momentum; see the module."""
 
     def __init__(self, lr: float, momentum: float, order: Order) -> None:
-        super().__init__({"x": Channel(), "v": Channel()})
+        super().__init__({"x": Channel(), "v": Channel(conserved=True)})
         self.lr, self.momentum = lr, momentum
         self.adapt_first = order == "adapt-then-combine"
 

@@ -44,13 +44,20 @@ class Server(Protocol):
     step: int
     """Steps taken so far."""
     n: int
-    """Number of workers; they are 0..n-1, and so are the shards of the data."""
+    """Number of workers; they are 0..n-1."""
+    shards: int
+    """Parts that the data is divided in, 0..shards-1; worker i's own is i."""
     steps: int
     """Local steps of a job where nothing else is said."""
 
     @property
     def sizes(self) -> NDArray:
-        """``[n]``: how much data each shard has."""
+        """``[shards]``: how much data each shard has."""
+        ...
+
+    @property
+    def tensors(self) -> list[slice]:
+        """Where each tensor of the model lies in ``x``; all of it, where the task does not say."""
         ...
 
     @property
@@ -109,6 +116,8 @@ class Algorithm(ABC):
     """
 
     spec: Spec | None = None
+    any_shard = False
+    """Whether its jobs can be on any shard; only then may there be more shards than workers."""
 
     def check(self, n: int) -> None:  # noqa: B027 - most have nothing to refuse
         """Raise ConfigError where the method cannot run on n workers."""

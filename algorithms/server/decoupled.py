@@ -1,70 +1,194 @@
-"""Decoupled DiLoCo, 2026 (arXiv:2604.21428).
+"""Decoupled DiLoCo for Resilient Distributed Pre-training; Streaming DiLoCo is a corner of it.
 
-Independent learners and a central syncer that merges as soon as a minimum quorum is there: after
-K results a window of grace opens for those that are nearly done; then the mean of what came, each
-weighted by the tokens it was trained on, is one outer step, and those that came start again from
-the new model.  Learners that were not there go on undisturbed.  Read from summaries: UNVERIFIED.
-The outer step is DiLoCo's; tokens are counted as local steps.  Left out, since what was at hand
-does not determine them: how the window adapts, radial-directional averaging, and the fragments
-in which the model is sent.
+Douillard et al., 2026 (arXiv:2604.21428); Streaming DiLoCo with overlapping communication,
+Douillard et al., 2025 (arXiv:2501.18512).  The model is cut in P fragments, which take turns: in
+each round a syncer merges one of them and makes its outer step.  Learners have jobs of H/P local
+steps, where every fragment is to be merged once in H.  Between two of them a learner
+
+    gives   what it moved the round's fragment by since it last took that one, once a round;
+    takes   the fragments merged meanwhile, theta <- alpha theta + (1 - alpha) x (and gives after
+            it, where the last merge has heard of all that it did);
+    goes on from its own theta, for ``overlap`` jobs before it waits for a merge.
+
+A round merges when all have given, or ``grace_s`` after the quorum has, whoever else has by then:
+by the mean, weighted by tokens (counted in local steps since the learner last took the fragment),
+or by radial-directional averaging of each tensor v, (sum w |v| / sum w) u/|u|, u = sum w v/|v|, of
+which the length does not shrink where learners disagree.  With grace_s = None it waits as long as
+nobody need stand still: max(0, overlap steps xi_step - xi_quorum), xi_step the slowest learner's
+seconds a step and xi_quorum those that the quorum took.
+
+From public summaries and re-implementations, not from the papers: UNVERIFIED.  Ours: tensors are
+dealt out to the fragments in turn (a model of fewer is cut in equal runs), embeddings are merged
+like all else, one fragment at a time is under way, messages are not compressed.  The virtual clock
+has a learner hear from the syncer between jobs; on links of no latency, that costs nothing.
 """
 
-from typing import Annotated
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
 from offbeat.algorithms.server.contract import ALGORITHMS, Algorithm, Server, Update
-from offbeat.algorithms.server.outer import Momentum
 from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.registry import Count, Fraction, Positive
+from offbeat.runtime.registry import Count, Fraction, Natural, Positive
+
+Merge = Literal["mean", "radial-directional"]
 
 
-class DecoupledDiLoCo(Algorithm):
-    """Quorum, grace, weighted merge."""
+class Fragments(Algorithm):
+    """See the module; ``quorum`` None is everybody."""
 
-    def __init__(self, lr: float, momentum: float, quorum: int, grace_s: float) -> None:
-        self.lr, self.quorum, self.grace_s = lr, quorum, grace_s
-        self.outer = Momentum(momentum, nesterov=True)
-        self.done: list[int] = []  # workers whose results wait for the merge
-        self.total: NDArray | float = 0.0  # [d], sum of steps times updates
-        self.tokens = 0  # sum of steps
-        self.merges = 0
+    def __init__(
+        self, lr: float, momentum: float, quorum: int | None, grace_s: float | None,
+        fragments: int, overlap: int, alpha: float, merge: Merge,
+    ) -> None:  # fmt: skip
+        self.lr, self.beta, self.quorum, self.grace_s = lr, momentum, quorum, grace_s
+        self.fragments, self.overlap, self.alpha = fragments, overlap, alpha
+        self.radial = merge == "radial-directional"
+        self.parts: list[list[tuple[int, int]]] = []  # fragment -> (first, end) of its tensors
+        self.m: Any = None  # [d], outer momentum
+        # Of each learner:
+        self.base: list[NDArray] = []  # [d], fragments as it took them last
+        self.steps: list[list[int]] = []  # fragment -> its local steps since then
+        self.due: list[list[int]] = []  # fragments it has still to take
+        self.jobs: list[int] = []  # since it gave last
+        self.given: list[bool] = []  # whether it has given in this round
+        self.heard: list[bool] = []  # and in the one before
+        self.step_s: list[float] = []  # seconds a step
+        self.waiting: list[tuple[int, NDArray]] = []  # learner, its theta [d]
+        # Of the round:
+        self.t = 0
+        self.count = self.weight = 0  # who has given; sum of weights
+        self.sums: list[Any] = []  # tensor -> sum w v, or sum w v/|v|
+        self.lengths: list[float] = []  # tensor -> sum w |v|
+        self.now_s = self.opened_s = self.closes_s = 0.0
 
     def check(self, n: int) -> None:
         """A quorum can be met."""
-        if self.quorum > n:
+        if self.quorum is not None and self.quorum > n:
+            raise ConfigError(f"a quorum of {self.quorum}, but there are {n} workers")
+        if self.fragments == 1 and self.overlap and not self.alpha:
             raise ConfigError(
-                f"decoupled-diloco: a quorum of {self.quorum}, but there are {n} workers"
+                "with one fragment and alpha=0, what is done in the overlap is thrown away; take "
+                "more fragments, alpha=0.5 or overlap=0"
             )
 
+    def start(self, server: Server) -> None:
+        """See ``Algorithm``."""
+        n, d, fragments = server.n, server.x.size, self.fragments
+        if fragments > d:
+            raise ConfigError(f"{fragments} fragments of a model of {d} parameters")
+        tensors = [(part.start, part.stop) for part in server.tensors]
+        if len(tensors) < fragments:
+            tensors = list(pairwise(d * k // fragments for k in range(fragments + 1)))
+        self.parts = [tensors[k::fragments] for k in range(fragments)]
+        self.m = np.zeros_like(server.x)
+        self.base, self.step_s, self.jobs = [server.x] * n, [0.0] * n, [0] * n
+        self.steps, self.due = [[0] * fragments for _ in range(n)], [[] for _ in range(n)]
+        self.given = [False] * n
+        self._open()
+        super().start(server)
+
     def arrive(self, server: Server, update: Update) -> None:
-        """Collect; at the quorum, open the window."""
-        self.total = self.total + update.steps * update.payload
-        self.tokens += update.steps
-        self.done.append(update.worker)
-        if not server.outstanding:
-            self._merge(server)
-        elif len(self.done) == self.quorum:
-            server.after(self.grace_s, self.merges)
+        """A learner is between two jobs."""
+        i, self.now_s = update.worker, update.time_s
+        self.step_s[i] = (update.end_s - update.start_s) / update.steps
+        self.steps[i] = [steps + update.steps for steps in self.steps[i]]
+        self.jobs[i] += 1
+        theta, weight = update.x - update.payload, self.steps[i][self.t % self.fragments]
+        if self.heard[i]:
+            self._take(server, i, theta)
+        if not self.given[i]:
+            self._give(server, i, theta, weight)
+        self._take(server, i, theta)
+        if self.jobs[i] >= self.overlap:
+            self.waiting.append((i, theta))
+        else:
+            server.assign(i, at=theta)
+        self._check(server)
 
     def timer(self, server: Server, token: int) -> None:
         """The window is over, unless everybody came before."""
-        if token == self.merges:
+        if token == self.t:
+            self.now_s = self.closes_s
             self._merge(server)
 
     def lost(self, server: Server, worker: int) -> None:
         """Nobody is waited for in vain."""
-        if self.done and not server.outstanding:
+        self._check(server)
+
+    def joined(self, server: Server, worker: int, lost: int) -> None:
+        """It begins with the newest model."""
+        self.base[worker], self.due[worker] = server.x, []
+        self.steps[worker] = [0] * self.fragments
+        super().joined(server, worker, lost)
+
+    def _open(self) -> None:
+        """A round begins."""
+        tensors = len(self.parts[self.t % self.fragments])
+        self.heard, self.given = self.given, [False] * len(self.given)
+        self.count = self.weight = 0
+        self.sums, self.lengths = [0.0] * tensors, [0.0] * tensors
+        self.opened_s = self.now_s
+
+    def _take(self, server: Server, i: int, theta: NDArray) -> None:
+        due, self.due[i] = self.due[i], []
+        base = self.base[i].copy() if due else self.base[i]
+        for p in due:
+            for first, end in self.parts[p]:
+                x, mine = server.x[first:end], theta[first:end]
+                base[first:end] = x
+                mine[:] = self.alpha * mine + (1 - self.alpha) * x
+            self.steps[i][p] = 0
+        self.base[i] = base
+
+    def _give(self, server: Server, i: int, theta: NDArray, weight: int) -> None:
+        for k, (first, end) in enumerate(self.parts[self.t % self.fragments]):
+            v = self.base[i][first:end] - theta[first:end]
+            if self.radial:
+                length = float(np.linalg.norm(v))
+                self.lengths[k] += weight * length
+                v = v / (length or 1.0)
+            self.sums[k] = self.sums[k] + weight * v
+        self.weight += weight
+        self.count += 1
+        self.given[i], self.jobs[i] = True, 0
+        if self.count == (self.quorum or server.n):
+            self.closes_s = self.now_s + self._grace_s(server)
+            server.after(self.closes_s - self.now_s, self.t)
+
+    def _grace_s(self, server: Server) -> float:
+        if self.grace_s is not None:
+            return self.grace_s
+        slack_s = self.overlap * server.steps * max(self.step_s)
+        return max(0.0, slack_s - (self.now_s - self.opened_s))
+
+    def _check(self, server: Server) -> None:
+        """Merge where nobody is left to come."""
+        if self.count and (self.count == server.n or not server.outstanding):
             self._merge(server)
 
     def _merge(self, server: Server) -> None:
-        server.apply(self.lr * self.outer.step(np.asarray(self.total) / self.tokens))
-        done, self.done, self.total, self.tokens = self.done, [], 0.0, 0
-        self.merges += 1
-        for worker in done:
-            server.assign(worker)
+        """The outer step of the round's fragment; those who waited for it go on."""
+        p, step = self.t % self.fragments, np.zeros_like(server.x)
+        for k, (first, end) in enumerate(self.parts[p]):
+            g = self.sums[k] / self.weight
+            if self.radial:
+                g = g * (self.lengths[k] / (float(np.linalg.norm(self.sums[k])) or 1.0))
+            m = self.m[first:end] = self.beta * self.m[first:end] + g
+            step[first:end] = self.lr * (g + self.beta * m)
+        server.apply(step)
+        for due in self.due:
+            if p not in due:
+                due.append(p)
+        self.t += 1
+        self._open()
+        waiting, self.waiting = self.waiting, []
+        for i, theta in waiting:
+            self._take(server, i, theta)
+            server.assign(i, at=theta)
 
 
 @ALGORITHMS.register("decoupled-diloco")
@@ -73,7 +197,34 @@ def decoupled_diloco(
     lr: Positive = 0.7,
     momentum: Fraction = 0.9,
     quorum: Count = 2,
-    grace_s: Annotated[float, Field(ge=0)] = 0.0,
-) -> DecoupledDiLoCo:
-    """Decoupled DiLoCo: an outer step with all results there, ``grace_s`` after the quorum-th."""
-    return DecoupledDiLoCo(lr, momentum, quorum, grace_s)
+    grace_s: Annotated[float, Field(ge=0)] | None = None,
+    fragments: Count = 1,
+    overlap: Natural = 0,
+    alpha: Fraction = 0.0,
+    merge: Merge = "radial-directional",
+) -> Fragments:
+    """Decoupled DiLoCo: outer steps of fragments, with whoever is there once a quorum is.
+
+    Args:
+        lr, momentum: of the outer Nesterov step.
+        quorum: learners that a merge takes at least.
+        grace_s: seconds it waits for more; None: as long as nobody need stand still.
+        fragments: P.
+        overlap: jobs that a learner goes on for without the merge of what it gave.
+        alpha: its own share of what it takes.
+        merge: how what learners moved becomes one.
+    """
+    return Fragments(lr, momentum, quorum, grace_s, fragments, overlap, alpha, merge)
+
+
+@ALGORITHMS.register("streaming-diloco")
+def streaming_diloco(
+    *,
+    lr: Positive = 0.7,
+    momentum: Fraction = 0.9,
+    fragments: Count = 4,
+    overlap: Natural = 1,
+    alpha: Fraction = 0.5,
+) -> Fragments:
+    """Streaming DiLoCo: fragments of the model take turns, and learners work on meanwhile."""
+    return Fragments(lr, momentum, None, 0.0, fragments, overlap, alpha, "mean")

@@ -4,10 +4,11 @@ Model Training.
 ICML 2025.  Two levels of servers, Delayed Nesterov at both, no barrier.  A worker's update is
 applied by its region's server at once; after ``push`` updates the region sends what its model moved
 to the global server, which applies that, and the region's model is merged with the new global one.
-Read from a summary and the released code's defaults (local beta 0.9, N = 16, global beta 0.5,
-N = 2, K = 32 updates a push, alpha 0.25): UNVERIFIED.  Our reading: alpha is the weight of the
-global model in the merge, and a region's next push counts from the merged model.  Workers are
-divided among regions in equal runs; the time between servers is not modelled.
+After the released code (utnslab/halos) and its experiment's settings: alpha is the weight of the
+global model in the merge, a region's next push counts from the merged model, workers are divided
+among regions in equal runs.  The time between servers is not modelled, so the worker whose update
+is the last of a push starts from the merged model; in the released code, where that is on its way,
+from the region's.
 """
 
 from numpy.typing import NDArray
@@ -63,10 +64,10 @@ class Halos(Algorithm):
 @ALGORITHMS.register("halos")
 def halos(
     *,
-    lr: Positive = 0.7,
+    lr: Positive = 0.3,
     momentum: Fraction = 0.5,
     buffer: Count = 2,
-    region_lr: Positive = 0.7,
+    region_lr: Positive = 3.2,
     region_momentum: Fraction = 0.9,
     region_buffer: Count = 16,
     regions: Count = 2,

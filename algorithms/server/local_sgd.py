@@ -30,11 +30,12 @@ from offbeat.algorithms.server.method import (
     DiscardStale,
     Method,
     Plan,
+    Round,
     Rule,
     StalenessWeight,
     StepSize,
 )
-from offbeat.algorithms.server.outer import Adam, Compensate, DelayedNesterov, Momentum, Round
+from offbeat.algorithms.server.outer import Adam, Compensate, DelayedNesterov, Momentum
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.registry import Count, Fraction, NonNegative, Positive
 
@@ -88,9 +89,9 @@ class ShardSampling:
         """The shard of a job of so many steps."""
         sizes = server.sizes
         if not self.learned:
-            self.learned = [0] * server.n
+            self.learned = [0] * server.shards
         p = self.weights(sizes.tolist())
-        shard = int(server.rng("shard", self.index).choice(server.n, p=p / p.sum()))
+        shard = int(server.rng("shard", self.index).choice(server.shards, p=p / p.sum()))
         self.index += 1
         self.learned[shard] += steps
         return shard
@@ -132,10 +133,14 @@ class Windows(Plan):
     charged: bool = True
     local: LocalUpdates | None = None
     shards: ShardSampling | None = None
-    ahead: "LookAhead | None" = None
+    ahead: LookAhead | None = None
     opened: int = 0  # windows so far
     done: list[int] = field(default_factory=list)  # workers whose results came in this one
     last_s: float = 0.0  # when the last result came
+
+    def __post_init__(self) -> None:
+        """See the fields."""
+        self.any_shard = self.shards is not None
 
     def check(self, n: int) -> None:
         """See ``Plan``."""

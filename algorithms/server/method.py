@@ -6,7 +6,7 @@ what the one before it answered and returns it changed, or None where nothing is
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,9 @@ class Rule(Protocol):
 
 class Plan(Protocol):
     """Who works next, and when; ``Schedule`` is one, ``Windows`` another."""
+
+    any_shard: bool = False
+    """See ``Algorithm``."""
 
     def check(self, n: int) -> None:
         """Raise ConfigError where n workers cannot follow it."""
@@ -165,6 +168,7 @@ class Method(Algorithm):
 
     def __init__(self, schedule: Plan, rules: Sequence[Rule]) -> None:
         self.schedule, self.rules = schedule, list(rules)
+        self.any_shard = schedule.any_shard
 
     def check(self, n: int) -> None:
         """See ``Algorithm``."""
@@ -176,21 +180,26 @@ class Method(Algorithm):
 
     def arrive(self, server: Server, update: Update) -> None:
         """Transform the update, step if anything is left of it, hand out the next jobs."""
-        g = update.payload
-        for rule in self.rules:
+        self._step(server, update, update.payload, self.rules)
+        self.schedule.arrived(server, update)
+
+    def _step(self, server: Server, update: Any, g: Any, rules: Sequence[Rule]) -> None:
+        for rule in rules:
             g = rule(server, update, g)
             if g is None:
-                break
-        else:
-            server.apply(g)
-        self.schedule.arrived(server, update)
+                return
+        server.apply(g)
 
     def timer(self, server: Server, token: int) -> None:
         """See ``Algorithm``."""
         self.schedule.timer(server, token)
 
     def lost(self, server: Server, worker: int) -> None:
-        """See ``Algorithm``."""
+        """See ``Algorithm``; a round that waited for this job alone is over."""
+        for at, rule in enumerate(self.rules):
+            if isinstance(rule, Round) and rule.count and not server.outstanding:
+                # Of a round, no update is left for the rules behind it to look at.
+                self._step(server, None, rule.mean(), self.rules[at + 1 :])
         self.schedule.lost(server)
 
     def joined(self, server: Server, worker: int, lost: int) -> None:
@@ -258,6 +267,26 @@ class Buffer(Rule):
         if self.count < self.size:
             return None
         mean, self.total, self.count = self.total / self.size, None, 0
+        return mean
+
+
+@dataclass
+class Round(Rule):
+    """Nothing until no job is out, then the mean of all that came: one step a barrier."""
+
+    count: int = 0
+    total: NDArray | None = None  # [d], sum of the updates so far
+
+    def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray | None:
+        """See ``Rule``."""
+        self.total = g if self.total is None else self.total + g
+        self.count += 1
+        return None if server.outstanding else self.mean()
+
+    def mean(self) -> NDArray:
+        """What came; the next round begins."""
+        assert self.total is not None
+        mean, self.total, self.count = self.total / self.count, None, 0
         return mean
 
 

@@ -4,7 +4,7 @@ Composed with ``StepSize`` behind them, as in ``[Nesterov(0.9), StepSize(0.7)]``
 update's payload: a gradient, or what local steps moved.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,20 +102,3 @@ class Compensate(Rule):
     def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray:
         """See ``Rule``."""
         return g + self.strength * (g * g * (server.x - update.x))
-
-
-@dataclass
-class Round(Rule):
-    """Nothing until no job is out, then the mean of all that came: one step a barrier."""
-
-    count: int = 0
-    total: NDArray | None = field(default=None)  # [d], sum of the updates so far
-
-    def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray | None:
-        """See ``Rule``."""
-        self.total = g if self.total is None else self.total + g
-        self.count += 1
-        if server.outstanding:
-            return None
-        mean, self.total, self.count = self.total / self.count, None, 0
-        return mean

@@ -76,16 +76,7 @@ class Host:
             Order(at, worker, shard, draw, steps, 0, held[model], kept.get(at))
             for at, (worker, shard, draw, steps, model) in enumerate(rows)
         ]
-        failed: dict[int, str] = {}
-        try:
-            answers = self._runner.compute(orders)
-        except Exception:
-            answers = []
-            for order in orders:  # whose fault was it?
-                try:
-                    answers += self._runner.compute([order])
-                except Exception:
-                    failed[order.serial] = traceback.format_exc()
+        answers, failed = self._attempt(orders)
         payloads = [answer.payload for answer in answers]
         return Reply(
             [answer.serial for answer in answers],
@@ -98,6 +89,21 @@ class Host:
             },
             failed,
         )
+
+    def _attempt(self, orders: list[Order]) -> tuple[list[Answer], dict[int, str]]:
+        """Answers, and the tracebacks of what failed."""
+        try:
+            return self._runner.compute(orders), {}
+        except Exception:
+            if len(orders) == 1:
+                return [], {orders[0].serial: traceback.format_exc()}
+        answers: list[Answer] = []
+        failed: dict[int, str] = {}
+        for order in orders:  # one of them it was
+            good, bad = self._attempt([order])
+            answers += good
+            failed |= bad
+        return answers, failed
 
 
 class Seat:
@@ -139,15 +145,16 @@ class RayCrew(Crew):
         device = "" if options.device == "cpu" else options.device
         if device and not hasattr(experiment.task, "to"):
             raise ConfigError(f'engine = "ray": this task cannot compute on device = "{device}"')
-        self._stop = start(options.address)
+        self._session = start(options.address)
         try:
             self._where = places(self._ray, count, options)
             self._make = self._ray.remote(Host)
             try:
                 self._parts = self._ray.put((experiment.task, experiment.work)), device
-            except (TypeError, AttributeError) as error:
+            except (TypeError, AttributeError) as error:  # Ray explains itself at length
                 raise ConfigError(
-                    f'engine = "ray": the task or its work cannot be sent to an actor ({error})'
+                    'engine = "ray": the task or its work cannot be sent to an actor '
+                    f"({error.__cause__ or error})"
                 ) from None
             for seat in self._seats:
                 self._fill(seat)
@@ -223,6 +230,7 @@ class RayCrew(Crew):
 
     def _listen(self, timeout_s: float) -> None:
         """Wait for answers, and take all that are there."""
+        self._session.check()
         pings = {seat.ready: seat for seat in self._seats if seat.ready is not None and seat.actor}
         asked = [*pings, *self._calls]
         if 0 < timeout_s < SHORTEST_S or not asked:
@@ -319,7 +327,7 @@ class RayCrew(Crew):
         seat.calls = 0
         seat.waiting.clear()
         self._kill(seat)
-        if refill and seat.replaced < self._options.restarts:
+        if refill and seat.replaced < self._options.restarts and self._room():
             seat.replaced += 1
             self._fill(seat)
             return
@@ -337,20 +345,27 @@ class RayCrew(Crew):
                 self._events.append(Back(worker))
         seat.workers = []
 
+    def _room(self) -> bool:
+        """Whether the machines that are left have room for all actors; says where."""
+        try:
+            self._where = places(self._ray, len(self._seats), self._options)
+        except ConfigError:
+            return False
+        return True
+
     def _kill(self, seat: Seat) -> None:
         with suppress(self._ray.exceptions.RayError):
             self._ray.kill(seat.actor)
 
     def close(self) -> None:
         """See ``Crew``: the actors, and the Ray that was begun for them."""
-        stop, self._stop = self._stop, lambda: None
         for seat in self._seats:
             if seat.actor is not None:
                 self._kill(seat)
                 seat.actor, seat.ready = None, "never"
         self._calls.clear()
         self._stored.clear()
-        stop()
+        self._session.stop()
 
 
 def places(ray: Any, count: int, options: "Ray") -> list[Any]:
@@ -375,13 +390,17 @@ def places(ray: Any, count: int, options: "Ray") -> list[Any]:
             f'engine = "ray": {count} actors with {need} each do not fit, there is room for '
             f"{room}; take more workers_per_actor or ask for less"
         )
-    if options.placement == "spread":
-        return ["SPREAD"] * count
+    if options.placement == "spread" and needs:
+        return ["SPREAD"] * count  # Ray knows what others have taken
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
     here = ray.get_runtime_context().get_node_id()
     order = sorted(rooms, key=lambda node: node != here)  # this machine first
-    return [On(node, soft=True) for node in order for _ in range(rooms[node])][:count]
+    if options.placement == "spread":
+        chosen = order * count
+    else:
+        chosen = [node for node in order for _ in range(rooms[node])]
+    return [On(node, soft=False) for node in chosen[:count]]
 
 
 def why(error: Exception) -> str:

@@ -4,17 +4,24 @@ import logging
 import os
 import re
 import shutil
+import socket
 import tempfile
+import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 
-from offbeat.runtime.errors import ConfigError
+import psutil
+
+from offbeat.runtime.errors import ConfigError, CrewError
 
 OLDEST = 2, 40
 # What Ray prints of its own accord; a run says it better.
-NOISE = "A worker died or was killed|PYTHON worker processes have been started"
+NOISE = "A worker died or was killed|PYTHON worker processes have been|Raylet is terminated"
+PROCESSES = {"gcs_server", "raylet"}
+REACH_S = 5.0  # for a connection to a cluster
+LOOK_S = 1.0  # between looks after them
 log = logging.getLogger("offbeat")
 
 
@@ -38,8 +45,35 @@ def load() -> ModuleType:
     return ray
 
 
-def start(address: str = "local") -> Callable[[], None]:
-    """Have Ray running in this process; answers what stops all that this call began.
+class Session:
+    """Ray in this process, and what has to be stopped of it.
+
+    Args:
+        stop: ends what was begun; may be called twice.
+        processes: Ray's own, without which it does nothing any more.
+    """
+
+    def __init__(self, stop: Callable[[], None], processes: Sequence[psutil.Process] = ()) -> None:
+        self.stop, self._processes = stop, processes
+        self._next_s = 0.0
+
+    def check(self) -> None:
+        """Look after Ray's processes now and then: it says nothing itself for a minute.
+
+        Raises:
+            CrewError: one is gone.
+        """
+        now_s = time.monotonic()
+        if now_s < self._next_s:
+            return
+        self._next_s = now_s + LOOK_S
+        for process in self._processes:
+            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                raise CrewError(f"Ray is gone: process {process.pid} of it died")
+
+
+def start(address: str = "local") -> Session:
+    """Have Ray running in this process.
 
     A Ray that the process has already is used, and left running.  Else "local" begins one of its
     own; any other address joins a cluster, and brings this package to its machines.
@@ -49,22 +83,30 @@ def start(address: str = "local") -> Callable[[], None]:
     """
     ray = load()
     if ray.is_initialized():
-        return lambda: None
+        return Session(lambda: None)
     if address == "local":
         return _begin(ray)
     import offbeat
 
     try:
+        _reach(address)
         ray.init(address, runtime_env={"py_modules": [offbeat]}, **_quiet())
     except Exception as error:  # Ray has no one type for it
         raise ConfigError(
             f'engine = "ray": cannot join a cluster at "{address}" ({_line(error)}); '
             'address = "local" begins one'
         ) from None
-    return ray.shutdown
+    return Session(ray.shutdown)
 
 
-def _begin(ray: ModuleType) -> Callable[[], None]:
+def _reach(address: str) -> None:
+    """See whether anybody is at "host:port": Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), REACH_S).close()
+
+
+def _begin(ray: ModuleType) -> Session:
     """A Ray of this process alone, in a folder of its own."""
     if os.environ.get("RAY_ADDRESS"):
         log.warning('RAY_ADDRESS is not followed; engine = "ray(address=auto)" would')
@@ -82,7 +124,8 @@ def _begin(ray: ModuleType) -> Callable[[], None]:
         if not isinstance(error, Exception):
             raise
         raise ConfigError(f'engine = "ray": Ray does not start ({_line(error)})') from None
-    return stop
+    began = [child for child in psutil.Process().children() if child.name() in PROCESSES]
+    return Session(stop, began)
 
 
 @contextmanager

@@ -1,27 +1,38 @@
 """Asynchronous Local-SGD: windows and DyLU against published traces, outer rules by identities."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import reference
 
 import offbeat
+from offbeat.algorithms.compression.contract import made
 from offbeat.algorithms.server import (
     async_local_sgd,
     decoupled_diloco,
     delayed_nesterov,
     diloco,
+    eager_diloco,
     halos,
     local_sgd,
     look_ahead,
+    streaming_diloco,
 )
-from offbeat.algorithms.server.local_sgd import LocalUpdates, ShardSampling
-from offbeat.algorithms.server.method import Buffer, DiscardStale, StalenessWeight, StepSize
+from offbeat.algorithms.server.decoupled import Fragments
+from offbeat.algorithms.server.heloco import Align, aligned
+from offbeat.algorithms.server.local_sgd import LocalUpdates, ShardSampling, Windows
+from offbeat.algorithms.server.method import Buffer, DiscardStale, Method, StalenessWeight, StepSize
+from offbeat.algorithms.server.muloco import ErrorFeedback
 from offbeat.algorithms.server.outer import Adam, Compensate, DelayedNesterov, Momentum
-from offbeat.runtime.records import column
+from offbeat.runtime.engine import Engine
+from offbeat.runtime.records import Records, column
+from offbeat.runtime.settings import Evaluate, Stop
+from offbeat.runtime.virtual import VirtualWorkers
 from offbeat.workers.speeds import Changing, Law
-from offbeat.workers.tasks import Quadratic, logistic, quadratic
+from offbeat.workers.tasks import Quadratic, logistic, mlp, quadratic
+from offbeat.workers.work import WORK
 
 PROFILE = [0.58, 0.75, 1.51, 3.33]  # seconds a local step: the authors' four devices
 FLEET = offbeat.Fleet(workers=4, speeds=PROFILE)
@@ -107,7 +118,10 @@ def test_staleness_and_throughput_of_the_published_profile(dylu, mean, most, sha
     assert result.final["staleness_max"] == most
     counts = np.bincount(column(result.trace, "worker").astype(int), minlength=4)
     np.testing.assert_allclose(counts / 4000, shares, atol=0.005)
-    if not dylu:
+    if dylu:  # but for rounding down to whole steps, all take as long
+        spans = column(result.trace, "end_s") - column(result.trace, "start_s")
+        assert spans.max() - spans.min() <= PROFILE[3]
+    else:
         rate = result.final["gradients"] / result.final["time_s"]
         assert rate == pytest.approx(sum(1 / s for s in PROFILE), rel=0.01)
         assert rate == pytest.approx(4.01, abs=0.01)
@@ -269,6 +283,96 @@ def test_sampled_shards_are_learned_evenly_however_fast_their_workers_are():
     own = async_local_sgd(lr=0.1, outer="sgd")
     offbeat.run(task, own, FLEET, work=H20, stop={"steps": 1000}, evaluate={"steps": 1000})
     assert used[0] > 5 * used[3]
+
+
+def test_there_can_be_more_shards_than_workers():
+    """Ten shards on four workers of the published profile: all are learned alike."""
+    task = logistic("digits", workers=10, partition="classes(1)")
+    used, once = np.zeros(10, int), task.gradient
+    task.gradient = lambda x, w, d: np.add.at(used, w, 1) or once(x, w, d)
+    method = "async-local-sgd(lr=0.5, outer=sgd, sample_shards=true)"
+    options = {"work": "local-steps(sgd(lr=0.1), steps=10)", "evaluate": {"gradients": 4000}}
+    run = offbeat.run(task, method, FLEET, stop={"gradients": 4000}, **options)
+    share = used / task.sizes
+    assert (share.max() - share.min()) * task.sizes.mean() <= 2 * 10 * 4  # a round or so
+    assert run.final["accuracy"] > 0.85  # of ten classes, of which a worker alone has one at a time
+
+
+@pytest.mark.parametrize("steps", [40, 41])
+def test_more_shards_than_workers_in_a_folder(steps, tmp_path):
+    experiment = {
+        "task": {"name": "quadratic", "workers": 7, "noise": 0.3},
+        "algorithm": "delayed-nesterov(lr=0.1, sample_shards=true)",
+        "fleet": {"workers": 3, "speeds": "1..3"}, "work": "local-steps(momentum(0.1), steps=2)",
+    }  # fmt: skip
+    offbeat.run(**experiment, stop={"steps": steps}, folder=tmp_path / "r")
+    again = offbeat.resume(tmp_path / "r", overrides=["stop.steps=90"])
+    whole = offbeat.run(**experiment, stop={"steps": 90})
+    np.testing.assert_array_equal(whole.x, again.x)
+    np.testing.assert_array_equal(whole.x, offbeat.replay(tmp_path / "r").x)
+
+
+@pytest.mark.parametrize(
+    ("method", "workers", "message"),
+    [
+        (
+            "diloco",
+            3,
+            "divided among 10 workers, but the fleet has 3; for more shards than workers",
+        ),
+        ("diloco(sample_shards=true)", 11, "among 10 workers, but the fleet has 11"),
+    ],
+)
+def test_shards_without_workers_are_refused(method, workers, message):
+    with pytest.raises(offbeat.ConfigError, match=message):
+        offbeat.run(quadratic(3, workers=10), method, f"{workers} 1.0", work=H20)
+
+
+def test_what_a_worker_keeps_stays_with_it_whatever_shard_it_is_given():
+    """AdamW's number of steps is that of the worker, its moments those of all its gradients."""
+    steps = {w: 0 for w in range(4)}
+    shards = {w: set() for w in range(4)}
+
+    class Watched(Method):
+        def arrive(self, server, update):
+            steps[update.worker] += update.steps
+            shards[update.worker].add(update.shard)
+            super().arrive(server, update)
+
+    plan = Windows(local=LocalUpdates(PROFILE), shards=ShardSampling())
+    work, fleet = WORK.parse("local-steps(adamw(lr=0.01), steps=20)"), FLEET
+    task = logistic("digits", workers=4)
+    workers = VirtualWorkers(task, fleet, fleet.timing(0, 0), work, task.initial(0))
+    engine = Engine(
+        task, Watched(plan, [StepSize(0.1)]), workers, Records(fleet, None), seed=0,
+        stop=Stop(steps=60), evaluate=Evaluate(steps=60),
+    )  # fmt: skip
+    engine.run()
+    assert workers._kept["steps"].tolist() == [steps[w] for w in range(4)]
+    assert min(len(seen) for seen in shards.values()) > 1
+
+
+def test_what_a_barrier_has_heard_counts_where_the_last_job_is_lost():
+    """The slow worker is gone for good at 30 s: the round's two others make its step then."""
+    fleet = offbeat.Fleet(
+        workers=3, speeds=[1.0, 1.0, 4.0], on_outage="lose",
+        outages=[offbeat.Outage(worker=2, from_s=30.0)],
+    )  # fmt: skip
+    task, work = quadratic(5, workers=3), "local-steps(sgd(lr=0.2), steps=5)"
+    result = offbeat.run(
+        task, local_sgd(), fleet, work=work, stop={"steps": 3}, evaluate={"steps": 1}
+    )
+    assert result.column("time_s").tolist() == [0.0, 20.0, 30.0, 35.0]
+    gradient, x = reference.one_by_one(task), task.initial(0)
+    for there in ((0, 1, 2), (0, 1), (0, 1)):
+        models = []
+        for worker in there:
+            y = x
+            for _ in range(5):
+                y = y - 0.2 * gradient(y, worker, 0)
+            models.append(y)
+        x = np.mean(models, axis=0)
+    np.testing.assert_allclose(result.x, x, rtol=1e-12)
 
 
 def test_schedules_follow_the_shard_whoever_works_on_it():
@@ -442,8 +546,9 @@ def test_decoupled_diloco_between_its_corners():
     """A quorum of all is DiLoCo, a quorum of one without grace is asynchronous Nesterov."""
     task, options = logistic("digits", workers=4), {"work": H20, "stop": {"seconds": 700.0}}
     for decoupled, other in (
-        (decoupled_diloco(quorum=4), diloco()),
+        (decoupled_diloco(quorum=4, merge="mean"), diloco()),
         (decoupled_diloco(quorum=1, lr=0.1), async_local_sgd(lr=0.1)),
+        (streaming_diloco(fragments=1, overlap=0, alpha=0.0), diloco()),
     ):
         runs = [offbeat.run(task, method, FLEET, **options) for method in (decoupled, other)]
         np.testing.assert_allclose(runs[0].x, runs[1].x, rtol=1e-4, atol=1e-5)
@@ -451,27 +556,222 @@ def test_decoupled_diloco_between_its_corners():
         assert runs[0].final["step"] >= 10
 
 
-def test_a_merge_weighs_by_local_steps():
-    """Results of 20 and 5 steps in one window: four fifths and one fifth."""
-    task, gradient = quadratic(5, workers=3), None
-    gradient = reference.one_by_one(task)
-    method = decoupled_diloco(lr=1.0, momentum=0.0, quorum=2)
+class Uneven(Fragments):
+    """Its first jobs have 20, 5 and 20 local steps."""
 
-    def start(server):
+    def start(self, server):
+        super().start(Unassigning(server))
         for worker, steps in enumerate((20, 5, 20)):
             server.assign(worker, steps=steps)
 
-    method.start = start
+
+class Unassigning:
+    def __init__(self, server):
+        self.server = server
+
+    def __getattr__(self, name):
+        return getattr(self.server, name)
+
+    def assign(self, worker):
+        pass
+
+
+@pytest.mark.parametrize("merge", ["mean", "radial-directional"])
+def test_a_merge_weighs_by_local_steps(merge):
+    """Results of 20 and 5 steps in one window: four fifths and one fifth."""
+    task = quadratic(5, workers=3)
+    gradient = reference.one_by_one(task)
+    method = Uneven(1.0, 0.0, 2, None, 1, 0, 0.0, merge)
     fleet = offbeat.Fleet(workers=3, speeds=[1.0, 4.5, 100.0])
     work = "local-steps(sgd(lr=0.1), steps=20)"
     result = offbeat.run(task, method, fleet, work=work, stop={"steps": 1})
-    ends = []
+    moves = []
     for worker, steps in ((0, 20), (1, 5)):
         y = task.initial(0)
         for t in range(steps):
             y = y - 0.1 * gradient(y, worker, t)
-        ends.append(y)
-    np.testing.assert_allclose(result.x, 0.8 * ends[0] + 0.2 * ends[1], rtol=1e-12)
+        moves.append(task.initial(0) - y)
+    step = 0.8 * moves[0] + 0.2 * moves[1]
+    if merge != "mean":  # (sum w |v|) u/|u|, u = sum w v/|v|
+        lengths = np.linalg.norm(moves, axis=1)
+        u = 0.8 * moves[0] / lengths[0] + 0.2 * moves[1] / lengths[1]
+        step = (0.8 * lengths[0] + 0.2 * lengths[1]) * u / np.linalg.norm(u)
+    np.testing.assert_allclose(result.x, task.initial(0) - step, rtol=1e-12)
+
+
+def test_streaming_diloco_by_hand():
+    """Equal speeds, P = 2, one job of overlap: each merge is taken one job after it was given."""
+    task, h, lr, beta, alpha = quadratic(6, workers=3, noise=0.3), 4, 0.7, 0.5, 0.25
+    method = streaming_diloco(lr=lr, momentum=beta, fragments=2, overlap=1, alpha=alpha)
+    work = f"local-steps(sgd(lr=0.1), steps={h})"
+    result = offbeat.run(task, method, "3 1.0", work=work, stop={"steps": 11})
+    gradient, parts = reference.one_by_one(task), [slice(0, 3), slice(3, 6)]
+    x, m = task.initial(0), np.zeros(6)
+    theta, base, due = [x.copy() for _ in range(3)], [x.copy() for _ in range(3)], None
+    for job in range(11):
+        for i in range(3):
+            for t in range(h * job, h * job + h):
+                theta[i] = theta[i] - 0.1 * gradient(theta[i], i, t)
+        part = parts[job % 2]
+        g = np.mean([base[i][part] - theta[i][part] for i in range(3)], axis=0)
+        for i in range(3):
+            if due is not None:  # the last round's
+                theta[i][due] = alpha * theta[i][due] + (1 - alpha) * x[due]
+                base[i][due] = x[due]
+        m[part] = beta * m[part] + g
+        x = x.copy()
+        x[part] -= lr * (g + beta * m[part])
+        due = part
+    np.testing.assert_allclose(result.x, x, rtol=1e-12)
+    assert len(result.trace) == 33
+
+
+def test_learners_of_streaming_diloco_stop_only_when_they_run_out_of_overlap():
+    """Speeds 1, 1 and 3: the fast ones do one job and as many as they may beyond it a round."""
+    fleet, work = offbeat.Fleet(workers=3, speeds=[1.0, 1.0, 3.0]), "local-steps(sgd, steps=2)"
+    busy = {}
+    for overlap in (0, 1, 3):
+        method = streaming_diloco(fragments=2, overlap=overlap)
+        run = offbeat.run(quadratic(6, workers=3), method, fleet, work=work, stop={"seconds": 300})
+        busy[overlap] = run.final["busy"]
+    assert busy == pytest.approx({0: 5 / 9, 1: 7 / 9, 3: 1.0}, abs=0.01)
+
+
+def test_the_window_is_as_long_as_nobody_need_stand_still():
+    """A quorum at 3 s of jobs of 2 and 3 s; the third comes at 3.9 s."""
+    fleet, work = offbeat.Fleet(workers=3, speeds=[1.0, 1.5, 1.95]), "local-steps(sgd, steps=2)"
+    merged = {}
+    for grace_s in (None, 0.0, 10.0):
+        method = decoupled_diloco(quorum=2, grace_s=grace_s, fragments=2, overlap=1, alpha=0.5)
+        run = offbeat.run(
+            quadratic(6, workers=3), method, fleet, work=work, stop={"steps": 1},
+            evaluate={"steps": 1},
+        )  # fmt: skip
+        merged[grace_s] = run.final["time_s"]
+    # xi_step is 1.5 of those heard of: 1 x 2 x 1.5 - 3 leaves nothing; the third is not waited for.
+    assert merged == pytest.approx({None: 3.0, 0.0: 3.0, 10.0: 3.9})
+    slow = offbeat.Fleet(workers=4, speeds=[1.0, 1.0, 3.0, 3.4])
+    method = decoupled_diloco(quorum=2, fragments=2, overlap=2, alpha=0.5)
+    run = offbeat.run(
+        quadratic(6, workers=4), method, slow, work=work, stop={"seconds": 60.0},
+    )  # fmt: skip
+    first = run.trace[column(run.trace, "step") == 0]
+    assert column(first, "time_s").max() == pytest.approx(4.0)  # 2 s, and 2 x 2 x 1 - 2 more
+
+
+def test_tensors_are_dealt_out_to_fragments():
+    task, server = mlp(workers=2, hidden=[8]), Server(np.zeros(1), n=2)
+    server.x, server.assign = task.initial(0), lambda *a, **k: None
+    ends = np.cumsum([0, *task.tensors]).tolist()
+    server.tensors = [slice(a, b) for a, b in pairwise(ends)]
+    method = streaming_diloco(fragments=3)
+    method.start(server)
+    assert method.parts[0] == [(ends[0], ends[1]), (ends[3], ends[4])]
+    assert sum(end - first for part in method.parts for first, end in part) == task.dim
+    server.tensors = [slice(0, 10)]
+    server.x = np.zeros(10)
+    method.start(server)
+    assert method.parts == [[(0, 3)], [(3, 6)], [(6, 10)]]
+
+
+def test_eager_updates_by_hand():
+    """Own new update, the others' last ones; of one worker alone: DiLoCo."""
+    task, h, lr, beta = quadratic(5, workers=3, noise=0.3), 4, 0.7, 0.5
+    work = f"local-steps(sgd(lr=0.1), steps={h})"
+    result = offbeat.run(
+        task, eager_diloco(lr=lr, momentum=beta), "3 1.0", work=work, stop={"steps": 27}
+    )
+    gradient, rounds = reference.one_by_one(task), 9
+    x, m = [task.initial(0)] * 3, [np.zeros(5)] * 3
+    before = [np.zeros(5)] * 3
+    for job in range(rounds):
+        moved = []
+        for i in range(3):
+            y = x[i]
+            for t in range(h * job, h * job + h):
+                y = y - 0.1 * gradient(y, i, t)
+            moved.append(x[i] - y)
+        for i in range(3):
+            g = (moved[i] + sum(before[j] for j in range(3) if j != i)) / 3
+            m[i] = beta * m[i] + g
+            x[i] = x[i] - lr * (g + beta * m[i])
+        before = moved
+    np.testing.assert_allclose(result.x, np.mean(x, axis=0), rtol=1e-12)
+    uneven = offbeat.run(task, eager_diloco(), "3 1..3", work=work, stop={"seconds": 108.0})
+    counts = np.bincount(column(uneven.trace, "worker").astype(int)).tolist()
+    assert counts == [10, 10, 8]  # with round 8 of the slowest due, and those ahead in their tenth
+    one = logistic("digits", workers=1)
+    options = {"work": H20, "stop": {"steps": 12}}
+    alone = [offbeat.run(one, method, "1 1.0", **options) for method in (eager_diloco(), diloco())]
+    np.testing.assert_allclose(alone[0].x, alone[1].x, rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(alone[0].trace, alone[1].trace)
+
+
+def test_updates_are_turned_towards_momentum():
+    """Lengths and cosines of HeLoCo's three cases."""
+    m = np.array([2.0, 0.0, 0.0])
+
+    def at(cosine, length=1.0):
+        return length * np.array([cosine, np.sqrt(1 - cosine**2), 0.0])
+
+    for cosine in (0.2, 0.7, 1.0):
+        np.testing.assert_array_equal(aligned(at(cosine), m), at(cosine))
+    sure = 1 / (1 + 3 * 2)
+    for cosine in (-0.3, -1.0):  # a share of what points backwards is taken off
+        share = min(0.5 * -cosine * sure, 0.5)
+        expected = at(cosine) - np.array([share * cosine, 0, 0])
+        np.testing.assert_allclose(aligned(at(cosine), m), expected, rtol=1e-12)
+        assert aligned(at(-1.0, 1e9), m)[0] == pytest.approx(-0.5e9)  # no more than half
+    for cosine in (0.0, 0.1):  # turned, and as long as before
+        found, turn = aligned(at(cosine, 3.0), m), (1 - cosine) * 3 / (3 + 6)
+        assert np.linalg.norm(found) == pytest.approx(3.0)
+        mixed = (1 - turn) * at(cosine) + turn * m / 2
+        np.testing.assert_allclose(found / 3, mixed / np.linalg.norm(mixed), rtol=1e-12)
+    np.testing.assert_array_equal(aligned(m, 0 * m), m)
+    np.testing.assert_array_equal(aligned(0 * m, m), 0 * m)
+
+
+def test_heloco_is_look_ahead_where_updates_agree_and_turns_each_tensor_by_itself():
+    same = Quadratic(np.tile(np.arange(5.0), (4, 1)))
+    options = {"work": "local-steps(sgd(lr=0.01), steps=2)", "stop": {"steps": 60}}
+    runs = [offbeat.run(same, f"{name}(lr=0.05)", FLEET, **options)
+            for name in ("heloco", "look-ahead")]  # fmt: skip
+    np.testing.assert_array_equal(runs[0].x, runs[1].x)
+    rule, server = Align(Momentum(0.9, m=np.ones(6))), Server(np.zeros(6))
+    server.tensors = [slice(0, 2), slice(2, 6)]
+    g = np.array([1.0, 1.0, -1.0, -1.0, 0.0, 0.0])
+    found = rule(server, Update(), g)
+    np.testing.assert_array_equal(found[:2], g[:2])
+    np.testing.assert_allclose(found[2:], aligned(g[2:], np.ones(4)))
+    assert not np.allclose(found[2:], g[2:])
+
+
+@pytest.mark.parametrize("compressor", ["quantile(2)", "topk(0.05)", "qsgd(2)"])
+def test_error_feedback_loses_nothing(compressor):
+    """All that was sent and what is still owed add up to all updates, of each worker."""
+    rule, gs = ErrorFeedback(made(compressor)), draws(40, d=200)
+    server, sent = Server(np.zeros(200)), np.zeros((2, 200))
+    server.rng = lambda purpose, index: np.random.default_rng(index)
+    for k, g in enumerate(gs):
+        update = Update()
+        update.worker = k % 2
+        sent[k % 2] += rule(server, update, g)
+    for worker in range(2):
+        total = np.sum(gs[worker::2], axis=0)
+        np.testing.assert_allclose(sent[worker] + rule.error[worker], total, rtol=1e-10)
+        assert np.linalg.norm(total - sent[worker]) > 0.01
+
+
+def test_muloco_is_near_diloco_at_two_bits_and_is_diloco_uncompressed():
+    task = logistic("digits", workers=4)
+    options = {"work": H20, "stop": {"steps": 40}}
+    whole, same, few = (
+        offbeat.run(task, method, "4 1.0", **options)
+        for method in ("diloco", "muloco(compressor=identity)", "muloco")
+    )
+    np.testing.assert_array_equal(whole.x, same.x)
+    assert not np.array_equal(whole.x, few.x)
+    assert few.final["loss"] == pytest.approx(whole.final["loss"], rel=0.05)
 
 
 def test_halos_with_one_region_is_its_server():
@@ -510,6 +810,8 @@ def test_regions_of_halos_are_apart_between_pushes():
         ("async-local-sgd(dylu=true, seconds=[1.0, 2.0])", "2 given for 10 workers; give one each"),
         ("async-local-sgd(seconds=[1.0])", "seconds are for dylu=true"),
         ("async-local-sgd(outer=adams)", '"outer" should be \'sgd\', \'momentum\', \'nesterov\''),
+        ("decoupled-diloco(overlap=1)", "with one fragment and alpha=0"),
+        ("streaming-diloco(fragments=99)", "99 fragments of a model of"),
         ("decoupled-diloco(quorum=11)", "a quorum of 11, but there are 10 workers"),
         ("halos(regions=11)", "11 regions, but there are 10 workers"),
         ("halos(alpha=1.5)", "alpha=1.5 is a weight; give at most 1"),

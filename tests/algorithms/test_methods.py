@@ -29,6 +29,7 @@ from offbeat.workers.tasks import Quadratic, quadratic
 ONE_IN_ONE_OUT = {*METHODS} - {
     *("shuffle-once", "minibatch", "random-reshuffling", "shuffle-once-sgd", "sgd"),
     *("local-sgd", "diloco", "delayed-nesterov", "look-ahead", "decoupled-diloco"),
+    *("streaming-diloco", "eager-diloco", "heloco", "muloco"),
 }
 EVERY = pytest.mark.parametrize("name", METHODS)
 

@@ -9,6 +9,7 @@ from canonical import METHODS
 from typer.testing import CliRunner
 
 import offbeat
+from offbeat.algorithms.gossip import ALGORITHMS
 from offbeat.runtime import api
 from offbeat.runtime.cli import app
 from offbeat.runtime.errors import ConfigError
@@ -22,11 +23,11 @@ SPECS = {name: str(method.spec) for name, method in METHODS.items()}
 SPECS["ad-psgd"] = "ad-psgd"
 CASES = [
     (name, mode, fleet)
-    for name in SPECS
+    for name, text in SPECS.items()
+    for method in [ALGORITHMS.parse(text)]
     for mode in ("synchronous", "asynchronous")
     for fleet in FLEETS
-    if not (name in ("exact-diffusion", "cedas") and (mode == "asynchronous" or fleet == "rough"))
-    and not (name == "ad-psgd" and mode == "synchronous")
+    if getattr(method, mode) and (method.varying or fleet != "rough")
 ]
 
 

@@ -130,6 +130,26 @@ def test_what_a_dead_process_had_is_lost_or_reassigned(name, policy, tmp_path):
     np.testing.assert_array_equal(again.trace, result.trace)
 
 
+class AllAtOnce(HereCrew):
+    """Every process is lost at once, once."""
+
+    def collect(self, timeout_s):
+        if len(self.pending) < N or self.killed or self.random.random() < 0.9:
+            return super().collect(timeout_s)
+        self.pending.clear()
+        self.away, self.killed = list(range(N)), list(range(N))
+        return [Gone(worker, "the test killed it") for worker in range(N)]
+
+
+@pytest.mark.parametrize("policy", ["pause", "lose", "reassign"])
+def test_a_run_waits_for_processes_to_be_back(policy):
+    engine = Here(AllAtOnce)
+    result = run("pure", engine, f"{N} 1.0 on_outage={policy}", clock="real", pace=1e-4)
+    assert engine.made.killed
+    assert result.reason == "steps"
+    assert result.facts["restarts"] == N
+
+
 def test_a_real_run_takes_the_time_its_fleet_would(tmp_path):
     began_s = time.monotonic()
     result = run("pure", here(), "8 0.02 stragglers=1x5", clock="real", steps=100)

@@ -2,14 +2,17 @@
 
 import numpy as np
 import pytest
-from canonical import canonical, ctad, pairs, rounds
+from canonical import canonical, ctad, engine, pairs, rounds
 
 import offbeat
 from offbeat.algorithms.gossip import choco, deepsqueeze, dsgd, dsgt
 from offbeat.runtime.errors import ConfigError, Diverged
+from offbeat.runtime.pairs import Pairs
+from offbeat.runtime.rounds import Rounds
 from offbeat.topologies import TOPOLOGIES
 from offbeat.workers.fleet import Fleet, Outage
-from offbeat.workers.tasks import Quadratic
+from offbeat.workers.tasks import Quadratic, logistic, quadratic
+from offbeat.workers.work import WORK
 
 TASK = canonical()
 
@@ -198,9 +201,47 @@ def test_local_steps_between_rounds(mode):
     assert four.final["gradients"] == 4 * local.final["gradients"]
     assert four.final["time_s"] == pytest.approx(4 * local.final["time_s"])
     assert run("motef-vr", "local-steps(sgd(0.1), steps=4)").final["loss"] < four.metrics[0]["loss"]
-    with pytest.raises(ConfigError, match="fresh = true"):
-        run("dsgd", "local-steps(adamw, steps=4)")
-    assert run("dsgd", "local-steps(adamw(lr=0.1), steps=4, fresh=True)").reason == "steps"
+    adamw = "local-steps(adamw(lr=0.01), steps=4%s)"
+    kept, fresh = (run("dsgd(lr=1.0)", adamw % more) for more in ("", ", fresh=true"))
+    assert kept.final["loss"] < kept.metrics[0]["loss"]
+    assert not np.array_equal(kept.x, fresh.x)
+
+
+def test_what_nodes_keep_between_rounds_is_theirs_as_it_is_of_workers():
+    """Averaged with everybody, local AdamW is Local-SGD with a server, moments and all."""
+    task = logistic("digits", workers=4, batch="full")
+    options = {"work": "local-steps(adamw(lr=0.01), steps=3)", "stop": {"steps": 20}}
+    gossip = offbeat.run(task, "dsgd(lr=1.0)", "4", "complete", **options)
+    server = offbeat.run(task, "local-sgd", "4 1.0", **options)
+    np.testing.assert_allclose(gossip.x, server.x, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "asynchronous"])
+def test_what_nodes_keep_is_resumed_and_theirs_while_they_are_away(mode, tmp_path):
+    fleet = offbeat.Fleet(
+        workers=4, speeds="lognormal(0.5)", on_outage="lose",
+        outages=[offbeat.Outage(worker=2, from_s=9.5, to_s=40.0)],
+    )  # fmt: skip
+    experiment = {
+        "task": "quadratic(4, noise=0.2)", "algorithm": "dsgd(lr=0.7)", "fleet": fleet,
+        "topology": "ring", "mode": mode, "work": "local-steps(adamw(lr=0.05), steps=2)",
+        "evaluate": {"steps": 7},
+    }  # fmt: skip
+    whole = offbeat.run(**experiment, stop={"steps": 60})
+    offbeat.run(**experiment, stop={"steps": 17}, folder=tmp_path / "r")
+    again = offbeat.resume(tmp_path / "r", overrides=["stop.steps=60"])
+    np.testing.assert_array_equal(whole.x, again.x)
+    assert whole.metrics == again.metrics
+    work = WORK.parse("local-steps(adamw(lr=0.05), steps=2)")
+    task = quadratic(4, noise=0.2, workers=4)
+    made = engine(
+        Rounds if mode == "synchronous" else Pairs, task, dsgd(lr=0.7), "ring", fleet,
+        steps=60, every=60, work=work,
+    )  # fmt: skip
+    made.run()
+    kept = made._kept if mode == "synchronous" else made.kept
+    assert kept["steps"].tolist() == (2 * made.records.done).tolist()
+    assert kept["steps"][2] < min(kept["steps"][w] for w in (0, 1, 3)) - 20
 
 
 def test_large_networks_run():
@@ -209,3 +250,15 @@ def test_large_networks_run():
     result = offbeat.run(task, method, "3000 exponential", graph, stop={"steps": 20})
     assert result.final["gradients"] == 60_000
     assert len(result.trace) == 0  # beyond a thousand nodes, jobs are counted only
+
+
+def test_a_run_may_end_at_a_level_of_any_metric():
+    stop = {"steps": 500, "loss": 0.1, "metric": "loss_worst"}
+    result = offbeat.run("least-squares(5)", "dsgt(lr=0.01)", topology="ring:6", stop=stop)
+    *before, last = result.column("loss_worst")
+    assert result.reason == "target loss"
+    assert last <= 0.1 < min(before)
+    with pytest.raises(ConfigError, match='no metric "loss_wrost"; did you mean "loss_worst"'):
+        offbeat.run(
+            "least-squares(5)", "dsgt", topology="ring:6", stop={**stop, "metric": "loss_wrost"}
+        )

@@ -190,3 +190,30 @@ def test_cancelled_jobs_never_arrive_and_the_next_starts_at_once(tmp_path):
     assert (np.diff(column(mine, "job")) >= 1).all()
     assert (np.diff(column(mine, "job")) > 1).any()
     np.testing.assert_allclose(end - start, 2.0)
+
+
+class Hoarding(Algorithm):
+    """From 3 s on, worker 0 is given two jobs at a time; nobody else any."""
+
+    def arrive(self, server, update):
+        server.apply(0.1 * update.payload)
+        if update.time_s < 3 and update.worker == 0:
+            server.assign(0)
+        elif not server.outstanding:
+            server.assign(0)
+            server.assign(0)
+
+
+def test_who_comes_back_to_no_job_gets_the_next_that_would_wait(tmp_path):
+    fleet = offbeat.Fleet(
+        workers=2, on_outage="lose", outages=[offbeat.Outage(worker=1, from_s=1.5, to_s=2.5)]
+    )
+    task, method = quadratic(3, workers=2), Hoarding()
+    result = offbeat.run(task, method, fleet, stop={"steps": 9}, folder=tmp_path / "r")
+    rows = [(row[0], int(row[1])) for row in result.trace]
+    # At 3 s the second of two jobs is for worker 1, which then has had its turn.
+    assert rows[:6] == [(1.0, 0), (1.0, 1), (2.0, 0), (3.0, 0), (4.0, 0), (4.0, 1)]
+    assert {worker for _, worker in rows[6:]} == {0}
+    np.testing.assert_array_equal(
+        result.x, offbeat.replay(tmp_path / "r", task=task, algorithm=Hoarding()).x
+    )

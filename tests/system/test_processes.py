@@ -6,11 +6,11 @@ import random
 import resource
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
+from processes import checkpoints, command, start, wait_for
 
 import offbeat
 from offbeat.runtime import api
@@ -37,24 +37,6 @@ save_every_s = 0.02
 """
 
 
-def command(*words):
-    return [sys.executable, "-m", "offbeat.runtime.cli", *words]
-
-
-def start(*words, **options):
-    return subprocess.Popen(
-        command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
-
-
-def wait_for(condition, process, limit_s=60.0):
-    until = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < until, "it did not happen in time"
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.002)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
@@ -78,10 +60,6 @@ def kill(process):
     process.kill()
     process.communicate()
     return process.returncode == -signal.SIGKILL
-
-
-def checkpoints(folder):
-    return sorted(path.name for path in folder.glob("checkpoint/*.safetensors"))
 
 
 def test_kill_9_at_any_moment_then_resume_ends_with_the_same_bits(file, tmp_path, undisturbed):

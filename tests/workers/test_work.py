@@ -282,7 +282,11 @@ def test_evaluations_are_at_their_gradients():
         ),
         ("local-steps(steps=0)", 'work "local-steps": "steps" should be greater than or equal'),
         ("local-steps(warmup=9, total=9)", "total=9 must be more than warmup=9"),
-        ("local-steps(sgd(lr=0.1), last_lr=0.2)", "last_lr=0.2 is above the learning rate 0.1"),
+        ("local-steps(last_lr=0.01)", "last_lr=0.01 is where a cosine ends; give its total"),
+        (
+            "local-steps(sgd(lr=0.1), total=9, last_lr=0.2)",
+            "last_lr=0.2 is above the learning rate",
+        ),
         (7, "7 is no work"),
     ],
 )

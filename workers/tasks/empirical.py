@@ -58,6 +58,7 @@ class EmpiricalRisk:
     ) -> None:
         self.shards, self.model, self.l2, self.nonconvex = shards, model, l2, nonconvex
         self.workers, self.dim, self.sizes = shards.workers, model.dim, shards.draws.sizes
+        self.tensors: list[int] = getattr(model, "tensors", [model.dim])
         shards.prepare(model.inputs, model.labelled)
         self._weights = shards.weights
         self._even: dict[int, NDArray] = {}  # batch size -> [B], all 1/B

@@ -28,7 +28,8 @@ class MLP:
     def __init__(self, sizes: list[int], activation: str = "relu") -> None:
         self.shapes = list(pairwise(sizes))
         self.relu = activation == "relu"
-        self.dim = sum(i * o + o for i, o in self.shapes)
+        self.tensors = [size for i, o in self.shapes for size in (i * o, o)]
+        self.dim = sum(self.tensors)
 
     def initial(self, seed: int) -> NDArray:
         """Weights from N(0, 2/in) (ReLU; He et al. 2015) or N(0, 1/in) (tanh), biases zero."""

@@ -68,8 +68,8 @@ class TorchTask:
         self._loss, self._data = loss, dataset
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._names, self._shapes = list(named), [p.shape for p in named.values()]
-        self._sizes = [p.numel() for p in named.values()]
-        self.dim = sum(self._sizes)
+        self.tensors = [p.numel() for p in named.values()]
+        self.dim = sum(self.tensors)
         self.matrices = self._between()  # of linear layers: (first entry, rows, columns)
         self._check(named, dataset)
         self._initial = torch.nn.utils.parameters_to_vector(named.values()).detach().cpu().numpy()
@@ -88,7 +88,7 @@ class TorchTask:
             for name, part in self._module.named_modules()
             if isinstance(part, self._torch.nn.Linear)
         }
-        firsts = np.cumsum([0, *self._sizes]).tolist()
+        firsts = np.cumsum([0, *self.tensors]).tolist()
         found = zip(firsts, self._names, self._shapes, strict=False)
         return [(first, *shape) for first, name, shape in found if name in linear]
 
@@ -124,7 +124,7 @@ class TorchTask:
 
     def _outputs(self, flat: Any, inputs: Any) -> Any:
         """The module's answer with parameters ``flat [d]``."""
-        pieces = self._torch.split(flat, self._sizes)
+        pieces = self._torch.split(flat, self.tensors)
         named = zip(self._names, pieces, self._shapes, strict=True)
         parameters = {name: piece.view(shape) for name, piece, shape in named}
         return self._torch.func.functional_call(self._module, parameters, (inputs,))

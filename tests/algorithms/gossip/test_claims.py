@@ -3,15 +3,16 @@ benchmarks/gossip_claims.py measures."""
 
 import numpy as np
 import pytest
+from canonical import rounds
 
 import offbeat
-from offbeat.algorithms.gossip import beer, motef
+from offbeat.algorithms.gossip import beer, motef, noloco
 from offbeat.runtime.records import Records
 from offbeat.runtime.rounds import Rounds
 from offbeat.runtime.settings import Evaluate, Stop
 from offbeat.runtime.stacked import Broadcast
 from offbeat.topologies import TOPOLOGIES
-from offbeat.workers.tasks import LeastSquares, Quadratic
+from offbeat.workers.tasks import LeastSquares, Quadratic, logistic
 from offbeat.workers.tasks.least_squares import least_squares
 
 APART = least_squares()  # 8 nodes that disagree, exact gradients
@@ -170,3 +171,37 @@ def test_fast_nodes_count_more_without_tracking(name):
         assert error < 1e-6
     else:
         assert np.linalg.norm(result.x - biased) < bias / 4 < error
+
+
+# -- Random pairs with momentum ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("alpha", "gamma"), [(0.0, 1.0), (0.3, 0.7), (0.5, 1.4), (0.8, 0.8)])
+def test_consensus_of_noloco_contracts_as_its_second_moments_say(alpha, gamma):
+    """d' = d + m', m' = alpha m - gamma (d - d_j)/2 for a random j: a map of E d^2, E dm, E m^2."""
+    m2 = np.array([gamma**2 / 2, -alpha * gamma, alpha**2])
+    dm = np.array([-gamma / 2, alpha, 0.0]) + m2
+    rate = np.abs(np.linalg.eigvals([np.array([1 - gamma, 2 * alpha, 0.0]) + m2, dm, m2])).max()
+    assert (rate < 1) == (gamma < 2 * (1 - alpha**2))
+    method = noloco(lr=1.0, momentum=alpha, gamma=gamma)
+    made = rounds(
+        Quadratic(np.zeros((256, 50))), method, "matching",
+        initial=np.random.default_rng(0).standard_normal((256, 50)),
+    )  # fmt: skip
+    method.lr = 0.0  # nothing but mixing
+    apart = []
+    for _ in range(40):
+        made._advance()
+        apart.append(made.node.x.var(axis=0).mean())
+    assert (apart[39] / apart[9]) ** (1 / 30) == pytest.approx(rate, rel=0.01)
+
+
+def test_noloco_on_everybody_is_diloco_with_heavy_ball():
+    """Each round's mean over all nodes in place of pairs: the synchronous method with a server."""
+    task = logistic("digits", workers=4, batch="full")
+    options = {"work": "local-steps(sgd(0.1), steps=5)", "stop": {"steps": 30}}
+    gossip = offbeat.run(task, "noloco(lr=0.7, momentum=0.5)", "4", topology="complete", **options)
+    options["stop"] = {"steps": 29}  # what was moved in the last round has not been mixed in yet
+    server = offbeat.run(task, "diloco(lr=0.7, outer=momentum, momentum=0.5)", "4", **options)
+    np.testing.assert_allclose(gossip.x, server.x, rtol=1e-3, atol=1e-5)
+    assert gossip.final["consensus"] < 1e-5

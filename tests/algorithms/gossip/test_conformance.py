@@ -91,7 +91,10 @@ def test_mass_is_kept(name, graph, loss, outages):
     for _ in range(40):
         made._advance()
         if not method.pushes:
-            np.testing.assert_allclose(made.node.x.mean(axis=0), 3.5, atol=1e-11)
+            mass = made.node.x
+            if name == "noloco":  # what momentum will still move counts, too
+                mass = mass + method.momentum / (1 - method.momentum) * made.node.m
+            np.testing.assert_allclose(mass.mean(axis=0), 3.5, atol=1e-11)
     if method.pushes:  # what is under way counts, too
         on_the_way = [(w.given - w.taken).sum(axis=0) if w.given is not None else 0
                       for w in made.node._wires.values()]  # fmt: skip
@@ -131,19 +134,19 @@ def test_mass_is_kept_by_nodes_at_their_own_pace(name, loss):
 
 
 @pytest.mark.parametrize("damping", [1.0, 0.5])
-def test_a_node_needs_one_sum_of_its_neighbours_copies(damping):
-    """s_i = sum_j w_ij h_j at all times, kept by messages alone."""
+def test_every_copy_of_a_public_vector_is_the_owners(damping):
+    """Bit for bit, kept by messages alone."""
     method = cedas(lr=0.03, damping=damping, compressor="qsgd(4)")
     for made in (method, METHODS["choco"], METHODS["motef"]):
         run = Peers(NOISY, made, "random-regular", initial=APART)
-        w = run.network.whole(0).matrix.toarray()
         for _ in range(100):
             run.advance()
             for name in made.channels:
                 ends = [node._ends[name] for node in run.nodes]
-                h = np.stack([e.h for e in ends])
-                s = np.stack([e.s for e in ends])
-                assert np.abs(s - w @ h).max() < 1e-12
+                copies = [(j, h) for end in ends for j, h in end.copies.items()]
+                assert len(copies) in (0, 8 * 3)
+                for j, h in copies:
+                    assert np.array_equal(h, ends[j].h)
 
 
 def test_both_ends_of_a_link_know_the_same():

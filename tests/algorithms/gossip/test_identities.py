@@ -17,6 +17,7 @@ from offbeat.algorithms.gossip import (
     momentum_tracking,
     motef,
     motef_vr,
+    noloco,
 )
 from offbeat.algorithms.gossip.motef import MoTEF
 from offbeat.algorithms.gossip.tracking import DSGT
@@ -59,6 +60,7 @@ def test_the_canonical_problem_is_the_published_one():
         (choco(lr=0.03, gamma=1.0, compressor="identity", order="overlapped"), ctad(0.03)),
         (deepsqueeze(lr=0.03, gamma=1.0, compressor="identity"), dsgd(lr=0.03)),
         (motef(lr=0.02, lam=1.0), beer(lr=0.02)),
+        (noloco(lr=0.03, momentum=0.0, gamma=1.0), dsgd(lr=0.03)),
         (motef_vr(lr=0.02, lam=1.0), beer(lr=0.02)),
         (momentum_tracking(lr=0.02, beta=0.0), dsgt(lr=0.02, order="combine-then-adapt")),
         (cedas(lr=0.03, gamma=1.0, damping=1.0, compressor="identity"), exact_diffusion(lr=0.03)),

@@ -1,0 +1,245 @@
+"""What every recipe is told: which run, in which shape, by which nodes, and what they execute."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import tomli_w
+
+from offbeat.algorithms.gossip import Gossip
+from offbeat.deploy.hosts import MOST_HOSTS, MOST_NAME, PORT, Hosts, endpoint, name
+from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.experiment import FILES, Experiment, read
+
+SERVER = "server"  # the name of its keys
+WORD = re.compile(r"[A-Za-z0-9_./~+-]+")
+IMAGE = re.compile(
+    r"[a-z0-9][a-z0-9.-]*(:\d{1,5})?(/[a-z0-9][a-z0-9._-]*)*(:[\w.-]+)?(@sha256:[0-9a-f]{64})?"
+)
+DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One run on many machines.
+
+    Args:
+        name: of the run, in files, units and objects.
+        text: of the experiment's file.
+        peers: whether it is gossip: peers only, without a server.
+        engine: that the experiment names.
+        participants: names of the workers, or peers, in the order of their numbers.
+        device: of each of them, cpu or cuda.
+        port: that the server, or a peer, listens on.
+        offbeat: the program, as a name or path.
+        experiment: where nodes find the experiment's file.
+        hosts: the machines, where they are known beforehand.
+        notes: what its user has to see to.
+    """
+
+    name: str
+    text: str
+    peers: bool
+    engine: str
+    participants: tuple[str, ...]
+    device: str = "cpu"
+    port: int = PORT
+    offbeat: str = "offbeat"
+    experiment: str = "experiment.toml"
+    hosts: Hosts | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def cuda(self) -> bool:
+        """Whether nodes compute on GPUs."""
+        return self.device != "cpu"
+
+    @property
+    def about(self) -> str:
+        """Who takes part, in words."""
+        n = len(self.participants)
+        return f"{n} peers" if self.peers else f"a server and {n} workers"
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """All that need keys; the server is first."""
+        return self.participants if self.peers else (SERVER, *self.participants)
+
+    def counted_hosts(self, address: Callable[[str], str]) -> str:
+        """A host file of the participants, each on a machine of its own."""
+        device = "cuda:0" if self.cuda else "cpu"
+        hosts = [
+            {"name": node, "address": address(node), "port": self.port, "device": device}
+            for node in self.participants
+        ]
+        return tomli_w.dumps({"hosts": hosts})
+
+    def serve(self, port: int | str, keys: str, out: str) -> list[str]:
+        """Arguments of the server's command."""
+        bind = f"tcp://0.0.0.0:{port}"
+        return ["serve", self.experiment, "--bind", bind, "--keys", keys, "--out", out]
+
+    def join(self, server: str, node: str, keys: str, device: str | None = None) -> list[str]:
+        """Arguments of a worker's command."""
+        on = device or ("cuda:0" if self.cuda else "cpu")
+        return ["join", server, "--keys", keys, "--name", node, "--device", on]
+
+    def peer(self, hosts: str, node: str, keys: str, out: str) -> list[str]:
+        """Arguments of a peer's command; its device is in the host file."""
+        return [
+            "peer", self.experiment, "--hosts", hosts, "--node", node, "--keys", keys, "--out", out
+        ]  # fmt: skip
+
+
+def plan(
+    file: Path,
+    *,
+    nodes: int | Hosts | None = None,
+    run: str | None = None,
+    prefix: tuple[str, str] = ("w", "n"),
+    engine: str = "zmq",
+    device: str = "cpu",
+    port: int = PORT,
+    offbeat: str = "offbeat",
+    experiment: str = "experiment.toml",
+) -> Plan:
+    """What is to be run, checked.
+
+    Args:
+        file: the experiment; of one run.
+        nodes: how many participants, or the machines; the experiment's own number where it is
+            not said. Of gossip there are exactly as many as its graph has, of workers at most.
+        run: the name of the run; the file's, where it is not said.
+        prefix: of the names of workers, and of peers, that are counted; {run} is the run's.
+        engine: that the recipe is for.
+        device, port, offbeat, experiment: see ``Plan``.
+
+    Raises:
+        ConfigError: what cannot be deployed, and why.
+    """
+    experiments = read(file)
+    if len(experiments) > 1:
+        raise ConfigError(
+            f"{file}: describes {len(experiments)} runs; give a file of one, with one algorithm, "
+            "topology and mode"
+        )
+    what = experiments[0]
+    own = str(what.engine.spec.name if what.engine.spec else "virtual")
+    notes = _data_notes(file, what) + _engine_notes(file, what, own, engine)
+    called = name(run or _named(file))
+    peers = isinstance(what.algorithm, Gossip)
+    size = what.fleet.workers
+    if isinstance(nodes, Hosts):
+        names = tuple(node.name for node in nodes.nodes())
+        if not peers:
+            nodes.serving()
+    else:
+        count = size if nodes is None else nodes
+        if not 1 <= count <= MOST_HOSTS:
+            raise ConfigError(f"--nodes must be from 1 to {MOST_HOSTS}, not {count}")
+        stem = prefix[peers].format(run=called)
+        names = tuple(f"{stem}{number}" for number in range(count))
+    if peers and len(names) != size:
+        raise ConfigError(
+            f"{file}: the graph has {size} nodes, but {len(names)} are to take part; gossip needs "
+            "exactly as many"
+        )
+    if len(names) > size:
+        raise ConfigError(
+            f"{file}: the fleet has {size} workers, so of {len(names)} nodes "
+            f"{len(names) - size} would have nothing to do; set fleet.workers"
+        )
+    if len(names) < size:
+        notes.append(
+            f"the fleet has {size} workers; {size - len(names)} of them are away until they join"
+        )
+    if device not in DEVICES:
+        raise ConfigError(f'--device must be cpu or cuda, not "{device}"')
+    return Plan(
+        name=called,
+        text=file.read_text(),
+        peers=peers,
+        engine=own,
+        participants=names,
+        device=device,
+        port=port,
+        offbeat=word(offbeat, "--offbeat"),
+        experiment=experiment,
+        hosts=nodes if isinstance(nodes, Hosts) else None,
+        notes=tuple(notes),
+    )
+
+
+def _data_notes(file: Path, what: Experiment) -> list[str]:
+    """What nodes need besides the experiment's file."""
+    spec = what.task.spec
+    notes = []
+    for key in FILES & dict(spec.options if spec else {}).keys():
+        given = Path(str(spec.options[key])).expanduser()  # type: ignore[union-attr]
+        if not given.is_file():
+            continue
+        if not given.is_absolute():
+            raise ConfigError(
+                f'{file}: task.{key} = "{given}" is another file on every machine; give the whole '
+                "path at which all of them have it"
+            )
+        notes.append(f"every node needs {given} at that path")
+    return notes
+
+
+def _engine_notes(file: Path, what: Experiment, own: str, wanted: str) -> list[str]:
+    if wanted != "ray":
+        if own == "ray":
+            raise ConfigError(f'{file}: has engine = "ray"; deploy it with kuberay, or take "zmq"')
+        return []
+    options = what.engine.spec.options if what.engine.spec else {}
+    if own != "ray":
+        raise ConfigError(f'{file}: kuberay runs what has engine = "ray"; this has "{own}"')
+    if options["address"] != "auto":
+        raise ConfigError(
+            f"{file}: the engine begins a Ray of its own; to join the cluster, give [engine] "
+            'address = "auto"'
+        )
+    if not options["num_cpus"]:
+        return ["engine.num_cpus is 0, so actors may be put on the head too; give it 1"]
+    return []
+
+
+def _named(file: Path) -> str:
+    """The name a file suggests.
+
+    >>> _named(Path("examples/Async_Local.toml"))
+    'async-local'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", file.stem.lower()).strip("-")[:MOST_NAME]
+
+
+def word(text: str, option: str) -> str:
+    """``text``, which shells, units and YAML take as it is; for paths and names of programs.
+
+    >>> word("/opt/my runs", "--dir")
+    Traceback (most recent call last):
+    ...
+    offbeat.runtime.errors.ConfigError: --dir: "/opt/my runs" has characters that scripts would \
+have to quote; take letters, digits and _ . / ~ + -
+    """
+    if not WORD.fullmatch(text) or text.startswith("-"):
+        raise ConfigError(
+            f'{option}: "{text}" has characters that scripts would have to quote; take letters, '
+            "digits and _ . / ~ + -"
+        )
+    return text
+
+
+def image(text: str) -> str:
+    """``text``, if it can name a container image."""
+    if not IMAGE.fullmatch(text):
+        raise ConfigError(f'--image: "{text}" names no image; write registry/name:tag')
+    return text
+
+
+def server_endpoint(hosts: Hosts) -> str:
+    """Where workers find the server."""
+    host = hosts.serving()
+    return endpoint(host.address, host.port)

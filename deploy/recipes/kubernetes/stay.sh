@@ -1,0 +1,29 @@
+#!/bin/sh
+# stay.sh COMMAND...: runs COMMAND; when it is done it stays, for a stateful set would begin it
+# again. {{ done }} says so to the probes.
+set -u
+
+child='' stopping=''
+stop() {
+    stopping=yes
+    kill -TERM "$child" 2>/dev/null
+}
+trap stop TERM
+
+"$@" &
+child=$!
+wait "$child"
+status=$?
+while kill -0 "$child" 2>/dev/null; do  # a signal ended the wait
+    wait "$child"
+    status=$?
+done
+if [ "$status" -eq 0 ] && [ -z "$stopping" ]; then
+    echo "stay.sh: done; delete the stateful sets when you have what you want"
+    touch {{ done }}
+    sleep infinity &
+    child=$!
+    wait "$child"
+    exit 0
+fi
+exit "$status"

@@ -1,0 +1,337 @@
+"""Gossip nodes of one process: what comes in is queued, and one thread does all the rest.
+
+The thread takes the mail, computes, keeps the nodes' emulated times by holding back what is done
+too soon (it goes on with other things meanwhile), and notes what there is to report.
+"""
+
+import heapq
+import itertools
+import math
+import queue
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from numpy.typing import NDArray
+
+from offbeat.runtime.errors import OffbeatError
+from offbeat.runtime.experiment import Experiment
+from offbeat.runtime.node import Compute, Effect, GossipNode, Send, gossip_node
+from offbeat.runtime.peer import Item
+from offbeat.runtime.randomness import rng
+
+AGAIN_S = 5.0  # real seconds without a new round after which messages are repeated
+MOST_MAIL = 256  # parcels handled before the thread computes again
+MOST_WAIT_S = 1.0  # of the thread for mail
+
+Input = list[Any]
+"""What a node was given, for a replay: a name and what came with it."""
+
+
+class Parcel(NamedTuple):
+    """A message on its way; ``serial`` numbers what ``frm`` sent to ``to``."""
+
+    to: int
+    frm: int
+    incarnation: int
+    serial: int
+    kind: str
+    number: int
+    items: tuple[Item, ...]
+
+
+class Report:
+    """What happened since the last report; ``rounds`` and ``counts`` are totals."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[float, ...]] = []  # of the trace
+        self.models: list[tuple[int, int, float, NDArray]] = []  # round, node, time, [d]
+        self.inputs: dict[int, list[Input]] = {}
+        self.answers: dict[int, Any] = {}  # to what was asked
+        self.rounds: dict[int, int] = {}
+        self.counts: dict[int, dict[str, int]] = {}
+        self.now_s = 0.0
+        self.rests: int | None = None  # all nodes do, and so many limits were set before
+        self.error: tuple[type[OffbeatError] | None, str] | None = None
+
+
+class Hosted:
+    """Some nodes of an experiment.
+
+    Args:
+        experiment: of which they are.
+        nodes: their numbers.
+        carry: called with parcels for nodes elsewhere.
+        incarnation, joining: see ``GossipNode``.
+        states: what ``state`` answered for each, to go on from; None: the run begins.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        nodes: Sequence[int],
+        carry: Callable[[list[Parcel]], None],
+        *,
+        incarnation: int = 0,
+        joining: bool = False,
+        states: Mapping[int, dict[str, Any]] | None = None,
+    ) -> None:
+        self._carry, self._states = carry, states
+        self._incarnation, self._joining = incarnation, joining
+        self.nodes: dict[int, GossipNode] = {
+            i: gossip_node(experiment, i, incarnation=incarnation, joining=joining) for i in nodes
+        }
+        fleet = experiment.fleet
+        self._clock = fleet.timing(experiment.seed, 0).clock
+        self._measured, self._pace = fleet.law().measured, experiment.pace
+        self._fleet, self._steps, self._seed = fleet, experiment.work.steps, experiment.seed
+        self._every = experiment.evaluate.steps if not experiment.asynchronous else None
+        self._tracing = experiment.record.trace
+        self._queue: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        self._out: list[Parcel] = []
+        self._here: deque[Parcel] = deque()  # parcels between nodes of this process
+        self._timers: list[tuple[float, int, tuple[Any, ...]]] = []
+        self._order = itertools.count()
+        self._jobs: deque[tuple[int, Compute, float]] = deque()  # with when they were given
+        self._serials: dict[tuple[int, int], int] = {}
+        self._link_s = dict.fromkeys(nodes, 0.0)  # until when what it sends keeps its link busy
+        self._moved_s = dict.fromkeys(nodes, math.inf)  # when it last did a round, really
+        self._report, self._lock = Report(), threading.Condition()
+        self._urgent, self._ended = False, False
+        self._rests: int | None = None
+        self._limits = 0  # that were set
+        self._zero_s = 0.0  # of the monotonic clock, when the run began
+        self._thread = threading.Thread(target=self._work, daemon=True)
+
+    # -- From other threads --------------------------------------------------------------------
+
+    def begin(self, now_s: float, limit: float) -> None:
+        """The run is at ``now_s`` seconds; nodes may begin rounds below ``limit``."""
+        self._zero_s = time.monotonic() - now_s * self._pace
+        for node in self.nodes.values():
+            node.limit = limit
+        self._thread.start()
+
+    def deliver(self, parcels: Sequence[Parcel]) -> None:
+        """Messages for nodes here have come."""
+        self._queue.put(("mail", parcels))
+
+    def tell(self, what: str, *args: Any) -> None:
+        """Have every node do ``what``: "down" or "up" with a node, "extend" with a limit."""
+        self._queue.put(("tell", what, args))
+
+    def ask(self, question: int, what: str) -> None:
+        """Have the next report answer by ``question``: "state" or "model" of every node."""
+        self._queue.put(("ask", question, what))
+
+    def report(self, wait_s: float) -> Report:
+        """What happened, waiting so long unless there is something that cannot wait."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._urgent, timeout=wait_s)
+            told, self._report, self._urgent = self._report, Report(), False
+            told.rests, told.now_s = self._rests, self.now_s()
+            for i, node in self.nodes.items():
+                told.counts[i] = dict(node.counts)
+                if not node.joining:
+                    told.rounds[i] = node.round
+            return told
+
+    def end(self) -> None:
+        """Stop."""
+        self._queue.put(("end",))
+        self._thread.join()
+
+    # -- The thread ----------------------------------------------------------------------------
+
+    def now_s(self) -> float:
+        """Seconds of the run."""
+        return (time.monotonic() - self._zero_s) / self._pace
+
+    def _work(self) -> None:
+        try:
+            with self._lock:
+                self._begin()  # before any mail that is there already
+            while not self._ended:
+                self._turn()
+        except Exception as error:
+            kind = type(error) if isinstance(error, OffbeatError) else None
+            with self._lock:
+                said = str(error) if kind else traceback.format_exc()
+                self._report.error, self._urgent, self._ended = (kind, said), True, True
+                self._lock.notify_all()
+
+    def _turn(self) -> None:
+        """Take the mail, do what is due, compute one gradient; or wait for something to do."""
+        now_s = self.now_s()
+        while self._timers and self._timers[0][0] <= now_s:
+            self._handle(heapq.heappop(self._timers)[2])
+        for _ in range(MOST_MAIL):
+            if self._here:
+                self._handle(("mail", [self._here.popleft()]))
+                continue
+            try:
+                self._handle(self._queue.get_nowait())
+            except queue.Empty:
+                break
+        self._flush()
+        if self._jobs and not self._ended:
+            self._compute(*self._jobs.popleft())
+        elif not self._ended and not self._here and self._queue.empty():
+            self._rest()
+
+    def _rest(self) -> None:
+        if self._rests is None and all(node.quiet for node in self.nodes.values()):
+            with self._lock:
+                self._rests, self._urgent = self._limits, True
+                self._lock.notify_all()
+        until_s = self._timers[0][0] if self._timers else math.inf
+        wait_s = min(MOST_WAIT_S, max(0.0, (until_s - self.now_s()) * self._pace))
+        try:
+            self._handle(self._queue.get(timeout=wait_s))
+        except queue.Empty:
+            self._repeat()
+
+    def _repeat(self) -> None:
+        """Nodes that stand still repeat what may not have arrived."""
+        now_s = time.monotonic()
+        with self._lock:
+            for i, node in self.nodes.items():
+                if now_s - self._moved_s[i] > AGAIN_S and not node.quiet:
+                    self._moved_s[i] = now_s
+                    self._note(i, "again")
+                    self._do(i, node.again())
+
+    def _handle(self, event: tuple[Any, ...]) -> None:
+        kind, *what = event
+        self._rests = None
+        handlers: dict[str, Callable[..., None]] = {
+            "mail": self._mail, "post": self._post_now, "done": self._done, "tell": self._tell,
+            "ask": self._answer, "end": self._end,
+        }  # fmt: skip
+        with self._lock:  # a report is of a moment between two events
+            handlers[kind](*what)
+
+    def _begin(self) -> None:
+        for i, node in self.nodes.items():
+            self._moved_s[i] = time.monotonic()
+            if self._states is None:
+                self._note(i, "start", self._incarnation, self._joining, node.limit)
+                self._do(i, node.start())
+            else:
+                state = self._states[i]
+                self._serials |= {(i, j): serial for j, serial in state["serials"]}
+                self._note(i, "restore", node.limit)
+                self._do(i, node.restore(state["node"]))
+        self._states = None
+
+    def _end(self) -> None:
+        self._ended = True
+
+    def _mail(self, parcels: Sequence[Parcel]) -> None:
+        for parcel in parcels:
+            self._arrive(parcel)
+
+    def _arrive(self, p: Parcel) -> None:
+        node = self.nodes[p.to]
+        self._note(p.to, "mail", p.frm, p.incarnation, p.serial)
+        self._do(p.to, node.receive(p.frm, p.kind, p.number, p.items, p.incarnation))
+
+    def _tell(self, what: str, args: tuple[Any, ...]) -> None:
+        self._limits += what == "extend"
+        for i, node in self.nodes.items():
+            if what == "extend" or args[0] in node.neighbours:
+                self._note(i, what, *args)
+                self._moved_s[i] = time.monotonic()
+                self._do(i, getattr(node, what)(*args))
+
+    def _answer(self, question: int, what: str) -> None:
+        if what == "model":
+            now_s = self.now_s()
+            found: Any = {i: (now_s, n.model) for i, n in self.nodes.items() if not n.joining}
+        else:
+            found = {
+                i: {
+                    "node": node.state(),
+                    "serials": [[j, k] for (frm, j), k in self._serials.items() if frm == i],
+                }
+                for i, node in self.nodes.items()
+            }
+        self._report.answers[question] = found
+        self._urgent = True
+        self._lock.notify_all()
+
+    def _note(self, i: int, *what: Any) -> None:
+        if self._tracing:
+            self._report.inputs.setdefault(i, []).append(list(what))
+
+    # -- Effects -------------------------------------------------------------------------------
+
+    def _do(self, i: int, effects: Sequence[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Send):
+                self._post(i, effect)
+            elif isinstance(effect, Compute):
+                self._jobs.append((i, effect, self.now_s()))
+            elif self._every is not None and effect.round % self._every == 0:
+                self._report.models.append((effect.round, i, self.now_s(), effect.model))
+
+    def _post(self, i: int, send: Send) -> None:
+        """Have a message on its way, or hold it for as long as an emulated link takes."""
+        serial = self._serials.get((i, send.to), 0)
+        self._serials[i, send.to] = serial + 1
+        incarnation = self.nodes[i].incarnation
+        parcel = Parcel(send.to, i, incarnation, serial, send.kind, send.number, send.items)
+        fleet, now_s = self._fleet, self.now_s()
+        delay_s = fleet.latency_s
+        if fleet.bandwidth:  # one message after the other
+            self._link_s[i] = max(self._link_s[i], now_s) + send.nbytes / fleet.bandwidth
+            delay_s += self._link_s[i] - now_s
+        if fleet.jitter_s:
+            at = i * self._fleet.workers + send.to
+            delay_s += rng(self._seed, "message jitter", at, serial).exponential(fleet.jitter_s)
+        if delay_s:
+            self._later(now_s + delay_s, "post", parcel)
+        else:
+            self._post_now(parcel)
+
+    def _post_now(self, parcel: Parcel) -> None:
+        if parcel.to in self.nodes:
+            self._here.append(parcel)
+        else:
+            self._out.append(parcel)
+
+    def _flush(self) -> None:
+        if self._out:
+            out, self._out = self._out, []
+            self._carry(out)
+
+    def _later(self, time_s: float, *event: Any) -> None:
+        heapq.heappush(self._timers, (time_s, next(self._order), event))
+
+    def _compute(self, i: int, job: Compute, given_s: float) -> None:
+        began_s = self.now_s()
+        losses, gradient = self.nodes[i].answer(job)
+        due_s = -math.inf
+        if self._measured:
+            given_s = began_s
+        else:
+            due_s = self._clock.finish(i, job.number, given_s, self._steps)
+        event = "done", i, job.number, losses, gradient, given_s
+        if due_s > self.now_s():
+            self._later(due_s, *event)
+        else:
+            self._handle(event)
+
+    def _done(
+        self, i: int, number: int, losses: list[float], gradient: Any, given_s: float
+    ) -> None:
+        node, now_s = self.nodes[i], self.now_s()
+        self._moved_s[i] = time.monotonic()
+        self._note(i, "done", number)
+        step = node.round
+        effects = node.computed(number, losses, gradient)
+        self._report.rows.append((now_s, i, number, step, step, given_s, now_s))
+        self._do(i, effects)

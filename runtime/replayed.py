@@ -1,0 +1,185 @@
+"""A gossip run under a real clock, again: its nodes are given what the trace says they were given.
+
+Every node's inputs are in its trace in their order: messages by sender and serial number, jobs
+that were done, links that went down and up.  A message is what its sender, replayed, has sent.  So
+the nodes compute what they computed, bit for bit, in one process and at any speed.
+
+Of a node whose process died, the last inputs are not known.  A synchronous one is given all mail
+there is, since the order does not matter to it; what it did in vain, nobody has heard.
+"""
+
+import json
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offbeat.algorithms.gossip import Gossip
+from offbeat.runtime.errors import StorageError
+from offbeat.runtime.experiment import Experiment
+from offbeat.runtime.gossip import COUNTS, measure
+from offbeat.runtime.loop import Loop
+from offbeat.runtime.node import HELLO, Effect, GossipNode, Send, gossip_node
+from offbeat.runtime.records import Records
+
+Key = tuple[int, int, int, int]  # to, from, incarnation, serial
+
+
+def read_inputs(path: Path, length: int) -> dict[int, deque[list[Any]]]:
+    """Node -> what it was given, from the first ``length`` bytes of a trace.jsonl."""
+    inputs: dict[int, deque[list[Any]]] = {}
+    try:
+        with path.open("rb") as file:
+            for line in file.read(length).splitlines():
+                if line.startswith(b'{"inputs"'):
+                    for node, given in json.loads(line)["inputs"].items():
+                        inputs.setdefault(int(node), deque()).extend(given)
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path}: cannot be read ({error})") from None
+    return inputs
+
+
+class Replayed(Loop):
+    """The run again.
+
+    Args:
+        experiment: what was run.
+        inputs: see ``read_inputs``.
+        records: where what is measured at the end is written.
+        around: see ``Loop``.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        inputs: dict[int, deque[list[Any]]],
+        records: Records,
+        **around: Any,
+    ) -> None:
+        super().__init__(experiment.task, records, **around)
+        assert isinstance(experiment.algorithm, Gossip)
+        self.experiment, self._inputs = experiment, inputs
+        self.nodes: dict[int, GossipNode] = {}
+        self._dead: list[tuple[GossipNode, set[Key]]] = []  # with the mail each was given since
+        self._sent: dict[Key, Send] = {}
+        self._serials: dict[tuple[int, int, int], int] = {}  # from, incarnation, to
+        self._done = 0
+
+    @property
+    def step(self) -> int:
+        """Rounds done by all."""
+        return min((node.round for node in self.nodes.values()), default=0)
+
+    @property
+    def time_s(self) -> float:
+        """No time passes."""
+        return 0.0
+
+    @property
+    def gradients(self) -> int:
+        """Gradients of all nodes."""
+        return self._done * self.experiment.work.steps
+
+    @property
+    def x(self) -> NDArray:
+        """The nodes' mean ``[d]``."""
+        return self._models().mean(axis=0)
+
+    def _models(self) -> NDArray:
+        return np.stack([self.nodes[i].model for i in sorted(self.nodes)])
+
+    def facts(self) -> dict[str, Any]:
+        """See ``Loop``."""
+        return {key: sum(node.counts[key] for node in self.nodes.values()) for key in COUNTS}
+
+    def _start(self) -> None:
+        """The first of what every node was given makes it."""
+        for i in list(self._inputs):
+            self._give(i, self._inputs[i].popleft())
+
+    def _loop(self) -> str:
+        going = True
+        while going:
+            going = False
+            for i, given in self._inputs.items():
+                while given and (given[0][0] != "mail" or (i, *given[0][1:]) in self._sent):
+                    self._give(i, given.popleft())
+                    going = True
+            if not going:
+                going = any([self._give_dead(node, had) for node, had in self._dead])
+        if left := {i: given[0] for i, given in self._inputs.items() if given}:
+            raise StorageError(
+                "a process died, and the trace does not have all that its nodes were given last: "
+                f"the run cannot be replayed beyond {left}"
+            )
+        return "steps"
+
+    def _give(self, i: int, given: list[Any]) -> None:
+        what, *args = given
+        if what == "start":
+            incarnation, joining, limit = args
+            if i in self.nodes:
+                self._dead.append((self.nodes[i], set()))
+            self.nodes[i] = gossip_node(
+                self.experiment, i, incarnation=incarnation, joining=joining
+            )
+            self.nodes[i].limit = limit
+            self._do(self.nodes[i], self.nodes[i].start())
+            return
+        node = self.nodes[i]
+        if what == "mail":
+            send = self._sent[(i, *args)]
+            frm, incarnation, _ = args
+            effects = node.receive(frm, send.kind, send.number, send.items, incarnation)
+        elif what == "done":
+            assert node.job is not None
+            self._done += 1
+            effects = node.computed(args[0], *node.answer(node.job))
+        elif what == "restore":
+            node.limit = args[0]
+            effects = node.restore(node.state())
+        else:
+            effects = getattr(node, what)(*args)
+        self._do(node, effects)
+
+    def _give_dead(self, node: GossipNode, had: set[Key]) -> bool:
+        """What a node may have done after its last input that is known; whether it did more."""
+        if self.experiment.asynchronous:
+            return False
+        for key, send in list(self._sent.items()):
+            to, frm, incarnation, _ = key
+            if to == node.i and key not in had and send.kind != HELLO:
+                had.add(key)
+                effects = node.receive(frm, send.kind, send.number, send.items, incarnation)
+                self._do(node, effects)
+                return True
+        if node.job is None:
+            return False
+        self._do(node, node.computed(node.job.number, *node.answer(node.job)))
+        return True
+
+    def _do(self, node: GossipNode, effects: Sequence[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Send):
+                line = node.i, node.incarnation, effect.to
+                serial = self._serials.get(line, 0)
+                self._serials[line] = serial + 1
+                self._sent[effect.to, node.i, node.incarnation, serial] = effect
+
+    def _measured(self) -> dict[str, float]:
+        row = {"time_s": self.time_s, "step": self.step, "gradients": self.gradients}
+        return row | measure(self._models(), self._evaluated)
+
+    def _sound(self) -> bool:
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """A replay is not written anywhere."""
+        raise NotImplementedError
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nor read."""
+        raise NotImplementedError

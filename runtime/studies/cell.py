@@ -1,0 +1,96 @@
+"""One cell of a study: an experiment of one seed, and what is kept of its run."""
+
+import json
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from offbeat.runtime import api
+from offbeat.runtime.errors import ConfigError, OffbeatError
+from offbeat.runtime.experiment import Experiment, from_table
+from offbeat.topologies import TOPOLOGIES
+from offbeat.topologies.spectral import WINDOW, effective_gap
+
+# Columns of the metrics that are kept of every run, where it has them.
+KEPT = (
+    *("step", "time_s", "bytes", "gradients", "loss", "grad_norm", "accuracy", "perplexity"),
+    *("distance2", "consensus", "loss_worst"),
+)
+MOST_TAUS = 1000  # of the staleness histogram; the last one stands for all beyond
+MOST_GAP = 2000  # nodes up to which gaps are computed in passing
+
+
+class Job(NamedTuple):
+    """What a process is told of a cell; its folder, if its records shall be kept."""
+
+    cell: str
+    table: dict[str, Any]
+    folder: str | None
+
+
+def run(job: Job) -> bytes:
+    """Run a cell; answers its line in the study's file.  What fails is a line with its error."""
+    line: dict[str, Any] = {"cell": job.cell, "settings": job.table}
+    began_s = time.perf_counter()
+    try:
+        line |= _run(job)
+    except OffbeatError as error:
+        line["error"] = f"{type(error).__name__}: {error}"
+    line["wall_s"] = time.perf_counter() - began_s
+    return encode(line)
+
+
+def encode(line: dict[str, Any]) -> bytes:
+    """A line of the study's file; a number that is not finite is null there."""
+    return msgspec.json.encode(line) + b"\n"
+
+
+def _run(job: Job) -> dict[str, Any]:
+    experiment = one(job.table)
+    folder = Path(job.folder) if job.folder is not None else None
+    if folder is not None and (folder / "experiment.toml").exists():
+        result = api.resume(folder)  # the study was interrupted in its midst
+    else:
+        result = api.execute(experiment, folder)
+    taus = result.histogram.tolist()
+    if len(taus) > MOST_TAUS:
+        taus = [*taus[: MOST_TAUS - 1], sum(taus[MOST_TAUS - 1 :])]
+    return {
+        "reason": result.reason,
+        "final": {k: v for k, v in result.final.items() if isinstance(v, int | float)},
+        "curve": {
+            key: [float(f"{value:.6g}") for value in result.column(key).tolist()]
+            for key in KEPT
+            if key in result.final
+        },
+        "histogram": taus,
+        "topology": None if experiment.topology is None else topology(experiment),
+    }
+
+
+def one(table: dict[str, Any]) -> Experiment:
+    """The only experiment that ``table`` describes."""
+    found = from_table(table)
+    if len(found) != 1:
+        raise ConfigError(f"a cell is one experiment, not {len(found)}; move lists to [grid]")
+    return found[0]
+
+
+def topology(experiment: Experiment) -> dict[str, Any]:
+    """``n`` and ``gap`` (None if it was not computed) of an experiment's topology."""
+    made = experiment.topology
+    assert made is not None
+    gap = None
+    if made.spec is not None and made.n <= MOST_GAP:
+        gap = _gap(json.dumps(made.spec.table()))
+    return {"n": made.n, "gap": gap}
+
+
+@lru_cache(maxsize=256)
+def _gap(spec: str) -> float:
+    """The effective spectral gap over a period."""
+    made = TOPOLOGIES.table(json.loads(spec))
+    return effective_gap(made, made.period or WINDOW)

@@ -1,0 +1,524 @@
+"""Studies: a file names a grid of experiments; its cells run in parallel, each of them once.
+
+    [experiment]              # like any experiment file: what all cells share
+    [grid]                    # dotted keys and their values: every combination is run
+    [[zip]]                   # keys whose values go together, one with one
+    seeds = 3                 # or a list
+    [tune]                    # keys and candidates: each setting takes its own best
+    [target]                  # a level of a metric: how long until there?
+    [limits]                  # of one cell
+    [quick]                   # dotted keys of this file with smaller values, for --quick
+
+A cell's name is the hash of its complete settings, so a study that was interrupted, or whose grid
+has grown, runs what is missing and nothing else.
+"""
+
+import hashlib
+import inspect
+import json
+import math
+import os
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from copy import deepcopy
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from time import monotonic
+from typing import Any, BinaryIO
+
+import msgspec
+import tomli_w
+
+from offbeat.algorithms.gossip import ALGORITHMS
+from offbeat.runtime.checkpoint import write_whole
+from offbeat.runtime.errors import ConfigError, StorageError, nearest
+from offbeat.runtime.experiment import KEYS, apply_override, make_settings, put
+from offbeat.runtime.registry import (
+    AtLeastOne,
+    Finite,
+    Positive,
+    Registry,
+    Seed,
+    parse_call,
+    settings,
+)
+from offbeat.runtime.studies import cell, pool
+from offbeat.topologies import TOPOLOGIES
+from offbeat.workers.tasks import TASKS
+from offbeat.workers.work import WORK
+
+CELLS, FILE, FOLDERS = "cells.jsonl", "study.toml", "runs"
+SYNC_S = 2.0  # between two times that results are forced to the disk
+PARTS = {"task": TASKS, "algorithm": ALGORITHMS, "topology": TOPOLOGIES, "work": WORK}
+SECTIONS = (
+    "name",
+    "about",
+    "experiment",
+    "grid",
+    "zip",
+    "seeds",
+    "tune",
+    "target",
+    "limits",
+    "quick",
+)
+BUDGETS = ("steps", "seconds", "gradients")  # what a share of a run is a share of
+MOST_CELLS = 1_000_000
+VERSION = version("offbeat")  # what the same settings give may change with it
+
+Line = dict[str, Any]  # of the cells' file; see ``cell.run``
+Done = dict[str, Line]  # by cell
+
+
+@settings
+class Target:
+    """How long a run takes until ``metric`` is at ``level`` or below."""
+
+    metric: str = "loss"
+    level: Finite
+
+
+@settings
+class Tune:
+    """Every setting takes the best of the same candidates, after the same work.
+
+    Args:
+        grid: dotted keys and candidates; several keys are combined.
+        by: a column of the table that shall be small; where None: the steps to the target, then
+            the floor of its metric.
+        seeds: of the runs that decide, by their mean; the study's first where None.
+        halving: where given, successive halving: all candidates run a short time, the best
+            1/halving of them halving times as long, and so on.  Else all run in full.
+    """
+
+    grid: dict[str, list[Any]]
+    by: str | None = None
+    seeds: list[Seed] | None = None
+    halving: AtLeastOne | None = None
+
+
+@settings
+class Limits:
+    """Of one cell: ``cell_s`` wall seconds."""
+
+    cell_s: Positive = 3600.0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study.
+
+    Args:
+        key: the hash of its complete settings.
+        axes: what tells it from the others: dotted key -> value; the seed is apart.
+        seed: of the run.
+        table: its experiment.
+    """
+
+    key: str
+    axes: Mapping[str, Any]
+    seed: int
+    table: dict[str, Any]
+
+
+class Study:
+    """A grid of experiments, from its table."""
+
+    def __init__(self, table: Mapping[str, Any]) -> None:
+        if unknown := [key for key in table if key not in SECTIONS]:
+            raise ConfigError(f'unknown key "{unknown[0]}"{nearest(unknown[0], SECTIONS)}')
+        self.source = table
+        self.name = str(table.get("name", "study"))
+        self.about = " ".join(str(table.get("about", "")).split())
+        self.base = deepcopy(dict(_section(table, "experiment")))
+        self.base.setdefault("record", {}).setdefault("trace", False)
+        self.axes = _lists(_section(table, "grid"), "grid")
+        for key in ("algorithm", "topology", "mode"):  # lists, as in any experiment file
+            if isinstance(self.base.get(key), list):
+                self.axes.setdefault(key, self.base.pop(key))
+        self.zipped = [_lists(group, "zip") for group in table.get("zip", [])]
+        self.seeds = _seeds(table.get("seeds", [0]))
+        self.target = make_settings(Target, table["target"]) if "target" in table else None
+        self.tune = None
+        if "tune" in table:
+            tune = dict(_section(table, "tune"))
+            tune["grid"] = _lists(tune.get("grid", {}), "tune.grid")
+            self.tune = Tune(**tune)
+        self.limits = make_settings(Limits, table.get("limits", {}))
+        self._check()
+
+    @staticmethod
+    def read(path: Path, overrides: Sequence[str] = (), quick: bool = False) -> "Study":
+        """A study from its file; ``quick`` applies its [quick] section, then the overrides."""
+        try:
+            table = tomllib.loads(path.read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: cannot be read ({error})") from None
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path}: is not TOML: {error}") from None
+        table.setdefault("name", path.stem)
+        try:
+            if quick:
+                _merge(table, _section(table, "quick"))
+            for override in overrides:
+                _override(table, override)
+            return Study(table)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    def _check(self) -> None:
+        """Refuse what no cell could be; every value of every axis is built once."""
+        groups = [*({key: values} for key, values in self.axes.items()), *self.zipped]
+        keys = [key for group in groups for key in group]
+        if twice := {key for key in keys if keys.count(key) > 1}:
+            raise ConfigError(f"{min(twice)} is varied twice")
+        for group in groups:
+            lengths = {key: len(values) for key, values in group.items()}
+            if 0 in lengths.values() or len(set(lengths.values())) != 1:
+                raise ConfigError(f"zip: lists that go together are of one length, not {lengths}")
+        if self.tune is not None and not self.tune.grid:
+            raise ConfigError('tune: name a key and its candidates, as grid."algorithm.lr" = [...]')
+        tuned = [dict(zip(self.tune.grid, self._candidates()[0], strict=True))] if self.tune else []
+        count = len(self.settings()) * (len(self.seeds) + len(self._candidates()))
+        if count > MOST_CELLS:
+            raise ConfigError(f"{count:,} cells are more than the {MOST_CELLS:,} a study may have")
+        first = [{key: values[0] for key, values in group.items()} for group in groups]
+        for at, group in enumerate(groups):
+            for place in range(len(next(iter(group.values())))):
+                chosen = {key: values[place] for key, values in group.items()}
+                axes = [*first[:at], chosen, *first[at + 1 :], *tuned]
+                if at == 0 or place:
+                    cell.one(self._cell(_merged(axes), self.seeds[0]).table)
+        if not groups:
+            cell.one(self._cell(_merged(tuned), self.seeds[0]).table)
+
+    def settings(self) -> list[dict[str, Any]]:
+        """Every combination of the axes; what differs in nothing but the seed is one."""
+        ranges: list[list[dict[str, Any]]] = [
+            [{key: value} for value in values] for key, values in self.axes.items()
+        ]
+        for group in self.zipped:
+            length = len(next(iter(group.values())))
+            ranges.append([{k: values[at] for k, values in group.items()} for at in range(length)])
+        return [_merged(chosen) for chosen in product(*ranges)]
+
+    def _candidates(self) -> list[tuple[Any, ...]]:
+        return list(product(*self.tune.grid.values())) if self.tune else []
+
+    def _cell(self, axes: Mapping[str, Any], seed: int, share: float = 1.0) -> Cell:
+        """The cell at ``axes``, of ``share`` of the length."""
+        table = deepcopy(self.base)
+        for part in PARTS.keys() & table.keys():
+            table[part] = _written_out(part, table[part])
+        for key in sorted(axes, key=lambda key: key.count(".")):  # algorithm before algorithm.lr
+            put(table, key, _written_out(key, axes[key]) if key in PARTS else deepcopy(axes[key]))
+        table["seed"] = seed
+        if share < 1:
+            stop = table.get("stop", {})
+            if not any(key in stop for key in BUDGETS):
+                raise ConfigError(f"halving: [experiment.stop] needs one of {', '.join(BUDGETS)}")
+            for key in BUDGETS & stop.keys():
+                part = stop[key] * share
+                stop[key] = part if key == "seconds" else max(1, math.ceil(part))
+        text = json.dumps([VERSION, table], sort_keys=True, default=str)
+        return Cell(hashlib.sha256(text.encode()).hexdigest()[:16], axes, seed, table)
+
+    # -- What to run next ---------------------------------------------------------------------
+
+    def plan(self, done: Done) -> tuple[list[Cell], list[Cell]]:
+        """The cells to run next, and those of the table whose settings are known by now.
+
+        A function of what is done, so it is the same after an interruption.
+        """
+        missing: dict[str, Cell] = {}
+        wanted: list[Cell] = []
+        for axes in self.settings():
+            chosen = axes
+            if self.tune is not None:
+                trials, best = self._tuned(axes, done)
+                missing |= {trial.key: trial for trial in trials}
+                if best is None:
+                    continue
+                chosen = axes | best
+            cells = [self._cell(chosen, seed) for seed in self.seeds]
+            wanted += cells
+            missing |= {one.key: one for one in cells if one.key not in done}
+        return list(missing.values()), wanted
+
+    def _tuned(self, axes: dict[str, Any], done: Done) -> tuple[list[Cell], dict[str, Any] | None]:
+        """The trials still to be run, or the best candidate."""
+        assert self.tune is not None
+        candidates, shares = self._candidates(), self._shares()
+        for at, share in enumerate(shares):
+            scores = []
+            missing = []
+            for candidate in candidates:
+                values = dict(zip(self.tune.grid, candidate, strict=True))
+                seeds = self.tune.seeds or self.seeds[:1]
+                cells = [self._cell(axes | values, seed, share) for seed in seeds]
+                missing += [one for one in cells if one.key not in done]
+                if not missing:
+                    scores.append(self._score([done[one.key] for one in cells]))
+            if missing:
+                return missing, None
+            order = sorted(range(len(candidates)), key=scores.__getitem__)
+            last = at == len(shares) - 1
+            kept = 1 if last else math.ceil(len(candidates) / (self.tune.halving or 1))
+            candidates = [candidates[i] for i in sorted(order[:kept])]
+        return [], dict(zip(self.tune.grid, candidates[0], strict=True))
+
+    def _shares(self) -> list[float]:
+        """How long the runs of each rung are: all of it at the last one."""
+        assert self.tune is not None
+        eta = self.tune.halving
+        if eta is None or eta == 1:
+            return [1.0]
+        rungs = int(math.log(len(self._candidates())) / math.log(eta) + 1e-9)
+        return [eta ** (at - rungs) for at in range(rungs + 1)]
+
+    def _score(self, lines: Sequence[Line]) -> tuple[float, float]:
+        """What tuning makes small; infinite where a run failed."""
+        assert self.tune is not None
+        from offbeat.runtime.studies.table import row
+
+        rows = [row(line, self.target) for line in lines]
+        if any(one["error"] for one in rows):
+            return math.inf, math.inf
+        if self.tune.by is not None:
+            if self.tune.by not in rows[0]:
+                known = nearest(self.tune.by, rows[0])
+                raise ConfigError(f'tune.by: the table has no column "{self.tune.by}"{known}')
+            return _mean([one[self.tune.by] for one in rows]), 0.0
+        to_target = _mean([one.get("steps_to_target") for one in rows]) if self.target else 0.0
+        return to_target, _mean([one["floor"] for one in rows])
+
+    def edge(self, axes: Mapping[str, Any]) -> bool:
+        """Whether the value chosen for any tuned key is the first or last of its candidates."""
+        grid = self.tune.grid if self.tune else {}
+        return any(len(v) > 1 and axes[key] in (v[0], v[-1]) for key, v in grid.items())
+
+
+def _section(table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    if not isinstance(found := table.get(key, {}), Mapping):
+        raise ConfigError(f"[{key}] must be a table, not {found!r}")
+    return found
+
+
+def _merge(table: dict[str, Any], other: Mapping[str, Any]) -> None:
+    """Put what is in ``other`` in the place of what is in ``table``, table by table."""
+    for key, value in other.items():
+        if isinstance(value, Mapping) and isinstance(table.get(key), dict):
+            _merge(table[key], value)
+        else:
+            table[key] = deepcopy(value)
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    """As of any experiment, but what follows ``grid.`` is one key: ``grid.algorithm.lr=[1, 2]``."""
+    for grid in ("tune.grid.", "grid."):
+        if override.startswith(grid):
+            found: dict[str, Any] = {}
+            apply_override(found, f"value={override.partition('=')[2]}")
+            key = override.partition("=")[0].removeprefix(grid).strip()
+            part = table.setdefault("tune", {}) if grid.startswith("tune") else table
+            part["grid"] = {**dict(_flat(part.get("grid", {}))), key: found["value"]}
+            return
+    apply_override(table, override)
+
+
+def _flat(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and what is not a table."""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
+
+
+def _lists(table: Any, where: str) -> dict[str, list[Any]]:
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{where} must be a table of dotted keys and lists, not {table!r}")
+    found = dict(_flat(table))
+    for key, values in found.items():
+        if not isinstance(values, list) or not values:
+            raise ConfigError(f"{where}: {key} must be a list of values, not {values!r}")
+        if where != "tune.grid" and (first := key.split(".")[0]) not in KEYS:
+            raise ConfigError(f'{where}: unknown key "{key}"{nearest(first, KEYS)}')
+        if key == "seed":
+            raise ConfigError(f"{where}: seeds are varied by seeds = [...]")
+    return found
+
+
+def _seeds(given: Any) -> list[int]:
+    seeds = list(range(given)) if isinstance(given, int) else given
+    if not isinstance(seeds, list) or not seeds or not all(type(s) is int for s in seeds):
+        raise ConfigError(f"seeds must be a number of seeds or a list of them, not {given!r}")
+    return list(dict.fromkeys(seeds))
+
+
+def _merged(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {key: value for table in tables for key, value in table.items()}
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    return sum(math.inf if value is None else value for value in values) / len(values)
+
+
+def _written_out(part: str, given: Any) -> Any:
+    """A part as a table with all its options, so that keys can be set and nothing is implied."""
+    registry: Registry = PARTS[part]
+    if isinstance(given, str):
+        name, args, options = parse_call(given, registry.kind)
+        parameters = list(inspect.signature(registry[name]).parameters)
+        if len(args) > len(parameters):
+            raise ConfigError(f'too many arguments in "{given}"; it takes {", ".join(parameters)}')
+        given = {"name": name, **dict(zip(parameters, args, strict=False)), **options}
+    if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
+        return given  # it will be told when it is built
+    table = dict(deepcopy(given))
+    for key, parameter in inspect.signature(registry[table["name"]]).parameters.items():
+        filled = key in ("n", "workers", "seed")  # by the experiment
+        if not filled and parameter.default not in (parameter.empty, None):
+            table.setdefault(key, parameter.default)
+    return table
+
+
+# -- The folder -------------------------------------------------------------------------------
+
+
+def read_cells(folder: Path) -> Done:
+    """What is done, by cell; a last line that was torn by a power cut does not count."""
+    done: Done = {}
+    try:
+        with (folder / CELLS).open("rb") as file:
+            for number, text in enumerate(file, start=1):
+                if text.endswith(b"\n"):
+                    try:
+                        line = msgspec.json.decode(text)
+                        done[line["cell"]] = line
+                    except (msgspec.DecodeError, KeyError, TypeError):
+                        raise StorageError(
+                            f"{folder / CELLS} line {number}: is no cell; remove the line"
+                        ) from None
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise StorageError(f"{folder / CELLS}: cannot be read ({error.strerror})") from None
+    return done
+
+
+class CellsFile:
+    """The file of finished cells: a line each, forced to the disk every two seconds."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / CELLS
+        self._synced_s = monotonic()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file: BinaryIO = self.path.open("a+b")
+            self._cut()
+        except OSError as error:
+            raise StorageError(f"{self.path}: cannot be written ({error.strerror})") from None
+
+    def _cut(self) -> None:
+        """Remove a torn last line."""
+        end = self._file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - 2**16)
+            self._file.seek(start)
+            at = self._file.read(end - start).rfind(b"\n")
+            end = start + at + 1 if at >= 0 else start
+            if at >= 0:
+                break
+        self._file.truncate(end)
+
+    def add(self, line: bytes) -> None:
+        """Append a finished cell."""
+        try:
+            self._file.write(line)
+            self._file.flush()
+            if monotonic() - self._synced_s > SYNC_S:
+                self.sync()
+        except OSError as error:
+            raise StorageError(
+                f"{self.path}: cannot be written ({error.strerror}); what is in it stays: make "
+                "room, then run the study again"
+            ) from None
+
+    def sync(self) -> None:
+        """Force it to the disk."""
+        os.fsync(self._file.fileno())
+        self._synced_s = monotonic()
+
+    def close(self) -> None:
+        """The end."""
+        self.sync()
+        self._file.close()
+
+
+Progress = Callable[[int, int, int], None]  # cells done, of how many, failed
+
+
+def run(
+    study: Study,
+    folder: Path,
+    *,
+    jobs: int = 2,
+    engine: str = "processes",
+    retry: bool = False,
+    folders: bool = False,
+    progress: Progress = lambda done, of, failed: None,
+) -> list[tuple[Cell, Line]]:
+    """Run what is missing of ``study`` in ``folder``; answers the cells of its table.
+
+    Args:
+        study: what to run.
+        folder: of the results; it may hold some already.
+        jobs: cells at a time.
+        engine: where they run; see ``pool.engine``.
+        retry: whether cells that failed are run again.
+        folders: whether every cell keeps a run folder of its own, with trace and checkpoints.
+        progress: called after every cell.
+
+    Raises:
+        ConfigError: unknown engine; StorageError.
+    """
+    runner = pool.engine(engine)
+    if folders and runner is not pool.processes:
+        raise ConfigError("run folders are kept of cells that run on this machine only")
+    done = read_cells(folder)
+    if retry:
+        done = {key: line for key, line in done.items() if "error" not in line}
+    file = CellsFile(folder)
+    try:
+        write_whole(folder / FILE, tomli_w.dumps(study.source).encode())
+        while True:
+            missing, wanted = study.plan(done)
+            if not missing:
+                return [(one, done[one.key]) for one in wanted]
+            work = [_job(one, folder, folders) for one in missing]
+            failed = sum("error" in line for line in done.values())
+            progress(0, len(work), failed)
+            runs = runner(cell.run, work, jobs, study.limits.cell_s)
+            with closing(runs):
+                for count, (index, (text, error)) in enumerate(runs, start=1):
+                    if text is None:
+                        key, table, _ = work[index]
+                        text = cell.encode({"cell": key, "settings": table, "error": error})
+                    file.add(text)
+                    line = msgspec.json.decode(text)
+                    done[line["cell"]] = line
+                    failed += "error" in line
+                    progress(count, len(work), failed)
+    finally:
+        file.close()
+
+
+def _job(one: Cell, folder: Path, folders: bool) -> cell.Job:
+    if not folders:
+        return cell.Job(one.key, one.table, None)
+    table = one.table | {"record": one.table["record"] | {"trace": True}}
+    return cell.Job(one.key, table, str(folder / FOLDERS / one.key))

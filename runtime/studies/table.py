@@ -1,0 +1,134 @@
+"""The tidy table of a study: one row a cell, settings first, then what came of it."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from offbeat.runtime.errors import ConfigError, StorageError, nearest
+from offbeat.runtime.registry import Spec
+
+TAIL = 0.2  # of the evaluations: the floor is their mean
+REACHED = {"steps": "step", "seconds": "time_s", "gradients": "gradients", "bytes": "bytes"}
+FINAL = (
+    *("step", "time_s", "gradients", "bytes", "loss", "grad_norm", "accuracy", "perplexity"),
+    *("distance2", "consensus", "loss_worst", "staleness_mean", "staleness_max", "busy"),
+)
+
+
+def row(line: dict[str, Any], target: Any) -> dict[str, Any]:
+    """What came of a cell; see ``study.run`` for ``line``.
+
+    ``floor`` is the mean of the target's metric (else the loss) over the last fifth of the
+    evaluations; ``..._to_target`` is None where the run did not get there.
+    """
+    metric = target.metric if target is not None else "loss"
+    made: dict[str, Any] = {"cell": line["cell"], "error": line.get("error")}
+    if made["error"]:
+        return made
+    curve, final = line["curve"], line["final"]
+    if metric not in curve:
+        raise ConfigError(f'target: runs have no metric "{metric}"{nearest(metric, curve)}')
+    if line["topology"] is not None:
+        made |= {"n": line["topology"]["n"], "gap": line["topology"]["gap"]}
+    if target is not None:
+        made |= {f"{name}_to_target": None for name, of in REACHED.items() if of in curve}
+        made |= reached(curve, metric, target.level)
+    made |= {key: final[key] for key in FINAL if key in final}
+    values = curve[metric]
+    tail = values[-max(1, math.ceil(TAIL * len(values))) :]
+    made["floor"] = sum(tail) / len(tail)
+    return made | {"reason": line["reason"], "wall_s": line["wall_s"]}
+
+
+def reached(curve: dict[str, list[float]], metric: str, level: float) -> dict[str, float]:
+    """Steps, seconds, gradients and bytes at which ``metric`` first was at ``level``.
+
+    Between two evaluations it is taken to fall geometrically (linearly where it is not positive).
+    """
+    values = np.array(curve[metric])
+    below = np.flatnonzero(values <= level)
+    if not len(below):
+        return {}
+    at = int(below[0])
+    fraction = 1.0
+    if at:
+        before, after, aim = float(values[at - 1]), float(values[at]), level
+        if after > 0 and aim > 0:
+            before, after, aim = math.log(before), math.log(after), math.log(aim)
+        fraction = (before - aim) / (before - after)
+    found = {}
+    for name, column in REACHED.items():
+        if column in curve:
+            x = curve[column]
+            start = x[at - 1] if at else x[0]
+            found[f"{name}_to_target"] = start + fraction * (x[at] - start)
+    return found
+
+
+def text(value: Any) -> Any:
+    """An axis's value as a cell of a table: tables in their text form, numbers as they are."""
+    if isinstance(value, dict):
+        options = {k: v for k, v in value.items() if k != "name"}
+        return str(Spec(str(value.get("name", "")), options))
+    return str(value) if isinstance(value, list) else value
+
+
+def rows(study: Any, cells: Sequence[tuple[Any, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The table: for each cell its axes, its seed, and ``row``."""
+    made = []
+    for cell, line in cells:
+        axes = {key: text(value) for key, value in cell.axes.items()}
+        tuned = {"tuned_at_edge": study.edge(cell.axes)} if study.tune else {}
+        made.append(axes | {"seed": cell.seed} | tuned | row(line, study.target))
+    return made
+
+
+def columns(table: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Column by column, in the order they first occur; None where a row has none."""
+    names = dict.fromkeys(name for one in table for name in one)
+    return {name: [one.get(name) for one in table] for name in names}
+
+
+def write(table: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Write the table to ``path``: .parquet or .csv."""
+    import pyarrow
+    from pyarrow import csv, parquet
+
+    if path.suffix not in (".csv", ".parquet"):
+        raise ConfigError(f"{path}: a table is written as .csv or .parquet")
+    made = {}
+    for name, values in columns(table).items():
+        kinds = {type(value) for value in values if value is not None}
+        if kinds == {int, float}:
+            values = [None if value is None else float(value) for value in values]
+        elif len(kinds) > 1:  # as of an axis with numbers and texts
+            values = [None if value is None else str(value) for value in values]
+        made[name] = pyarrow.array(values, pyarrow.string() if not kinds else None)
+    whole = pyarrow.table(made)
+    try:
+        if path.suffix == ".csv":
+            csv.write_csv(whole, path)
+        else:
+            parquet.write_table(whole, path)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written ({error})") from None
+    return path
+
+
+def grouped(
+    table: Sequence[dict[str, Any]], names: Sequence[str]
+) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """The rows by their values of ``names``: what differs by the seed is together."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for one in table:
+        groups.setdefault(tuple(one.get(name) for name in names), []).append(one)
+    return groups
+
+
+def median(values: Sequence[float | None]) -> float | None:
+    """The median; None where less than half of the values are there."""
+    found = np.median([math.inf if value is None else value for value in values])
+    return float(found) if math.isfinite(found) else None

@@ -1,0 +1,434 @@
+"""What is rendered: read by the parsers of those it is for, and by our own command line."""
+
+import json
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import deploying
+import pytest
+import typer
+import yaml
+
+from offbeat.deploy import render
+from offbeat.deploy.hosts import read_hosts
+from offbeat.runtime.cli import app
+from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.experiment import read
+
+BIN = Path(sys.executable).parent
+COMMANDS = typer.main.get_command(app).commands
+OURS = ("serve", "join", "peer", "status", "keys", "run", "resume", "doctor")
+RECIPES = [
+    (recipe, shape)
+    for recipe in (*deploying.BY_COUNT, *deploying.BY_HOSTS)
+    for shape in deploying.SHAPES
+]
+each_recipe = pytest.mark.parametrize(("recipe", "shape"), RECIPES)
+each_shape = pytest.mark.parametrize("shape", deploying.SHAPES)
+
+
+def tool(name):
+    found = shutil.which(name) or shutil.which(name, path=str(BIN))
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+def passes(*words, **options):
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+RAY = 'engine = {name = "ray", address = "auto", num_cpus = 1}\n' + deploying.SERVER
+
+
+def rayjob(folder, *options):
+    return deploying.deploy(folder, "kuberay", "server", *options, text=RAY)
+
+
+# -- Parsers and validators ------------------------------------------------------------------------
+
+
+def scripts(out):
+    found = [p for p in out.rglob("*") if p.suffix in (".sh", ".sbatch")]
+    assert found or out.name == "kuberay"
+    return found
+
+
+@each_recipe
+def test_scripts_are_bash_and_can_be_executed(recipe, shape, tmp_path):
+    for path in scripts(deploying.deploy(tmp_path, recipe, shape)):
+        passes("bash", "-n", str(path))
+        if path.suffix == ".sh":
+            assert stat.S_IMODE(path.stat().st_mode) == 0o755
+
+
+@each_recipe
+def test_shellcheck_finds_nothing(recipe, shape, tmp_path):
+    paths = scripts(deploying.deploy(tmp_path, recipe, shape))
+    passes(tool("shellcheck"), *map(str, paths))
+
+
+@each_shape
+@pytest.mark.parametrize("devices", ["cpu", "cuda"])
+def test_units_pass_systemd(shape, devices, tmp_path):
+    analyze = tool("systemd-analyze")
+    (tmp_path / "hosts.toml").write_text(deploying.HOSTS.replace('"cuda"', f'"{devices}"'))
+    out = deploying.deploy(tmp_path, "systemd", shape, "--offbeat", sys.executable)
+    units = list(map(str, (out / "units").glob("*.service")))
+    assert len(units) == (2 if shape == "server" else 1)
+    assert passes(analyze, "verify", *units) == ""
+    for unit in units:  # 0: nothing can be reached from it; 100: everything
+        passes(analyze, "security", "--offline=true", "--threshold=25", unit)
+
+
+@each_shape
+def test_slurm_directives(shape, tmp_path):
+    out = deploying.deploy(
+        tmp_path, "slurm", shape, "--per-machine", "2", "--device", "cuda", "--time", "12:00:00",
+        "--partition", "gpu",
+    )  # fmt: skip
+    head = (out / "offbeat.sbatch").read_text().split("set -euo")[0]
+    found = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", head, re.MULTILINE))
+    assert len(found) == head.count("#SBATCH")
+    tasks = 4 if shape == "server" else 3
+    assert found == {
+        "job-name": "run", "nodes": "2", "ntasks": str(tasks), "ntasks-per-node": "2",
+        "cpus-per-task": "1", "gpus-per-task": "1", "partition": "gpu", "time": "12:00:00",
+        "requeue": "", "signal": "B:USR1@180", "open-mode": "append", "output": "%x-%j.log",
+    }  # fmt: skip
+
+
+@each_shape
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_kubernetes_documents_fit_their_schemas(shape, device, tmp_path):
+    validator = pytest.importorskip("kubernetes_validate", reason="not installed")
+    out = deploying.deploy(tmp_path, "kubernetes", shape, "--device", device)
+    documents = list(yaml.safe_load_all((out / "offbeat.yaml").read_text()))
+    assert len(documents) == (6 if shape == "server" else 4)
+    for document in documents:
+        validator.validate(document, "1.30", strict=True)
+
+
+@each_shape
+def test_kubernetes_objects_fit_together(shape, tmp_path):
+    out = deploying.deploy(tmp_path, "kubernetes", shape, "--port", "6000")
+    objects = {}
+    for document in yaml.safe_load_all((out / "offbeat.yaml").read_text()):
+        objects.setdefault(document["kind"], []).append(document)
+    (service,), (config,) = objects["Service"], objects["ConfigMap"]
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["ports"][0]["port"] == 6000
+    labels = [made["spec"]["template"]["metadata"]["labels"] for made in objects["StatefulSet"]]
+    for made in objects["StatefulSet"]:
+        spec = made["spec"]
+        pod = spec["template"]["spec"]
+        assert spec["serviceName"] == service["metadata"]["name"]
+        assert service["spec"]["selector"].items() <= spec["template"]["metadata"]["labels"].items()
+        names = {volume["name"] for volume in pod["volumes"]}
+        names |= {claim["metadata"]["name"] for claim in spec.get("volumeClaimTemplates", [])}
+        for container in pod["initContainers"] + pod["containers"]:
+            assert {mount["name"] for mount in container["volumeMounts"]} <= names
+            assert container["securityContext"]["readOnlyRootFilesystem"]
+        assert pod["volumes"][0]["configMap"]["name"] == config["metadata"]["name"]
+        assert [spec["selector"]["matchLabels"] == label for label in labels].count(True) == 1
+    for budget, made in zip(objects["PodDisruptionBudget"], objects["StatefulSet"], strict=True):
+        assert budget["spec"]["selector"] == made["spec"]["selector"]
+    files = config["data"]
+    assert files["experiment.toml"] == deploying.SHAPES[shape]
+    secrets = {
+        volume["secret"]["secretName"]
+        for made in objects["StatefulSet"]
+        for volume in made["spec"]["template"]["spec"]["volumes"]
+        if "secret" in volume
+    }
+    assert secrets == set(re.findall(r"^secret (\S+)", (out / "apply.sh").read_text(), re.M))
+    if shape == "peers":
+        (tmp_path / "made.toml").write_text(files["hosts.toml"])
+        nodes = read_hosts(tmp_path / "made.toml").nodes()
+        assert [node.endpoint for node in nodes] == [
+            f"tcp://run-peer-{i}.run:6000" for i in range(3)
+        ]
+
+
+def test_rayjob(tmp_path):
+    out = rayjob(tmp_path, "--device", "cuda", "--image", "registry:5000/us/offbeat:1")
+    _, claim, job = yaml.safe_load_all((out / "rayjob.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    cluster = job["spec"]["rayClusterSpec"]
+    (workers,) = cluster["workerGroupSpecs"]
+    assert workers["replicas"] == 3
+    head, worker = (
+        group["template"]["spec"]["containers"][0] for group in (cluster["headGroupSpec"], workers)
+    )
+    assert "nvidia.com/gpu" in worker["resources"]["limits"]
+    assert "nvidia.com/gpu" not in head["resources"]["limits"]
+    volumes = cluster["headGroupSpec"]["template"]["spec"]["volumes"]
+    assert {"claimName": claim["metadata"]["name"]} in [
+        volume.get("persistentVolumeClaim") for volume in volumes
+    ]
+    validator = pytest.importorskip("kubernetes_validate", reason="not installed")
+    for group in (cluster["headGroupSpec"], workers):  # RayJob itself is no type of Kubernetes
+        pod = {
+            "apiVersion": "v1",
+            "kind": "PodTemplate",
+            "metadata": {"name": "a"},
+            "template": group["template"],
+        }
+        validator.validate(pod, "1.30", strict=True)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_rayjob_goes_on_where_it_was(there, tmp_path):
+    config, _, job = yaml.safe_load_all((rayjob(tmp_path) / "rayjob.yaml").read_text())
+    folder = tmp_path / "run-folder"
+    entry = config["data"]["entry.sh"].replace("/run-folder", str(folder))
+    (tmp_path / "entry.sh").write_text(entry)
+    entrypoint = job["spec"]["entrypoint"].replace("/config", str(tmp_path))
+    if there:
+        (folder / "run").mkdir(parents=True)
+        (folder / "run" / "experiment.toml").touch()
+    deploying.program(tmp_path, "offbeat", '#!/bin/sh\necho "$1"\n')
+    path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    said = passes(*shlex.split(entrypoint), env=path)
+    assert said == ("resume\n" if there else "run\n")
+
+
+@each_shape
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_compose_fits_together(shape, device, tmp_path):
+    out = deploying.deploy(tmp_path, "compose", shape, "--device", device)
+    document = yaml.safe_load((out / "compose.yaml").read_text())
+    dockerfile = (out / "Dockerfile").read_text()
+    for service in document["services"].values():
+        assert {s["source"] for s in service["secrets"]} <= document["secrets"].keys()
+        assert {c["source"] for c in service.get("configs", [])} <= document["configs"].keys()
+        assert f"AS {service['build']['target']}\n" in dockerfile
+        assert ("deploy" in service) == (device == "cuda")
+        own = [s["source"] for s in service["secrets"] if s["source"].endswith("_secret")]
+        assert len(own) == 1
+        assert service["healthcheck"]["test"][0] == "CMD"
+        compile(service["healthcheck"]["test"][-1], "healthcheck", "exec")
+    names = {"server", "w0", "w1", "w2"} if shape == "server" else {"n0", "n1", "n2"}
+    assert document["services"].keys() == names
+    for config in document["configs"].values():
+        assert (out / config["file"]).is_file()
+
+
+@each_shape
+def test_compose_passes_docker(shape, tmp_path):
+    docker = tool("docker")
+    if subprocess.run([docker, "compose", "version"], capture_output=True).returncode:
+        pytest.skip("this docker has no compose")
+    out = deploying.deploy(tmp_path, "compose", shape)
+    (out / ".env").write_text("OFFBEAT_UID=1000\nOFFBEAT_GID=1000\n")
+    said = passes(docker, "compose", "config", "--format", "json", cwd=out)
+    assert len(json.loads(said)["services"]) == (4 if shape == "server" else 3)
+
+
+def test_dockerfile_stages(tmp_path):
+    text = (deploying.deploy(tmp_path, "compose", "server") / "Dockerfile").read_text()
+    known = {"FROM", "ENV", "RUN", "COPY", "USER", "WORKDIR", "STOPSIGNAL", "ENTRYPOINT"}
+    lines = [line for line in text.replace("\\\n", " ").splitlines() if line and line[0] != "#"]
+    assert {line.split()[0] for line in lines} == known
+    stages = [line.split()[1::2] for line in lines if line.startswith("FROM")]
+    assert [made for _, made in stages] == ["cpu", "cuda", "offbeat-cpu", "offbeat-cuda"]
+    assert [base for base, _ in stages][2:] == ["cpu", "cuda"]
+
+
+@each_recipe
+def test_experiments_and_host_files_are_read_back(recipe, shape, tmp_path):
+    out = deploying.deploy(tmp_path, recipe, shape)
+    (experiment,) = read(out / "experiment.toml")
+    assert experiment.fleet.workers == 3
+    if (made := out / "hosts.toml").exists():
+        assert len(read_hosts(made).nodes()) == 3
+        if recipe in deploying.BY_HOSTS:
+            assert read_hosts(made) == read_hosts(tmp_path / "hosts.toml")
+
+
+# -- Our own command line --------------------------------------------------------------------------
+
+
+def in_yaml(value):
+    """Every list of words that begins with a command of ours."""
+    if isinstance(value, dict):
+        for one in value.values():
+            yield from in_yaml(one)
+    elif isinstance(value, list):
+        if value and value[0] in OURS:
+            yield value
+        for one in value:
+            yield from in_yaml(one)
+
+
+def in_text(text):
+    """Every command line of ours in a script or unit."""
+    for line in text.splitlines():
+        if line.lstrip().startswith("#"):
+            continue
+        for found in re.findall(rf"\S*offbeat ((?:{'|'.join(OURS)}) [^|;&)]*)", line):
+            told = found.split(" || ")[0].strip()
+            if told[-1] in "'\"" and told.count(told[-1]) % 2:  # closes what began before it
+                told = told[:-1]
+            yield shlex.split(told)
+
+
+def command_lines(out):
+    found = []
+    for path in out.rglob("*"):
+        if path.suffix == ".yaml":
+            for document in yaml.safe_load_all(path.read_text()):
+                found += in_yaml(document)
+        elif path.suffix in (".sh", ".sbatch", ".service"):
+            found += in_text(path.read_text())
+    return found
+
+
+def parses(words):
+    name, *rest = words
+    command = COMMANDS[name]
+    if hasattr(command, "commands"):
+        name, *rest = rest
+        command = command.commands[name]
+    with command.make_context(name, list(rest)) as context:
+        return context.params
+
+
+@each_recipe
+def test_command_lines_are_ours(recipe, shape, tmp_path):
+    names = {"server": {"keys", "serve", "join"}, "peers": {"keys", "peer"}}[shape]
+    if (recipe, shape) == ("ssh", "server"):
+        names |= {"status"}
+    found = command_lines(deploying.deploy(tmp_path, recipe, shape))
+    assert {words[0] for words in found} == names
+    missing = sorted(names - COMMANDS.keys())
+    for words in found:
+        if words[0] not in missing:
+            assert parses(words)
+    if missing:
+        pytest.skip(f"this build has no offbeat {', '.join(missing)}")
+
+
+def test_the_rayjobs_command_lines_are_ours(tmp_path):
+    config, *_ = yaml.safe_load_all((rayjob(tmp_path) / "rayjob.yaml").read_text())
+    found = list(in_text(config["data"]["entry.sh"]))
+    assert [words[0] for words in found] == ["resume", "run"]
+    assert parses(found[1])["file"] == Path("/config/experiment.toml")
+
+
+# -- Secrets ---------------------------------------------------------------------------------------
+
+
+@each_recipe
+def test_keys_are_made_where_the_script_runs(recipe, shape, tmp_path):
+    out = deploying.deploy(tmp_path, recipe, shape)
+    before = {path: path.read_text() for path in out.rglob("*") if path.is_file()}
+    assert not any("secret-key" in text for text in before.values())
+    deploying.program(tmp_path, "offbeat", deploying.STUB)
+    for _ in range(2):  # the second time changes nothing
+        passes(str(out / "keys.sh"), env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
+    keys = out / "keys"
+    nodes = sorted(path.name for path in keys.iterdir())
+    assert len(nodes) == (4 if shape == "server" else 3)
+    for path in keys.rglob("*"):
+        if path.suffix != ".key" or "authorized" in path.parts:
+            assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
+    for node in nodes:
+        secrets = [path.name for path in (keys / node).rglob("*.key_secret")]
+        assert secrets == [f"{node}.key_secret"]
+        known = {path.stem for path in (keys / node / "authorized").iterdir()}
+        if shape == "peers":
+            assert known == set(nodes) - {node}
+        else:  # the server knows its own, so that `offbeat status` may ask with it
+            assert known == (set(nodes) if node == "server" else {"server"})
+    assert all(path.read_text() == text for path, text in before.items())
+
+
+# -- Mistakes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "said"),
+    [
+        ("slurm", ["--nodes", "4"], "fleet has 3 workers, so of 4 nodes 1 would have nothing"),
+        ("slurm", ["--nodes", "0"], "--nodes must be from 1 to 4096, not 0"),
+        ("slurm", ["--per-machine", "0"], "--per-machine must be from 1 to 100, not 0"),
+        ("slurm", ["--time", "soon"], '"soon" is no time of Slurm; write 12:00:00'),
+        ("slurm", ["--partition", "a b"], '"a b" is no name of a partition'),
+        ("slurm", ["--name", "My run"], '"My run" is no name; take lower-case'),
+        ("slurm", ["--offbeat", "a; rm b"], "characters that scripts would have to quote"),
+        ("slurm", ["--device", "tpu"], '--device must be cpu or cuda, not "tpu"'),
+        ("systemd", ["--offbeat", "offbeat"], "units need the whole path of the program"),
+        ("systemd", ["--user", "a b"], '"a b" is no name of a user'),
+        ("ssh", ["--dir", "my runs"], '--dir: "my runs" has characters'),
+        ("kubernetes", ["--image", "UP"], '"UP" names no image; write registry/name:tag'),
+        ("kubernetes", ["--memory", "4 GB"], '"4 GB" is no size; write 4Gi'),
+        ("kubernetes", ["--cpus", "0"], "--cpus must be above 0"),
+        ("kuberay", [], 'kuberay runs what has engine = "ray"; this has "virtual"'),
+    ],
+)
+def test_mistakes_are_one_sentence(recipe, options, said, tmp_path):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        deploying.deploy(tmp_path, recipe, "server", *options)
+
+
+def test_a_rayjob_joins_its_cluster(tmp_path, capsys):
+    with pytest.raises(ConfigError, match="begins a Ray of its own; to join the cluster, give"):
+        deploying.deploy(tmp_path, "kuberay", "server", text='engine = "ray"\n' + deploying.SERVER)
+    text = RAY.replace(", num_cpus = 1", "")
+    deploying.deploy(tmp_path, "kuberay", "server", text=text)
+    assert "engine.num_cpus is 0, so actors may be put on the head too" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match='deploy it with kuberay, or take "zmq"'):
+        deploying.deploy(tmp_path, "slurm", "server", text=text)
+
+
+def test_gossip_needs_all_its_nodes(tmp_path):
+    with pytest.raises(ConfigError, match="graph has 3 nodes, but 2 are to take part"):
+        deploying.deploy(tmp_path, "slurm", "peers", "--nodes", "2")
+
+
+def test_one_run_a_deployment(tmp_path):
+    text = deploying.SERVER.replace("[algorithm]", "[[algorithm]]")
+    with pytest.raises(ConfigError, match="describes 2 runs; give a file of one"):
+        deploying.deploy(
+            tmp_path, "slurm", "server", text=text + '[[algorithm]]\nname = "random"\n'
+        )
+
+
+def test_a_method_with_a_server_needs_a_host_for_it(tmp_path):
+    (tmp_path / "hosts.toml").write_text(deploying.HOSTS.replace('server = "head"', ""))
+    with pytest.raises(ConfigError, match='say on which host it runs, as server = "head"'):
+        deploying.deploy(tmp_path, "ssh", "server")
+
+
+def test_fewer_workers_than_the_fleet_has_is_said(tmp_path, capsys):
+    deploying.deploy(tmp_path, "slurm", "server", "--nodes", "2")
+    assert "1 of them are away until they join" in capsys.readouterr().out
+
+
+def test_files_are_not_replaced_unasked(tmp_path):
+    out = deploying.deploy(tmp_path, "ssh", "server")
+    (out / "keys").mkdir()
+    (out / "keys" / "mine").write_text("kept")
+    (out / "launch.sh").write_text("changed")
+    with pytest.raises(ConfigError, match=r"already has experiment\.toml"):
+        deploying.deploy(tmp_path, "ssh", "server")
+    assert (out / "launch.sh").read_text() == "changed"
+    deploying.deploy(tmp_path, "ssh", "server", "--overwrite")
+    assert (out / "launch.sh").read_text().startswith("#!")
+    assert (out / "keys" / "mine").read_text() == "kept"
+
+
+def test_scripts_need_no_quotes(tmp_path):
+    """What is filled in was checked: an option cannot become a command."""
+    assert render._environment.autoescape is False
+    for bad in ("$(reboot)", "`reboot`", "a b", "a;b", "a\nb", "'", '"', "-rf"):
+        with pytest.raises(ConfigError):
+            deploying.deploy(tmp_path, "ssh", "server", f"--dir={bad}")

@@ -1,0 +1,281 @@
+"""The report: what is in it is what was recorded, and a browser shows it without a complaint."""
+
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+from xml.etree import ElementTree
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+import offbeat
+from offbeat.runtime import api, cli
+from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.experiment import from_table
+from offbeat.runtime.records import TRACE_COLUMNS
+from offbeat.runtime.studies import report, study, watch
+from offbeat.runtime.studies.scenes import COMMUNICATE, COMPUTE, QUEUE, timeline
+from offbeat.runtime.studies.study import Study
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--enable-logging=stderr", "--virtual-time-budget=4000", "--dump-dom",
+)  # fmt: skip
+
+GOSSIP = {
+    "name": "graphs <script>alert(1)</script>",
+    "about": "Who talks to whom </script><b>",
+    "seeds": 2,
+    "experiment": {"task": "least-squares(5)", "stop": {"steps": 300}},
+    "grid": {
+        "algorithm": ["dsgd(lr=0.01)", "dsgt(lr=0.01)"],
+        "topology": ["ring:6", "ring:12", "complete:8", "one-peer-exponential:8"],
+    },
+    "target": {"level": 0.5},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A study on graphs, a comparison of server methods with its timelines, a gossip run."""
+    root = tmp_path_factory.mktemp("report")
+    study.run(Study(GOSSIP), root / "study")
+    table = {
+        "task": "quadratic(3)",
+        "algorithm": ["pure", "random"],
+        "fleet": {"workers": 5, "speeds": "1..5", "latency_s": 0.5},
+        "stop": {"steps": 200},
+    }
+    cli._prepare_all(from_table(table), root / "comparison")
+    for name in ("pure", "random"):
+        api.resume(root / "comparison" / name)
+    for mode in ("synchronous", "asynchronous"):
+        offbeat.run(
+            "least-squares(5)", "dsgt(lr=0.01)", "6 1..6", "ring", mode=mode,
+            stop={"steps": 100}, record={"nodes": True}, folder=root / mode,
+        )  # fmt: skip
+    return root
+
+
+def browse(address):
+    """(the page after its script ran, what the browser had to say)."""
+    with tempfile.TemporaryDirectory() as profile:
+        done = subprocess.run(
+            [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", address],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def shown(dom):
+    """The sections of a page with the number of figures in each."""
+    parts = re.findall(r'<section id="(\w+)">(.*?)</section>', dom, re.DOTALL)
+    return {name: inside.count('role="img"') for name, inside in parts}
+
+
+# -- In a browser ---------------------------------------------------------------------------------
+
+
+@needs_chromium
+def test_a_browser_shows_every_figure_from_a_file(folders, tmp_path):
+    names = ("study", "comparison", "synchronous", "asynchronous")
+    page = report.write([folders / name for name in names], tmp_path / "page.html")
+    dom, complaints = browse(page.as_uri())
+    assert complaints == []
+    found = shown(dom)
+    assert found == {
+        "curves": 3, "targets": 1, "gap": 1, "graphs": 6, "timeline": 1, "staleness": 1, "table": 0
+    }  # fmt: skip
+    assert "<svg" in dom
+    assert "NaN" not in dom.split("<main>")[1].split("</main>")[0]
+    assert "<script>alert" not in dom
+
+
+@needs_chromium
+def test_a_browser_shows_a_single_run_and_a_study_of_one_cell(folders, tmp_path):
+    one = {
+        **GOSSIP,
+        "name": "one",
+        "seeds": 1,
+        "grid": {"algorithm": ["dsgd"], "topology": ["ring:6"]},
+    }
+    study.run(Study(one), tmp_path / "one")
+    for folder in (folders / "comparison" / "pure", tmp_path / "one"):
+        page = report.write([folder], tmp_path / "page.html")
+        dom, complaints = browse(page.as_uri())
+        assert complaints == []
+        assert shown(dom)["curves"] >= 2
+
+
+@needs_chromium
+def test_a_browser_follows_a_run_on_loopback(folders):
+    server = watch.make_server(folders / "comparison", 0, 0.5)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        dom, complaints = browse(f"http://127.0.0.1:{server.server_port}/")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert complaints == []
+    assert shown(dom)["timeline"] == 1
+
+
+# -- What is in it ---------------------------------------------------------------------------------
+
+
+def test_a_page_needs_nothing_else(folders, tmp_path):
+    text = report.write([folders / "study"], tmp_path / "page.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:)', text)
+    assert text.count("</script>") == 2  # none that was slipped in
+    assert len(text) < 400_000
+
+
+def test_curves_are_what_was_recorded(folders):
+    found = report.data([folders / "study"])
+    assert (found["x"], found["y"][0]) == (["step", "time_s", "bytes"], "loss")
+    assert len(found["runs"]) == 16
+    assert len(found["settings"]) == 8
+    result = offbeat.run(
+        "least-squares(5)", "dsgd(lr=0.01)", topology="ring:6", stop={"steps": 300}, seed=1
+    )
+    mine = next(
+        run for run in found["runs"]
+        if run["seed"] == 1 and found["settings"][run["s"]]["name"] == "dsgd(lr=0.01) · ring:6"
+    )  # fmt: skip
+    assert mine["c"]["loss"] == pytest.approx(result.column("loss").tolist(), rel=1e-4)
+    assert mine["c"]["bytes"] == pytest.approx(result.column("bytes").tolist(), rel=1e-4)
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_setting(tmp_path):
+    for seed in (1, 2):
+        for lr in (0.1, 0.2):
+            offbeat.run(
+                "quadratic(3)", f"pure(lr={lr})", stop={"steps": 50}, seed=seed,
+                folder=tmp_path / f"{seed}-{lr}",
+            )  # fmt: skip
+    found = report.data(sorted(tmp_path.iterdir()))
+    assert [one["name"] for one in found["settings"]] == ["pure lr=0.1", "pure lr=0.2"]
+    assert [run["s"] for run in found["runs"]] == [0, 1, 0, 1]
+
+
+def test_the_slope_of_rounds_against_the_gap_is_fitted():
+    gaps = np.array([0.5, 0.1, 0.02, 0.004])
+    fit = report.slope(gaps, 30 * gaps**-1.5)
+    assert fit["slope"] == pytest.approx(-1.5)
+    assert fit["error"] == pytest.approx(0, abs=1e-6)
+    noisy = 30 * gaps**-1.0 * np.array([1.1, 0.9, 1.1, 0.9])
+    assert abs(report.slope(gaps, noisy)["slope"] + 1) < 3 * report.slope(gaps, noisy)["error"]
+    assert report.slope([0.1, 0.2], [1.0, 2.0]) is None
+
+
+def test_the_time_of_workers_is_computing_sending_and_waiting():
+    """Two workers by hand: 1 gets a second job while it is busy."""
+    rows = [  # time_s, worker, job, read_step, step, start_s, end_s
+        [1.5, 0, 0, 0, 0, 0.0, 1.0],  # then (at 1.5) worker 1 is given another
+        [4.5, 1, 0, 0, 1, 0.0, 4.0],
+        [8.5, 1, 1, 1, 2, 4.0, 8.0],
+    ]
+    found = timeline(np.array(rows), 2, gossip=False)
+    whole = 2 * 8.5
+    assert found["shares"]["compute"] == pytest.approx(9 / whole)
+    assert found["shares"]["communicate"] == pytest.approx(1.5 / whole)
+    assert found["shares"]["wait"] == pytest.approx(1 - 10.5 / whole)
+    assert found["shares"]["queue"] == pytest.approx(2.5 / 8.5)  # from 1.5 to 4
+    spans = {(kind, worker, start, end) for kind, worker, start, end, _ in found["spans"]}
+    assert {(COMPUTE, 1, 4.0, 8.0), (QUEUE, 1, 1.5, 4.0), (COMMUNICATE, 0, 1.0, 1.5)} <= spans
+    assert len(TRACE_COLUMNS) == len(rows[0])
+
+
+def test_graphs_have_their_edges_round_by_round_and_losses_where_recorded(folders):
+    graphs = {one["name"]: one for one in report.data([folders / "study"])["graphs"]}
+    changing = graphs["one-peer-exponential(n=8)"]
+    assert [len(edges) for edges in changing["rounds"]] == [8, 8, 8]
+    assert "not recorded" in changing["facts"]
+    assert all("loss" not in frame for frame in changing["frames"])
+    (ring,) = report.data([folders / "synchronous"])["graphs"]
+    metrics = report.rows(folders / "synchronous" / "metrics.jsonl")
+    assert ring["frames"][-1]["loss"] == pytest.approx(metrics[-1]["node_loss"], rel=1e-3)
+    (pairs,) = report.data([folders / "asynchronous"])["graphs"]
+    assert {len(frame["active"]) for frame in pairs["frames"]} == {1}
+
+
+def test_every_figure_is_also_a_file(folders, tmp_path):
+    found = [folders / "study", folders / "comparison", folders / "synchronous"]
+    report.write(found, tmp_path / "page.html", figures=True)
+    files = {path.name: path for path in (tmp_path / "page-figures").iterdir()}
+    names = ("progress", "targets", "gap", "graphs", "timeline", "staleness")
+    assert set(files) == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+    for name, path in files.items():
+        if name.endswith("png"):
+            picture = matplotlib.image.imread(path)
+            assert picture.std() > 0.02, f"{name} is empty"
+        else:
+            assert ElementTree.parse(path).getroot().tag.endswith("svg")
+
+
+def test_a_folder_that_is_no_run_is_told(tmp_path):
+    with pytest.raises(ConfigError, match="neither a run"):
+        report.data([tmp_path])
+
+
+# -- Watching --------------------------------------------------------------------------------
+
+
+def test_a_run_that_goes_on_is_shown_as_far_as_it_is(folders, tmp_path):
+    whole = folders / "comparison" / "pure"
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:51]) + lines[51][:20])  # it is just being written
+    _, ended = watch.look(tmp_path / "run")
+    assert not ended
+    assert watch._fraction(tmp_path / "run", report.rows(path)[-1]) == pytest.approx(0.5)
+    assert watch.look(whole)[1]
+    found = report.data([tmp_path / "run"])
+    assert found["runs"][0]["c"]["step"][-1] == 100
+
+
+def test_a_study_that_goes_on_is_counted(folders, tmp_path):
+    assert watch.look(folders / "study")[1]
+    made = Study(GOSSIP)
+    shutil.copytree(folders / "study", tmp_path / "study")
+    path = tmp_path / "study" / study.CELLS
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:5]))
+    shown, ended = watch.look(tmp_path / "study")
+    assert not ended
+    assert "5 runs done, 11 to go" in str(shown.renderables[0])
+    assert len(made.plan(study.read_cells(tmp_path / "study"))[0]) == 11
+
+
+def test_the_server_is_for_this_machine_only(folders):
+    server = watch.make_server(folders / "comparison", 0, 2.0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    try:
+        assert server.server_address[0] == "127.0.0.1"
+        found = json.load(urllib.request.urlopen(f"{address}/data.json", timeout=30))
+        assert (found["live_s"], len(found["runs"])) == (2.0, 2)
+        for path, host, code in (("/", "evil.example", 403), ("/../x", "localhost", 404)):
+            request = urllib.request.Request(address + path, headers={"Host": host})
+            with pytest.raises(urllib.error.HTTPError) as error:
+                urllib.request.urlopen(request, timeout=30)
+            assert error.value.code == code
+            error.value.close()
+        with pytest.raises(ConfigError, match="port"):
+            watch.make_server(folders / "comparison", server.server_port, 2.0)
+    finally:
+        server.shutdown()
+        server.server_close()

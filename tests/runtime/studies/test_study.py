@@ -1,0 +1,273 @@
+"""Studies: every cell once, whatever happens in between; the table says what came of each."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pandas
+import pytest
+from cells import work
+
+from offbeat.runtime import api
+from offbeat.runtime.errors import ConfigError, StorageError
+from offbeat.runtime.studies import cell, pool, study, table
+from offbeat.runtime.studies.study import Study
+
+SMALL = {
+    "seeds": 2,
+    "experiment": {
+        "task": "quadratic(3)",
+        "fleet": {"workers": 4, "speeds": "1..4"},
+        "stop": {"steps": 60},
+    },
+    "grid": {"algorithm": ["pure", "shuffled"], "fleet.workers": [4, 6]},
+}
+
+
+def small(**more):
+    return Study(json.loads(json.dumps({**SMALL, **more})))
+
+
+# -- What is run ------------------------------------------------------------------------------
+
+
+def test_a_grid_is_every_combination_and_zipped_keys_go_together():
+    made = small(zip=[{"fleet.speeds": ["1..4", "1..9"], "stop.steps": [60, 30]}])
+    cells, wanted = made.plan({})
+    assert len(cells) == len(wanted) == 2 * 2 * 2 * 2
+    assert len({one.key for one in cells}) == 16
+    together = {(one.table["fleet"]["speeds"], one.table["stop"]["steps"]) for one in cells}
+    assert together == {("1..4", 60), ("1..9", 30)}
+
+
+def test_a_cell_is_named_by_its_complete_settings():
+    """However they are written; a default that is spelled out is the same, another value is not."""
+    keys = {}
+    for text in ("pure", "pure(lr=0.1)", "pure(lr=0.1, wait=1)", "pure(lr=0.2)"):
+        (one,), _ = Study({**SMALL, "seeds": 1, "grid": {"algorithm": [text]}}).plan({})
+        keys[text] = one.key
+    assert len(set(keys.values())) == 2
+    assert keys["pure"] == keys["pure(lr=0.1)"] == keys["pure(lr=0.1, wait=1)"]
+
+
+def test_a_cell_is_the_run_that_its_settings_describe(tmp_path):
+    ((one, line), *_) = study.run(small(), tmp_path, jobs=1)
+    alone = api.execute(cell.one(one.table))
+    assert line["final"] == alone.final
+    assert line["curve"]["loss"][-1] == float(f"{alone.final['loss']:.6g}")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"grids": {}}, 'unknown key "grids"; did you mean "grid"?'),
+        ({"grid": {"algorythm": ["pure"]}}, 'unknown key "algorythm"; did you mean "algorithm"?'),
+        ({"grid": {"algorithm": ["pure", "shufled"]}}, 'did you mean "shuffled"?'),
+        ({"grid": {"algorithm": "pure"}}, "must be a list"),
+        ({"grid": {"seed": [1]}}, "seeds = "),
+        ({"zip": [{"stop.steps": [1, 2], "fleet.speeds": ["1..4"]}]}, "of one length"),
+        ({"zip": [{"fleet.workers": [4, 6]}]}, "varied twice"),
+        ({"seeds": "3"}, "seeds must be"),
+        ({"tune": {"grid": {"algorithm.lrate": [1.0]}}}, 'unknown key "lrate"; known: lr, wait'),
+        ({"tune": {"grid": {}}}, "name a key"),
+        ({"target": {"levle": 1.0}}, 'did you mean "level"?'),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(more, said):
+    with pytest.raises(ConfigError) as error:
+        small(**more)
+    assert said in str(error.value)
+
+
+def test_quick_makes_a_study_small(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text("""
+seeds = 5
+[experiment]
+task = "quadratic(3)"
+stop.steps = 1000
+[grid]
+algorithm = ["pure", "random"]
+"algorithm.lr" = [0.1, 0.2]
+[quick]
+seeds = 1
+grid.algorithm = ["pure"]
+grid."algorithm.lr" = [0.3]
+experiment.stop.steps = 10
+""")
+    assert len(Study.read(path).plan({})[0]) == 20
+    ((quick,), _) = Study.read(path, quick=True).plan({})
+    assert quick.table["stop"]["steps"] == 10
+    assert quick.table["algorithm"]["lr"] == 0.3
+    words = ["seeds=[7]", "grid.algorithm.lr=[0.5]", "grid.fleet.workers=[3]"]
+    (other,) = Study.read(path, words, quick=True).plan({})[0]
+    assert (other.seed, other.table["algorithm"]["lr"]) == (7, 0.5)
+    assert other.table["fleet"]["workers"] == 3
+
+
+# -- Once ---------------------------------------------------------------------------------------
+
+
+def test_what_is_done_is_never_run_again_and_a_grid_may_grow(tmp_path):
+    study.run(small(), tmp_path)
+    before = (tmp_path / study.CELLS).read_bytes()
+    study.run(small(), tmp_path)
+    assert (tmp_path / study.CELLS).read_bytes() == before
+    study.run(small(seeds=3), tmp_path)
+    after = (tmp_path / study.CELLS).read_bytes()
+    assert after.startswith(before)
+    assert (before.count(b"\n"), after.count(b"\n")) == (8, 12)
+
+
+def test_a_torn_line_is_run_again_and_a_damaged_one_is_told(tmp_path):
+    study.run(small(), tmp_path)
+    path = tmp_path / study.CELLS
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    assert len(study.read_cells(tmp_path)) == 7
+    study.run(small(), tmp_path)
+    assert len(study.read_cells(tmp_path)) == path.read_bytes().count(b"\n") == 8
+    path.write_bytes(whole.replace(b'{"cell"', b'{"call"', 1))
+    with pytest.raises(StorageError, match="line 1: is no cell"):
+        study.read_cells(tmp_path)
+
+
+def test_a_failed_cell_is_a_row_and_is_run_again_only_when_asked(tmp_path):
+    made = small(grid={"algorithm": ["pure(lr=0.1)", "pure(lr=1e200)"]})
+    cells = study.run(made, tmp_path)
+    rows = table.rows(made, cells)
+    assert [row["error"] is None for row in rows] == [True, True, False, False]
+    assert "Diverged" in rows[2]["error"]
+    before = (tmp_path / study.CELLS).read_bytes()
+    study.run(made, tmp_path)
+    assert (tmp_path / study.CELLS).read_bytes() == before
+    study.run(made, tmp_path, retry=True)
+    assert (tmp_path / study.CELLS).read_bytes().count(b"\n") == 6
+
+
+def test_a_process_that_raises_dies_or_hangs_costs_its_cell_only():
+    kinds = ["fine", "raise", "fine", "die", "fine", "fine", "hang", "fine", "fine", "fine"]
+    items = list(zip(kinds, range(len(kinds)), strict=True))
+    found = dict(pool.processes(work, items, 2, limit_s=3.0))
+    assert sorted(found) == list(range(len(kinds)))
+    for index, (answer, error) in found.items():
+        if kinds[index] == "fine":
+            assert (answer, error) == (index**2, None)
+    assert found[1] == (None, "ValueError: cannot do 1")
+    assert found[3] == (None, "its process died (signal SIGKILL)")
+    assert found[6] == (None, "took longer than 3 s")
+
+
+def test_interrupted_and_resumed_without_running_a_finished_cell_again(tmp_path):
+    """With the real signal, in a real process."""
+    path, out = tmp_path / "s.toml", tmp_path / "out"
+    path.write_text("""
+seeds = 60
+experiment.task = "quadratic(3)"
+experiment.stop.steps = 3000
+grid.algorithm = ["pure", "shuffled"]
+""")
+    words = [sys.executable, "-m", "offbeat.runtime.cli", "study", str(path), "--out", str(out)]
+    first = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    cells = out / study.CELLS
+    deadline = time.monotonic() + 120
+    while not cells.exists() or cells.read_bytes().count(b"\n") < 10:
+        assert time.monotonic() < deadline
+        assert first.poll() is None
+        time.sleep(0.02)
+    first.send_signal(signal.SIGINT)
+    said, _ = first.communicate(timeout=60)
+    assert first.returncode == 130, said
+    before = cells.read_bytes()
+    assert 10 <= before.count(b"\n") < 120
+    assert f"interrupted; {before.count(chr(10).encode())} runs are done" in said
+    again = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    after = cells.read_bytes()
+    assert after.startswith(before)
+    assert after.count(b"\n") == len(study.read_cells(out)) == 120
+    rows = pandas.read_parquet(out / "results.parquet")
+    assert len(rows) == 120
+    assert rows["loss"].notna().all()
+
+
+def test_run_folders_where_asked(tmp_path):
+    made = small(seeds=1, grid={"algorithm": ["pure"]})
+    ((one, line),) = study.run(made, tmp_path, folders=True)
+    folder = tmp_path / study.FOLDERS / one.key
+    assert api.replay(folder).final["loss"] == line["final"]["loss"]
+
+
+# -- Tuning ---------------------------------------------------------------------------------------
+
+
+def test_each_setting_takes_its_best_candidate(tmp_path):
+    values = [0.5, 0.1, 0.02, 1e200]
+    made = small(seeds=[0, 1], tune={"grid": {"algorithm.lr": values}, "by": "floor"})
+    cells = study.run(made, tmp_path)
+    rows = table.rows(made, cells)
+    done = study.read_cells(tmp_path)
+    for axes in made.settings():
+        floors = {}
+        for lr in values:
+            line = done[made._cell(axes | {"algorithm.lr": lr}, 0).key]
+            floors[lr] = table.row(line, None).get("floor", float("inf"))
+        best = min(floors, key=floors.get)
+        mine = [row for row in rows if all(row[key] == axes[key] for key in axes)]
+        assert {row["algorithm.lr"] for row in mine} == {best}
+        assert {row["tuned_at_edge"] for row in mine} == {best == 0.5}
+        assert [row["seed"] for row in mine] == [0, 1]
+    assert len(cells) == 8
+    assert len(done) == 4 * (4 + 1)  # candidates on the first seed, the best on the other
+
+
+def test_halving_spends_the_same_on_every_method(tmp_path):
+    values = [0.4, 0.2, 0.1, 0.05]
+    tune = {"grid": {"algorithm.lr": values}, "by": "floor", "halving": 2.0}
+    made = small(grid={"algorithm": ["pure", "shuffled"]}, tune=tune, seeds=1)
+    assert made._shares() == [0.25, 0.5, 1.0]
+    study.run(made, tmp_path)
+    spent = {"pure": [], "shuffled": []}
+    for line in study.read_cells(tmp_path).values():
+        spent[line["settings"]["algorithm"]["name"]].append(line["final"]["step"])
+    assert sorted(spent["pure"]) == sorted(spent["shuffled"]) == [15] * 4 + [30] * 2 + [60]
+
+
+# -- The table -----------------------------------------------------------------------------------
+
+
+def test_the_way_to_a_target_is_geometric_between_evaluations():
+    curve = {"step": [0, 10, 20], "loss": [1.0, 0.01, 0.0001], "time_s": [0.0, 5.0, 30.0]}
+    found = table.reached(curve, "loss", 0.001)
+    assert found["steps_to_target"] == pytest.approx(15)
+    assert found["seconds_to_target"] == pytest.approx(17.5)
+    assert table.reached(curve, "loss", 2.0)["steps_to_target"] == 0
+    assert table.reached(curve, "loss", 1e-9) == {}
+
+
+def test_a_table_is_tidy_and_read_in_one_line(tmp_path):
+    made = Study(
+        {
+            "seeds": 2,
+            "experiment": {"task": "least-squares(5)", "stop": {"steps": 200}},
+            "grid": {"algorithm": ["dsgd", "dsgt"], "topology": ["ring:8", "complete:8"]},
+            "target": {"level": 0.05},
+        }
+    )
+    rows = table.rows(made, study.run(made, tmp_path))
+    for read, ending in ((pandas.read_csv, "csv"), (pandas.read_parquet, "parquet")):
+        frame = read(table.write(rows, tmp_path / f"t.{ending}"))
+        assert len(frame) == 8
+        assert set(zip(frame["algorithm"], frame["topology"], frame["seed"], strict=True)) == {
+            (a, t, s) for a in ("dsgd", "dsgt") for t in ("ring:8", "complete:8") for s in (0, 1)
+        }
+        complete = frame[frame["topology"] == "complete:8"]
+        assert complete["gap"].to_numpy() == pytest.approx(1.0)
+        ring = frame[(frame["topology"] == "ring:8") & (frame["algorithm"] == "dsgt")]
+        assert ring["gap"].to_numpy() == pytest.approx(0.19526, abs=1e-5)
+        assert (frame["bytes_to_target"].dropna() > 0).all()
+        assert frame[frame["algorithm"] == "dsgt"]["steps_to_target"].notna().all()
+    with pytest.raises(ConfigError, match=r"\.csv or \.parquet"):
+        table.write(rows, tmp_path / "t.xlsx")

@@ -1,0 +1,96 @@
+"""Traces in, answers out."""
+
+import math
+
+import pytest
+
+import offbeat
+from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.records import column
+from offbeat.runtime.studies.whatif import predict
+from offbeat.workers.fleet import Fleet
+from offbeat.workers.speeds import recorded_times
+
+FLEET = "8 lognormal(0.8, 1..4)"
+LEVEL = 0.4
+
+
+def record(folder, method, seed, fleet=FLEET, **more):
+    return offbeat.run(
+        "logistic:digits", method, fleet, stop={"steps": 2500}, evaluate={"steps": 10}, seed=seed,
+        folder=folder, **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["pure(lr=0.05)", "ringmaster(lr=0.05)"])
+def test_a_trace_predicts_a_run_that_it_was_not_made_of(tmp_path, method):
+    """Another seed, so other durations of the same law; also with another method than recorded."""
+    record(tmp_path / "recorded", "pure(lr=0.05)", 1)
+    record(tmp_path / "other", method, 7)
+    _, _, found = predict(tmp_path / "recorded", [method], loss=LEVEL)
+    _, truth, _ = predict(tmp_path / "other", loss=LEVEL, seeds=1)
+    assert found[-1].middle == pytest.approx(truth, rel=0.15)
+
+
+def test_more_workers_are_predicted(tmp_path):
+    record(tmp_path / "recorded", "pure(lr=0.05)", 1)
+    _, recorded, found = predict(tmp_path / "recorded", workers=["+8", "-4"], loss=LEVEL)
+    assert [one.workers for one in found] == [8, 16, 4]
+    assert found[1].middle < 0.75 * recorded < 1.25 * recorded < found[2].middle
+
+
+def test_graphs_are_predicted_with_their_messages(tmp_path):
+    offbeat.run(
+        "least-squares(5)", "dsgt(lr=0.01)", "8 lognormal(0.5) latency_s=1.0", "ring",
+        stop={"steps": 400}, folder=tmp_path / "a",
+    )  # fmt: skip
+    _, recorded, found = predict(tmp_path / "a", topologies=["complete"], loss=0.01)
+    assert [one.name.endswith(", complete") for one in found] == [False, True]
+    assert found[0].middle == pytest.approx(recorded, rel=0.15)
+    assert found[1].middle < math.inf
+
+
+def test_a_fleet_comes_from_a_run_or_a_table(tmp_path):
+    result = record(tmp_path / "recorded", "pure(lr=0.05)", 1)
+    fleet = Fleet.parse(f"trace:{tmp_path / 'recorded'}")
+    assert fleet.workers == 8
+    again = offbeat.run(
+        "logistic:digits",
+        "pure(lr=0.05)",
+        fleet,
+        stop={"steps": 2500},
+        evaluate={"steps": 10},
+        seed=1,
+    )
+    # Recorded times are differences of seconds: the same to rounding.
+    # What was under way at the end was not recorded.
+    ends = [column(trace, "end_s")[:2400] for trace in (again.trace, result.trace)]
+    assert ends[0] == pytest.approx(ends[1])
+    path = tmp_path / "times.csv"
+    path.write_text("worker,start_s,end_s\n0,10,11.5\n1,10,13\n0,11.5,14\n")
+    assert recorded_times(path, 2) == [[1.5, 2.5], [3.0]]
+    assert Fleet.parse(f"trace:{path}").workers == 2
+    path.write_text("worker,start_s,end_s\n0,10\n1,1,2,3\n")
+    with pytest.raises(ConfigError, match="line 3"):
+        recorded_times(path, 2)
+
+
+def test_times_of_local_steps_are_of_one_step(tmp_path):
+    offbeat.run(
+        "quadratic(3)", "async-local-sgd", "3 1..3", work="local-steps(sgd(0.1), steps=5)",
+        stop={"steps": 30}, folder=tmp_path / "a",
+    )  # fmt: skip
+    assert recorded_times(tmp_path / "a", 3)[2] == pytest.approx([3.0] * 5, abs=1e-9)
+
+
+def test_mistakes_are_told(tmp_path):
+    record(tmp_path / "a", "pure(lr=0.05)", 1, record={"trace": False})
+    with pytest.raises(ConfigError, match="has no trace"):
+        predict(tmp_path / "a")
+    offbeat.run("quadratic(3)", "pure", stop={"steps": 50}, folder=tmp_path / "b")
+    with pytest.raises(ConfigError, match="did not reach loss -1"):
+        predict(tmp_path / "b", loss=-1.0)
+    with pytest.raises(ConfigError, match=r"write 16, \+2 or -1"):
+        predict(tmp_path / "b", workers=["two"])
+    with pytest.raises(ConfigError, match="leaves none"):
+        predict(tmp_path / "b", workers=["-10"])
