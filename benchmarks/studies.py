@@ -20,7 +20,7 @@ from offbeat.runtime.studies.study import Study
 
 FILES = Path(__file__).parents[1] / "examples" / "studies"
 PICTURES = {
-    "step_size": ["progress"],
+    "step_size": ["floor-1"],
     "asgrad": ["progress", "staleness"],
     "topology": ["gap"],
     "time_varying": ["targets"],
