@@ -225,6 +225,7 @@ def main() -> None:
         w7a={"default": None, "help": "AsGrad's data as LibSVM: run that study on it as well"},
         jobs={"type": int, "default": 2},
         pictures={"default": None, "help": "a folder for the small pictures of the page"},
+        set={"action": "append", "default": [], "help": "KEY=VALUE, as of offbeat study"},
     )
     print(f"# {where()}")
     claims: list[Claim] = []
@@ -235,8 +236,10 @@ def main() -> None:
         data = ["zip=[]", f"experiment.task.data={options.w7a}", "experiment.task.start=1.0"]
         data += ['grid.algorithm=["pure", "random", "shuffled", "minibatch"]']
         runs.append(("asgrad", "asgrad_w7a", data))
+    if options.set:
+        print(f"# with {', '.join(options.set)}")
     for name, place, overrides in runs:
-        made = Study.read(FILES / f"{name}.toml", overrides, options.quick)
+        made = Study.read(FILES / f"{name}.toml", [*overrides, *options.set], options.quick)
         folder = Path(options.out) / place
         began_s = time.perf_counter()
         cells = study.run(made, folder, jobs=options.jobs)
