@@ -9,13 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import zmq
 from numpy.typing import NDArray
 
 from offbeat.runtime.crew import Answer, Order
 from offbeat.runtime.errors import ConfigError, CrewError
-from offbeat.runtime.net import sockets
 from offbeat.runtime.net.messages import Welcome, kinds, manifest
-from offbeat.runtime.net.worker import FAREWELL_S, REMIND_S, WAIT_S, Worker, log
+from offbeat.runtime.net.worker import FAREWELL_S, REMIND_S, Worker, log
+
+WAIT_S = 0.5  # a wait is cut short after so long, to look at signals
 
 
 class Courier(Worker):
@@ -38,7 +40,7 @@ class Courier(Worker):
         memory: Callable[[int], NDArray[np.uint8]],
     ) -> None:
         super().__init__(endpoint, name, folder)
-        self.spoke.memory = memory
+        self.spoke.pool.make = memory
         self._kinds, self._shapes = kinds(x, {}), shapes
         self._changed = threading.Condition()  # guards the spoke
         self._failure: BaseException | None = None
@@ -135,7 +137,7 @@ class Courier(Worker):
         spoke, end_s = self.spoke, float("inf")
         while (now_s := time.monotonic()) < end_s:
             with self._changed:
-                self._drain(now_s)
+                self._drain(wait=False)
                 spoke.tick(now_s)
                 if spoke.state != "calling":
                     self._heard_s = now_s
@@ -152,7 +154,8 @@ class Courier(Worker):
                 self._changed.notify_all()
             if done:
                 return
-            self._listen()
+            if spoke.state == "calling":
+                self._listen()
             self._wait(min(due_s, end_s) - time.monotonic())
 
     def _build(self, welcome: Welcome) -> None:
@@ -171,7 +174,7 @@ class Courier(Worker):
         log.info("%s is worker %d of %s", self.name, welcome.slot, self.endpoint)
 
     def _wait(self, seconds: float) -> None:
-        if seconds <= 0 or sockets.readable(self._socket):
+        if seconds <= 0 or int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             return
         waiting = [self._socket.fileno(), self._ear]
         if self._ear in select.select(waiting, [], [], min(seconds, WAIT_S))[0]:

@@ -41,9 +41,12 @@ class Run:
     ``jobs`` are the jobs done; ``over`` says whether the run is.
     """
 
-    def __init__(self, flat: Flat, courier: Courier, model: Any, patience_s: float | None) -> None:
-        self._flat, self._courier, self._model = flat, courier, model
-        self._patience_s = patience_s
+    def __init__(
+        self, address: str, model: Any, name: str, keys: Path | None, patience_s: float | None,
+        bf16: bool,
+    ) -> None:  # fmt: skip
+        self._address, self._name, self._keys = address, name, keys
+        self._model, self._patience_s, self._bf16 = model, patience_s, bf16
         self._order: Order | None = None
         self._entered = False
         self.over, self.jobs = False, 0
@@ -55,6 +58,12 @@ class Run:
         if self._model in _joined:
             raise ConfigError("this model takes part in a run already; leave that one first")
         _joined.add(self._model)
+        try:
+            self._flat = Flat(self._model, self._bf16)
+            self._courier = _courier(self._address, self._name, self._keys, self._flat)
+        except BaseException:
+            _joined.discard(self._model)
+            raise
         try:
             self._courier.start()
             self._entered = True
@@ -183,15 +192,18 @@ def join(
         and what ``Run.step`` raises.
     """
     _check(model, optimizer if isinstance(optimizer, Sequence) else [optimizer])
-    flat = Flat(model, bf16)
+    folder = None if keys is None else Path(keys).expanduser()
+    return Run(address, model, name, folder, patience_s, bf16)
+
+
+def _courier(address: str, name: str, keys: Path | None, flat: Flat) -> Courier:
     if len(text := shapes.write(flat.shapes)) > MOST_TEXT:
         raise ConfigError(
             f"the names and shapes of the model's {len(flat.shapes)} parameters take {len(text)} "
             f"bytes; at most {MOST_TEXT} can be told"
         )
-    folder = None if keys is None else Path(keys).expanduser()
     like = np.broadcast_to(np.zeros((), flat.dtype), flat.dim)
-    return Run(flat, Courier(address, name, folder, like, text, flat.memory), model, patience_s)
+    return Courier(address, name, keys, like, text, flat.memory)
 
 
 def _check(model: Any, optimizers: Sequence[Any]) -> None:
