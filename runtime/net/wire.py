@@ -11,7 +11,7 @@ the receiver copies into one buffer: twice as fast as one long frame, and nothin
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
