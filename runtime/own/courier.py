@@ -126,37 +126,44 @@ class Courier(Worker):
     # -- The thread ------------------------------------------------------------------------------
 
     def _attend(self) -> None:
+        why = "it cannot take part"
         try:
             self._serve()
+            why = self._why
         except BaseException as error:  # it is the loop's to hear of
             self._failure = error
         with self._changed:
             self._changed.notify_all()
+            self.spoke.leave(why, time.monotonic())
+        end_s = time.monotonic() + FAREWELL_S
+        while self._turn() and self.spoke.pending and time.monotonic() < end_s:
+            self._wait(min(self.spoke.due_s(), end_s) - time.monotonic())
 
     def _serve(self) -> None:
-        spoke, end_s = self.spoke, float("inf")
-        while (now_s := time.monotonic()) < end_s:
-            with self._changed:
-                self._drain(wait=False)
-                spoke.tick(now_s)
-                if spoke.state != "calling":
-                    self._heard_s = now_s
-                if spoke.welcome is not None:
+        spoke = self.spoke
+        while not self._leaving:
+            due_s = self._turn()
+            if spoke.fate is not None:
+                raise spoke.fate
+            if spoke.welcome is not None:
+                with self._changed:
                     self._build(spoke.welcome)
-                if self._leaving and end_s == float("inf"):
-                    spoke.leave(self._why, now_s)
-                    end_s = now_s + FAREWELL_S
-                self._send()
-                due_s = spoke.due_s()
-                if spoke.fate is not None:
-                    raise spoke.fate
-                done = self._leaving and not spoke.pending
-                self._changed.notify_all()
-            if done:
-                return
+                continue
             if spoke.state == "calling":
                 self._listen()
-            self._wait(min(due_s, end_s) - time.monotonic())
+            self._wait(due_s - time.monotonic())
+
+    def _turn(self) -> float:
+        """Read and send what there is; answers when there may be more to do."""
+        spoke, now_s = self.spoke, time.monotonic()
+        with self._changed:
+            self._drain(wait=False)
+            spoke.tick(now_s)
+            if spoke.state != "calling":
+                self._heard_s = now_s
+            self._send()
+            self._changed.notify_all()
+            return spoke.due_s()
 
     def _build(self, welcome: Welcome) -> None:
         """Compare what the server described to what the loop has."""

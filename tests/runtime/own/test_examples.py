@@ -51,8 +51,7 @@ def test_two_processes_and_a_server(tmp_path, processes):
     said = [loop.communicate(timeout=120)[0] for loop in loops]
     assert server.wait(60) == 0
     done = [int(re.search(r"(\d+) jobs done", text)[1]) for text in said]
-    assert min(done) > 0
-    assert sum(done) >= 60
+    assert min(done) >= 40
     assert all(loop.returncode == 0 for loop in loops)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     told = [row["loss"] for row in rows if "loss" in row]
