@@ -55,7 +55,7 @@ def test_two_processes_and_a_server(tmp_path, processes):
     assert all(loop.returncode == 0 for loop in loops)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     told = [row["loss"] for row in rows if "loss" in row]
-    assert told[-1] < 0.5 < 2.0 < told[0] < 3.0
+    assert told[-1] < 0.5 * told[0] < 1.5
     last = offbeat.weights(out)
     assert {name: part.shape for name, part in last.items()} == {
         "0.weight": (32, 64), "0.bias": (32,), "2.weight": (10, 32), "2.bias": (10,)
