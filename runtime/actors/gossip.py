@@ -5,6 +5,7 @@ evaluated, has all nodes come to rest for a checkpoint, notices that an actor is
 another, and tells the nodes of both.
 """
 
+import copy
 import math
 import sys
 import time
@@ -127,7 +128,7 @@ class Seat:
         self.limit_s = math.inf  # until when its actor has to be there
         self.replaced = 0
         self.limits = 0  # that were set since its actor began
-        self.rests: int | None = None  # its nodes do, and so many were set before
+        self.told: Report = Report()  # the last report
         self.now_s = 0.0  # of its last report
         self.answers: dict[int, Any] = {}
 
@@ -188,7 +189,9 @@ class RayGossip(Loop):
             self._where = places(self._ray, count, options)
             self._make = self._ray.remote(concurrency_groups={"watch": 1})(GossipHost)
             try:
-                self._parts = self._ray.put(experiment)
+                travels = copy.copy(experiment)
+                object.__setattr__(travels, "engine", None)  # not the nodes' business
+                self._parts = self._ray.put(travels)
             except (TypeError, AttributeError) as error:
                 raise ConfigError(
                     f'engine = "ray": the experiment cannot be sent to an actor ({error})'
@@ -347,7 +350,7 @@ class RayGossip(Loop):
         if told.error is not None:
             kind, said = told.error
             raise (kind or CrewError)(said)
-        seat.rests, seat.now_s = told.rests, told.now_s
+        seat.told, seat.now_s = told, told.now_s
         seat.answers |= told.answers
         self._rounds |= told.rounds
         counts = sum(map(Counter, told.counts.values()), Counter())
@@ -413,19 +416,25 @@ class RayGossip(Loop):
 
     def _rest(self) -> None:
         """Have all nodes stand between rounds, in the same one, with nothing under way."""
-        limit = 0 if self.experiment.asynchronous else max(self._rounds.values(), default=0)
+        limit, seats = 0, self._seats
         while True:
             self._extend(limit)
             self._await(
-                lambda: all(s.rests == s.limits and s.ready is None for s in self._seats),
+                lambda: (
+                    all(s.ready is None and s.told.limits == s.limits for s in seats)
+                    and (all(s.told.rests for s in seats) or self._reached_most() > self._limit)
+                ),
                 "come to rest",
             )
-            self._arrive(all_=True)
-            rounds = set(self._rounds.values())
-            if self.experiment.asynchronous or len(rounds) == 1:
-                self._frozen_s = self._clock_s()
-                return
-            limit = max(rounds)
+            if all(s.told.rests for s in seats):
+                self._arrive(all_=True)
+                if self.experiment.asynchronous or len(set(self._rounds.values())) == 1:
+                    self._frozen_s = self._clock_s()
+                    return
+            limit = self._reached_most()  # who has begun a round needs the others in it
+
+    def _reached_most(self) -> int:
+        return 0 if self.experiment.asynchronous else max(s.told.reached for s in self._seats)
 
     # -- Actors that come and go ---------------------------------------------------------------
 
@@ -438,8 +447,8 @@ class RayGossip(Loop):
             max_restarts=0,  # a new one is begun here, where its nodes are introduced
             scheduling_strategy=self._where[self._seats.index(seat)],
         ).remote(self._parts, seat.nodes, self._device, **more)
-        seat.ready, seat.watch, seat.rests = seat.actor.ready.remote(), None, None
-        seat.limits = 0
+        seat.ready, seat.watch = seat.actor.ready.remote(), None
+        seat.limits, seat.told = 0, Report()
         seat.limit_s = time.monotonic() + START_S
 
     def _introduce(self, seat: Seat, now_s: float) -> None:

@@ -12,7 +12,7 @@ from canonical import METHODS, N, canonical
 
 import offbeat
 from offbeat.algorithms.gossip import ad_psgd, dsgt
-from offbeat.runtime.actors.gossip import RayGossip
+from offbeat.runtime.actors.gossip import GossipHost, RayGossip
 from offbeat.runtime.actors.start import start
 from offbeat.runtime.backends import ENGINES
 from offbeat.runtime.errors import ConfigError, CrewError
@@ -34,11 +34,6 @@ def ray():
     stop()
 
 
-def begin_again(host, *args, **more):
-    host._hosted.end()
-    host.__init__(*args, **more)
-
-
 class Borrowing(RayGossip):
     """Takes actors that are there already, and leaves them."""
 
@@ -48,7 +43,8 @@ class Borrowing(RayGossip):
             return
         seat.actor = ACTORS.pop()
         parts = self._ray.get(self._parts), seat.nodes, self._device
-        seat.ready = seat.actor.__ray_call__.remote(begin_again, *parts, **more)
+        seat.actor.__ray_call__.remote(lambda host: host._hosted.end())
+        seat.ready = seat.actor.__ray_call__.remote(GossipHost.__init__, *parts, **more)
 
     def close(self):
         for seat in self._seats:
@@ -160,6 +156,14 @@ class Killing(RayGossip):
             pid = self._ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
             os.kill(pid, signal.SIGKILL)
             self.killed.append(pid)
+
+    def _lose(self, seat, why):
+        super()._lose(seat, why)
+        self._extend(max(self._rounds.values()) + 30)  # the others go on, but not to the end
+
+    def _came(self, seat):
+        super()._came(seat)
+        self._go()
 
 
 class Deadly:
