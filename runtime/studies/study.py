@@ -423,6 +423,7 @@ class CellsFile:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with its process
             self._cut()
         except BlockingIOError:
+            self._file.close()
             raise ConfigError(
                 f"{folder}: a study is running in it; wait, or give another"
             ) from None
