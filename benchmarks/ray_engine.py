@@ -148,7 +148,7 @@ def main() -> None:
     ray = load()
     print(f"# Ray itself: {time.perf_counter() - began_s:.1f} s to start")
     counts = (2, 8) if options.quick else (2, 8, 16)
-    sizes = {1_000: 1000, 1_000_000: 150} | ({} if options.quick else {10_000_000: 40})
+    sizes = {1_000: 2000, 1_000_000: 150} | ({} if options.quick else {10_000_000: 40})
     figures: dict[str, Any] = {}
     targets = {}
     host = ray.remote(num_cpus=0)(Bare)

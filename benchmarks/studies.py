@@ -175,7 +175,7 @@ def local_sgd(rows: Rows) -> list[Claim]:
         for m in (sync, dylu)
     }
     for name, method, low, high in (
-        ("outer Nesterov at each arrival is worse than sync, by 4 to 7%", vanilla, 1.0, math.inf),
+        ("outer Nesterov at each arrival is worse than sync, by 4 to 7%", vanilla, 1.03, 1.08),
         ("Delayed Nesterov is within 5% of sync", delayed, 0.0, 1.05),
         ("with DyLU it is within 1% of sync", dylu, 0.0, 1.01),
     ):
@@ -233,7 +233,7 @@ def main() -> None:
     names = options.only.split(",")
     runs = [(name, name, []) for name in names]
     if options.w7a and "asgrad" in names:
-        data = ["zip=[]", f"experiment.task.data={options.w7a}", "experiment.task.start=1.0"]
+        data = ["zip=[]", f"experiment.task.data={options.w7a}"]
         data += ['grid.algorithm=["pure", "random", "shuffled", "minibatch"]']
         runs.append(("asgrad", "asgrad_w7a", data))
     if options.set:

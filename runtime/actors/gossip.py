@@ -323,6 +323,7 @@ class RayGossip(Loop):
 
     def _listen(self, timeout_s: float) -> None:
         """Wait for reports and new actors, and take all that are there."""
+        self._session.check()
         waits = {s.watch if s.ready is None else s.ready: s for s in self._seats}
         ready, _ = self._ray.wait(list(waits), num_returns=1, timeout=timeout_s)
         if ready:

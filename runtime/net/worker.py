@@ -17,6 +17,7 @@ import traceback
 from importlib.metadata import version
 from logging import getLogger
 from pathlib import Path
+from shlex import quote
 from types import FrameType
 from typing import Any
 
@@ -68,7 +69,7 @@ class Worker:
         self._server_key = keys.server_key(folder) if folder is not None else b""
         where = f"{platform.node()[:32] or 'host'}:{os.getpid()}"
         nonce = random.SystemRandom().randrange(1, 2**52)
-        self.name = name or f"{where}:{nonce % 16**4:04x}"
+        self.name = self.own.name if self.own else name or f"{where}:{nonce % 16**4:04x}"
         self.spoke = Spoke(self.name, nonce, version("offbeat"), where, time.monotonic())
         self._context = zmq.Context()
         self._leaving = False
@@ -241,7 +242,7 @@ class Worker:
             elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and self.own is not None:
                 raise Refused(
                     "this node's key is not in the run's list; at the server, run: "
-                    f"offbeat keys authorize {self.name} {self.own.public.decode()}"
+                    f"offbeat keys authorize {self.name} {quote(self.own.public.decode())}"
                 )
             elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
                 raise Refused(

@@ -28,10 +28,10 @@ ACTORS = []  # that are there, for tests that do not kill them
 @pytest.fixture(scope="module", autouse=True)
 def ray():
     """One Ray, which runs find and leave as it is."""
-    stop = start()
+    session = start()
     yield
     ACTORS.clear()
-    stop()
+    session.stop()
 
 
 class Borrowing(RayGossip):
@@ -182,9 +182,9 @@ class Deadly:
 @pytest.mark.parametrize("mode", ["synchronous", "asynchronous"])
 def test_an_actor_that_is_killed_joins_again(mode, tmp_path):
     task, method = canonical(), dsgt(lr=0.05)
-    engine = Deadly([(20, 1), (150, 2)])
+    engine = Deadly([(20, 1), (60, 2)])
     result = run(
-        method, engine, "random-regular", f"{N} 0.01", 700, task, mode=mode,
+        method, engine, "random-regular", f"{N} 0.01", 450, task, mode=mode,
         evaluate={"steps": 100}, folder=tmp_path / "run",
     )  # fmt: skip
     assert len(set(engine.loop.killed)) == 2
@@ -193,8 +193,8 @@ def test_an_actor_that_is_killed_joins_again(mode, tmp_path):
     assert result.facts["restarts"] == 2
     assert result.facts["joined"] == 4
     assert result.facts["links_closed"] > 0
-    # No bias is left of those that died.
-    assert result.final["grad_norm"] < 1e-6
+    # No bias is left of those that died: 0.4 where what they had moved is not given back.
+    assert result.final["grad_norm"] < 5e-3
     if mode == "synchronous":
         replayed(result, tmp_path / "run")
 

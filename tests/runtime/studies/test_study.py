@@ -135,6 +135,14 @@ def test_a_torn_line_is_run_again_and_a_damaged_one_is_told(tmp_path):
         study.read_cells(tmp_path)
 
 
+def test_a_folder_has_one_study_at_a_time(tmp_path):
+    first = study.CellsFile(tmp_path)
+    with pytest.raises(ConfigError, match="a study is running in it"):
+        study.run(small(), tmp_path)
+    first.close()
+    assert len(study.run(small(), tmp_path)) == 8
+
+
 def test_a_failed_cell_is_a_row_and_is_run_again_only_when_asked(tmp_path):
     made = small(grid={"algorithm": ["pure(lr=0.1)", "pure(lr=1e200)"]})
     cells = study.run(made, tmp_path)
