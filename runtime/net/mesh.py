@@ -509,7 +509,8 @@ class Mesh:
         self._renew(n)
 
     def _beat(self, n: Neighbour, now_s: float) -> None:
-        n.beat_s = now_s + self.liveness.heartbeat_s
+        often = not (self.begun and n.knows)  # somebody waits
+        n.beat_s = now_s + (self.liveness.tick_s if often else self.liveness.heartbeat_s)
         body = Beat(
             n.theirs, n.before, self._hears(n, now_s), self.standing,
             bool(n.since) and process(n.since) == process(n.theirs), self.round,

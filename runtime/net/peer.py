@@ -231,7 +231,7 @@ class PeerProcess:
             seat = self._seats[j]
             dealer = self._dealers[j] = sockets.limited(context, zmq.DEALER, self.liveness)
             dealer.reconnect_ivl, dealer.reconnect_ivl_max = RECONNECT_MS
-            dealer.linger = round(1000 * FAREWELL_S)
+            dealer.linger = 0 if self._watched else round(1000 * FAREWELL_S)
             if own is not None and keys_folder is not None:
                 keys.as_client(dealer, own, keys.public(keys_folder, seat.name))
             self._monitors[j] = dealer.get_monitor_socket(sockets.FAILED)

@@ -210,13 +210,17 @@ class ZmqGossip(Watched[Chair]):
                     self._reported(chair, trees.load(None, checkpoint.loads(bytes(chair.data))))
 
     def _reported(self, chair: Chair, fields: dict[str, Any]) -> None:
-        incarnation, chair.began = fields.pop("incarnation"), fields.pop("began")
+        incarnation, began = fields.pop("incarnation"), fields.pop("began")
         if incarnation != chair.incarnation:
-            if chair.incarnation:
+            if chair.began:
                 self._replaced(chair)
-            chair.incarnation = incarnation
-        if not chair.began:
+            chair.incarnation, chair.began = incarnation, False
+        if not began:
             return
+        if not chair.began and chair.replaced:
+            chair.commands, chair.limits = [["extend", self._limit]], 1
+            self.records.event({"event": "back", "worker": chair.nodes[0]}, self._clock_s())
+        chair.began = True
         told = Report()
         vars(told).update(fields)
         told.rows = [tuple(row) for row in fields["rows"].tolist()]
@@ -238,8 +242,7 @@ class ZmqGossip(Watched[Chair]):
             )
         self.restarts += 1
         chair.replaced += 1
-        chair.rests, chair.limits = None, 1
-        chair.commands = [["extend", self._limit]]
+        chair.rests = None
 
     def _ask(self, what: str) -> dict[int, Any]:
         """See ``Watched``."""
