@@ -56,7 +56,7 @@ LATER = {
     "Streaming, 4 fragments": "streaming-diloco(lr=%s)",
     "Eager": "eager-diloco(lr=%s)",
     "MuLoCo, 2 bits": "muloco(lr=%s)",
-    "NoLoCo, random pairs": "noloco(lr=%s)",
+    "NoLoCo, random pairs": "noloco(lr=%s, momentum=0.7)",
 }
 INNER = "adamw(lr=0.001, weight_decay=0.1)"
 

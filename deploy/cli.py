@@ -114,7 +114,7 @@ def kubernetes(
         port=port, experiment="/config/experiment.toml",
     )  # fmt: skip
     files = render.kubernetes(made, image=image(image_), cpus=cpus, memory=memory, storage=storage)
-    _write(made, "kubernetes", files, out, overwrite, "./apply.sh")
+    _write(made, "kubernetes", files, out, overwrite, f"{_built(device, image_)} && ./apply.sh")
 
 
 @deploy.command()
@@ -136,7 +136,8 @@ def kuberay(
         experiment="/config/experiment.toml",
     )  # fmt: skip
     files = render.kuberay(made, image=image(image_), cpus=cpus, memory=memory, storage=storage)
-    _write(made, "kuberay", files, out, overwrite, "kubectl apply -f rayjob.yaml")
+    then = f"{_built(device, image_)} && kubectl apply -f rayjob.yaml"
+    _write(made, "kuberay", files, out, overwrite, then)
 
 
 @deploy.command()
@@ -160,21 +161,24 @@ def ssh(
     )  # fmt: skip
 
 
+def _built(device: str, image: str) -> str:
+    return f"docker build --target offbeat-{device} --tag {image} . && docker push {image}"
+
+
 def doctor(
     file: Annotated[Path, typer.Argument(metavar="HOSTS.toml", help="A host file.")],
     experiment: Annotated[
-        Path | None, typer.Option(help="Of the run; with --from-all, whether to compare it.")
+        Path | None, typer.Option(help="Of the run; with --from-all, in --dir on every host, too.")
     ] = None,
     keys: Annotated[
-        Path | None, typer.Option(help="A folder of keys, or of such folders, one a node.")
+        Path | None,
+        typer.Option(help="A folder of keys, or of such, one a node; with --from-all, in --dir."),
     ] = None,
     host: Annotated[str | None, typer.Option(help="Which of the hosts this machine is.")] = None,
     from_all: Annotated[
         bool, typer.Option("--from-all", help="Look from every host, over ssh; the run must rest.")
     ] = False,
-    folder: Annotated[
-        str, typer.Option("--dir", help="Of the run, on every host; keys are in its keys/.")
-    ] = ".",
+    folder: Annotated[str, typer.Option("--dir", help="Of the run, on every host.")] = ".",
     offbeat: Program = "offbeat",
     json_: Annotated[bool, typer.Option("--json", help="One line of JSON, for programs.")] = False,
     listen: Annotated[
@@ -186,11 +190,16 @@ def doctor(
     from offbeat.deploy import everywhere
 
     hosts = read_hosts(file)
+    if experiment is not None and office.is_gossip(experiment):
+        hosts = hosts._replace(server=None)
     if from_all:
         found = everywhere.everywhere(
-            file.read_text(), hosts, offbeat=word(offbeat, "--offbeat"),
-            folder=word(folder, "--dir"), keys=keys is not None, experiment=experiment is not None,
-        )  # fmt: skip
+            hosts,
+            offbeat=word(offbeat, "--offbeat"),
+            folder=word(folder, "--dir"),
+            keys=None if keys is None else word(str(keys), "--keys"),
+            experiment=None if experiment is None else word(str(experiment), "--experiment"),
+        )
     else:
         here = office.this_host(hosts, host)
         if json_ or listen:

@@ -22,6 +22,7 @@ import psutil
 import zmq
 from zmq.auth import load_certificate
 
+from offbeat.algorithms.gossip import Gossip
 from offbeat.deploy.hosts import Host, Hosts, endpoint
 from offbeat.deploy.plan import SERVER
 from offbeat.runtime.errors import ConfigError, nearest
@@ -163,6 +164,14 @@ def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
             yield from _flat(inner, f"{path}.{key}" if path else key)
     else:
         yield path, value
+
+
+def is_gossip(experiment: Path) -> bool:
+    """Whether the run in a file has peers only; False where the file cannot be read."""
+    try:
+        return all(isinstance(one.algorithm, Gossip) for one in read(experiment))
+    except ConfigError:  # one of the findings says so
+        return False
 
 
 def digest(settings: Mapping[str, Any]) -> str:

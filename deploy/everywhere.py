@@ -81,22 +81,21 @@ def report(hosts: Hosts, here: Host, keys: Path | None, experiment: Path | None)
 
 
 def everywhere(
-    text: str, hosts: Hosts, *, offbeat: str, folder: str, keys: bool, experiment: bool
+    hosts: Hosts, *, offbeat: str, folder: str, keys: str | None, experiment: str | None
 ) -> list[Finding]:
     """What every host finds of itself and of the way to every other, and what tells them apart.
 
     Args:
-        text: of the host file.
-        hosts: that it lists.
+        hosts: of the run.
         offbeat: the program there.
-        folder: of the run there; keys are in ``keys/``, the experiment is ``experiment.toml``.
-        keys, experiment: whether they are to be looked at.
+        folder: of the run there.
+        keys, experiment: where they are in it, if they are to be looked at.
     """
+    text = hosts.toml()
     begin = f"cd {folder} && {offbeat} doctor {SENT}"
     receive = f"mkdir -p {folder} && head -c {len(text.encode())} >{folder}/{SENT}"
-    more = (" --keys keys" if keys else "") + (
-        " --experiment experiment.toml" if experiment else ""
-    )
+    options = {"keys": keys, "experiment": experiment}
+    more = "".join(f" --{name} {path}" for name, path in options.items() if path is not None)
     found: list[Finding] = []
     told: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:

@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import tomli_w
 from pydantic import AfterValidator, Field
 
 from offbeat.runtime.errors import ConfigError, nearest
@@ -144,6 +145,12 @@ class Hosts(NamedTuple):
             if node.name == wanted:
                 return number, node
         raise ConfigError(f'no node is called "{wanted}"{nearest(wanted, [n.name for n in nodes])}')
+
+    def toml(self) -> str:
+        """The text of a host file that says the same."""
+        head = {"server": self.server.name} if self.server else {}
+        tables = [{k: v for k, v in vars(one).items() if v is not None} for one in self.hosts]
+        return tomli_w.dumps({**head, "hosts": tables})
 
     def serving(self) -> Host:
         """The host of the server; a ConfigError where the file names none."""

@@ -86,7 +86,7 @@ def compose(plan: Plan, image: str) -> str:
             **common,
             "command": plan.serve(port, "/run/secrets", f"{RUN}/server"),
             "configs": config,
-            "secrets": secrets(SERVER, *plan.participants),
+            "secrets": secrets(SERVER, SERVER, *plan.participants),
             "volumes": [f"./run:{RUN}"],
             "healthcheck": _healthcheck(listening(port)),
         }
@@ -317,9 +317,13 @@ def _pod(
     }
 
 
-def kuberay(plan: Plan, image: str, cpus: float, memory: str, storage: str) -> str:
-    """A RayJob: a Ray cluster for this run, from the first job to the last."""
-    run = f"{RUN}/{plan.name}"
+def kuberay(plan: Plan, image: str, cpus: float, memory: str, storage: str, entry: str) -> str:
+    """A RayJob: a Ray cluster for this run, from the first job to the last.
+
+    Args:
+        plan, image, cpus, memory, storage: see ``render.kuberay``.
+        entry: the script that the job is.
+    """
     claim = {
         "apiVersion": "v1",
         "kind": "PersistentVolumeClaim",
@@ -370,15 +374,12 @@ def kuberay(plan: Plan, image: str, cpus: float, memory: str, storage: str) -> s
         {"name": "dashboard", "containerPort": 8265},
         {"name": "client", "containerPort": 10001},
     ]
-    # A second try goes on from the run's folder, which outlives the cluster.
-    begin = f"offbeat run {plan.experiment} --out {run}"
-    go_on = f"offbeat resume {run}"
     job = {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
         "metadata": _metadata(plan),
         "spec": {
-            "entrypoint": f"sh -c '[ -e {run}/experiment.toml ] && exec {go_on} || exec {begin}'",
+            "entrypoint": f"sh {CONFIG}/entry.sh",
             "submissionMode": "K8sJobMode",
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 600,
@@ -404,7 +405,7 @@ def kuberay(plan: Plan, image: str, cpus: float, memory: str, storage: str) -> s
         },
     }
     about = f"on Ray, {len(plan.participants)} pods for workers; kubectl apply -f rayjob.yaml"
-    return _text([_config_map(plan, {}), claim, job], about)
+    return _text([_config_map(plan, {"entry.sh": entry}), claim, job], about)
 
 
 # -- YAML ------------------------------------------------------------------------------------------

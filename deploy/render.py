@@ -12,11 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from offbeat.deploy import manifests
-from offbeat.deploy.hosts import Host
+from offbeat.deploy.hosts import Host, Hosts
 from offbeat.deploy.plan import SERVER, Plan, server_endpoint
 from offbeat.runtime.errors import ConfigError, StorageError
 
@@ -95,7 +94,7 @@ def systemd(plan: Plan, *, user: str = "offbeat") -> Files:
         )
     if not re.fullmatch(r"[a-z_][a-z0-9_-]{0,30}", user):
         raise ConfigError(f'--user: "{user}" is no name of a user')
-    hosts, nodes_of = _by_host(plan)
+    machines, hosts, nodes_of = _by_host(plan)
     etc = f"/etc/offbeat/{plan.name}"
     values: dict[str, Any] = {"plan": plan, "user": user, "hosts": hosts, "nodes_of": nodes_of}
     roles: dict[str, tuple[str, list[str], str | None, bool]]
@@ -104,16 +103,16 @@ def systemd(plan: Plan, *, user: str = "offbeat") -> Files:
         command = plan.peer(f"{etc}/hosts.toml", "%i", f"{etc}/keys/%i", "run-%i")
         roles = {"peer@": ("peer %i", command, None, _any_cuda(hosts))}
     else:
-        port = plan.hosts.serving().port  # type: ignore[union-attr]
+        port = machines.serving().port
         join = plan.join(
-            server_endpoint(plan.hosts),  # type: ignore[arg-type]
+            server_endpoint(machines),
             "%i", f"{etc}/keys/%i", "${OFFBEAT_DEVICE}",
         )  # fmt: skip
         roles = {
             "server": ("the server", plan.serve(port, f"{etc}/keys/{SERVER}", "run"), None, False),
             "worker@": ("worker %i", join, f"{etc}/%i.env", _any_cuda(hosts)),
         }
-    files = _with_keys(plan) | {"hosts.toml": hosts_toml(plan)}
+    files = _with_keys(plan) | {"hosts.toml": machines.toml()}
     for role, (who, command, environment, cuda) in roles.items():
         files[f"units/offbeat-{plan.name}-{role}.service"] = _fill(
             "systemd/node.service", **values, description=f"{who} of {plan.name}",
@@ -164,8 +163,9 @@ def kuberay(
 ) -> Files:
     """A RayJob; arguments as of ``kubernetes``. Ray's own network is the cluster's: no keys."""
     _check_sizes(plan, cpus, memory, storage)
+    entry = _fill("kuberay/entry.sh", plan=plan, run=f"{manifests.RUN}/{plan.name}")
     return _dockerfile(plan, image) | {
-        "rayjob.yaml": manifests.kuberay(plan, image, cpus, memory, storage)
+        "rayjob.yaml": manifests.kuberay(plan, image, cpus, memory, storage, entry)
     }
 
 
@@ -176,7 +176,7 @@ def ssh(plan: Plan, *, folder: str | None = None) -> Files:
         plan: the run, with hosts.
         folder: of the run on every host; relative to the home folder.
     """
-    hosts, nodes_of = _by_host(plan)
+    machines, hosts, nodes_of = _by_host(plan)
     remotes: dict[str, str] = {}
     commands: dict[str, list[str]] = {}
     for host in hosts:
@@ -186,28 +186,20 @@ def ssh(plan: Plan, *, folder: str | None = None) -> Files:
             if plan.peers:
                 commands[node.name] = plan.peer("hosts.toml", node.name, keys, f"run-{node.name}")
             else:
-                server = server_endpoint(plan.hosts)  # type: ignore[arg-type]
+                server = server_endpoint(machines)
                 commands[node.name] = plan.join(server, node.name, keys, node.device)
     port = None
     if not plan.peers:
-        port = plan.hosts.serving().port  # type: ignore[union-attr]
+        port = machines.serving().port
         commands[SERVER] = plan.serve(port, f"keys/{SERVER}", "run")
     return _with_keys(plan) | {
-        "hosts.toml": hosts_toml(plan),
+        "hosts.toml": machines.toml(),
         "keep.sh": _fill("shared/keep.sh"),
         "launch.sh": _fill(
             "ssh/launch.sh", plan=plan, dir=folder or f"offbeat-{plan.name}", remotes=remotes,
             commands=commands, port=port,
         ),
     }  # fmt: skip
-
-
-def hosts_toml(plan: Plan) -> str:
-    """The plan's host file, complete."""
-    assert plan.hosts is not None
-    head = {"server": plan.hosts.server.name} if plan.hosts.server else {}
-    hosts = [{k: v for k, v in vars(host).items() if v is not None} for host in plan.hosts.hosts]
-    return tomli_w.dumps({**head, "hosts": hosts})
 
 
 def _with_keys(plan: Plan, program: str = "offbeat") -> Files:
@@ -221,14 +213,15 @@ def _dockerfile(plan: Plan, image: str) -> Files:
         "Dockerfile": _fill(
             "shared/Dockerfile", plan=plan, image=image, uid=manifests.UID,
             version=version("offbeat"), cpu_base=CPU_BASE, cuda_base=CUDA_BASE,
+            ray=version("ray") if plan.engine == "ray" else None,
         ),
         ".dockerignore": "*\n!wheels\n",
         "wheels/README": "Wheels that no index has; see ../Dockerfile.\n",
     }  # fmt: skip
 
 
-def _by_host(plan: Plan) -> tuple[list[Host], dict[str, list[str]]]:
-    """The hosts that have something to do, and the names of what runs on each."""
+def _by_host(plan: Plan) -> tuple[Hosts, list[Host], dict[str, list[str]]]:
+    """All hosts, those that have something to do, and the names of what runs on each."""
     if plan.hosts is None:
         raise ConfigError("give the machines, as --nodes hosts.toml")
     server = None if plan.peers else plan.hosts.serving()
@@ -236,7 +229,8 @@ def _by_host(plan: Plan) -> tuple[list[Host], dict[str, list[str]]]:
         host.name: [SERVER] * (host is server) + [node.name for node in host.nodes()]
         for host in plan.hosts.hosts
     }
-    return [host for host in plan.hosts.hosts if nodes_of[host.name]], nodes_of
+    busy = [host for host in plan.hosts.hosts if nodes_of[host.name]]
+    return plan.hosts, busy, nodes_of
 
 
 def _any_cuda(hosts: list[Host]) -> bool:

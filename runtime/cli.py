@@ -400,6 +400,8 @@ def _report(results: dict[str, api.Result], folder: Path) -> None:
     table.add_column("method", no_wrap=True)
     for key in columns:
         title = "rounds" if gossip and key == "step" else COLUMNS[key][0]
+        if key == "time_s" and all(result.experiment.real for result in results.values()):
+            title = "seconds"
         table.add_column(title, justify="right", no_wrap=True)
     for label, result in results.items():
         final = result.final

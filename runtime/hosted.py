@@ -115,7 +115,6 @@ class Hosted:
         self._zero_s = time.monotonic() - now_s * self._pace
         for node in self.nodes.values():
             node.limit = limit
-        self._queue.put(("begin",))
         self._thread.start()
 
     def deliver(self, parcels: Sequence[Parcel]) -> None:
@@ -155,6 +154,8 @@ class Hosted:
 
     def _work(self) -> None:
         try:
+            with self._lock:
+                self._begin()  # before any mail that is there already
             while not self._ended:
                 self._turn()
         except Exception as error:
@@ -171,7 +172,7 @@ class Hosted:
             self._handle(heapq.heappop(self._timers)[2])
         for _ in range(MOST_MAIL):
             if self._here:
-                self._arrive(self._here.popleft())
+                self._handle(("mail", [self._here.popleft()]))
                 continue
             try:
                 self._handle(self._queue.get_nowait())
@@ -198,20 +199,22 @@ class Hosted:
     def _repeat(self) -> None:
         """Nodes that stand still repeat what may not have arrived."""
         now_s = time.monotonic()
-        for i, node in self.nodes.items():
-            if now_s - self._moved_s[i] > AGAIN_S and not node.quiet:
-                self._moved_s[i] = now_s
-                self._note(i, "again")
-                self._do(i, node.again())
+        with self._lock:
+            for i, node in self.nodes.items():
+                if now_s - self._moved_s[i] > AGAIN_S and not node.quiet:
+                    self._moved_s[i] = now_s
+                    self._note(i, "again")
+                    self._do(i, node.again())
 
     def _handle(self, event: tuple[Any, ...]) -> None:
         kind, *what = event
         self._rests = None
         handlers: dict[str, Callable[..., None]] = {
             "mail": self._mail, "post": self._post_now, "done": self._done, "tell": self._tell,
-            "ask": self._answer, "begin": self._begin, "end": self._end,
+            "ask": self._answer, "end": self._end,
         }  # fmt: skip
-        handlers[kind](*what)
+        with self._lock:  # a report is of a moment between two events
+            handlers[kind](*what)
 
     def _begin(self) -> None:
         for i, node in self.nodes.items():
@@ -265,15 +268,13 @@ class Hosted:
                 }
                 for i, node in self.nodes.items()
             }
-        with self._lock:
-            self._report.answers[question] = found
-            self._urgent = True
-            self._lock.notify_all()
+        self._report.answers[question] = found
+        self._urgent = True
+        self._lock.notify_all()
 
     def _note(self, i: int, *what: Any) -> None:
         if self._tracing:
-            with self._lock:
-                self._report.inputs.setdefault(i, []).append(list(what))
+            self._report.inputs.setdefault(i, []).append(list(what))
 
     # -- Effects -------------------------------------------------------------------------------
 
@@ -284,8 +285,7 @@ class Hosted:
             elif isinstance(effect, Compute):
                 self._jobs.append((i, effect, self.now_s()))
             elif self._every is not None and effect.round % self._every == 0:
-                with self._lock:
-                    self._report.models.append((effect.round, i, self.now_s(), effect.model))
+                self._report.models.append((effect.round, i, self.now_s(), effect.model))
 
     def _post(self, i: int, send: Send) -> None:
         """Have a message on its way, or hold it for as long as an emulated link takes."""
@@ -342,6 +342,5 @@ class Hosted:
         self._note(i, "done", number)
         step = node.round
         effects = node.computed(number, losses, gradient)
-        with self._lock:
-            self._report.rows.append((now_s, i, number, step, step, given_s, now_s))
+        self._report.rows.append((now_s, i, number, step, step, given_s, now_s))
         self._do(i, effects)

@@ -61,7 +61,7 @@ def picture(results: Sequence["Result"], path: Path, labels: Sequence[str] | Non
         if max(ends) > UNLIKE * min(ends) > 0:  # else the shortest run is a stub at the edge
             axes.set_xscale("symlog", linthresh=max(1.0 / unit, min(ends) / UNLIKE))
             axes.set_xlim(left=0)
-        axes.set(xlabel=label, ylabel="loss" if at == 0 else "")
+        axes.set(xlabel=_seconds(label, results), ylabel="loss" if at == 0 else "")
         axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8 if len(results) > TIMELINES else None)
     window = _window([result.trace for result in shown]) if shown else 0.0
@@ -94,6 +94,11 @@ def _lines(results: Sequence["Result"]) -> list[dict[str, Any]]:
     ]
 
 
+def _seconds(label: str, results: Sequence["Result"]) -> str:
+    """``label``, of which real seconds are not virtual."""
+    return label.removeprefix("virtual ") if results[0].experiment.real else label
+
+
 def _window(traces: Sequence[NDArray]) -> float:
     """Virtual seconds to show: a few of the slowest jobs, at most BARS jobs in any timeline."""
     slowest = max(float((column(t, "end_s") - column(t, "start_s")).max()) for t in traces)
@@ -117,7 +122,8 @@ def _timeline(axes: Any, result: "Result", window: float, colour: str) -> None:
             axes.broken_barh(
                 spans[odd::2], (worker - 0.4, 0.8), facecolors=colour, alpha=alpha, linewidth=0
             )
-    axes.set(xlim=(0, window), ylim=(n - 0.4, -0.6), xlabel="virtual seconds", ylabel="worker")
+    axes.set(xlim=(0, window), ylim=(n - 0.4, -0.6), xlabel=_seconds("virtual seconds", [result]))
+    axes.set_ylabel("worker")
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set_facecolor("#f0f0f0")
     fraction = result.final["busy"]

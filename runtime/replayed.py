@@ -3,10 +3,14 @@
 Every node's inputs are in its trace in their order: messages by sender and serial number, jobs
 that were done, links that went down and up.  A message is what its sender, replayed, has sent.  So
 the nodes compute what they computed, bit for bit, in one process and at any speed.
+
+Of a node whose process died, the last inputs are not known.  A synchronous one is given all mail
+there is, since the order does not matter to it; what it did in vain, nobody has heard.
 """
 
 import json
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,7 @@ from offbeat.runtime.errors import StorageError
 from offbeat.runtime.experiment import Experiment
 from offbeat.runtime.gossip import COUNTS, measure
 from offbeat.runtime.loop import Loop
-from offbeat.runtime.node import Compute, Effect, GossipNode, Send, gossip_node
+from offbeat.runtime.node import HELLO, Effect, GossipNode, Send, gossip_node
 from offbeat.runtime.records import Records
 
 Key = tuple[int, int, int, int]  # to, from, incarnation, serial
@@ -59,9 +63,9 @@ class Replayed(Loop):
         assert isinstance(experiment.algorithm, Gossip)
         self.experiment, self._inputs = experiment, inputs
         self.nodes: dict[int, GossipNode] = {}
+        self._dead: list[tuple[GossipNode, set[Key]]] = []  # with the mail each was given since
         self._sent: dict[Key, Send] = {}
-        self._serials: dict[tuple[int, int], int] = {}
-        self._jobs: dict[int, Compute] = {}
+        self._serials: dict[tuple[int, int, int], int] = {}  # from, incarnation, to
         self._done = 0
 
     @property
@@ -101,50 +105,69 @@ class Replayed(Loop):
         while going:
             going = False
             for i, given in self._inputs.items():
-                while given and self._can(i, given[0]):
+                while given and (given[0][0] != "mail" or (i, *given[0][1:]) in self._sent):
                     self._give(i, given.popleft())
                     going = True
+            if not going:
+                going = any([self._give_dead(node, had) for node, had in self._dead])
         if left := {i: given[0] for i, given in self._inputs.items() if given}:
-            raise StorageError(f"the trace has inputs that nothing led to: {left}")
+            raise StorageError(
+                "a process died, and the trace does not have all that its nodes were given last: "
+                f"the run cannot be replayed beyond {left}"
+            )
         return "steps"
-
-    def _can(self, i: int, given: list[Any]) -> bool:
-        return given[0] != "mail" or (i, *given[1:]) in self._sent
 
     def _give(self, i: int, given: list[Any]) -> None:
         what, *args = given
         if what == "start":
             incarnation, joining, limit = args
+            if i in self.nodes:
+                self._dead.append((self.nodes[i], set()))
             self.nodes[i] = gossip_node(
                 self.experiment, i, incarnation=incarnation, joining=joining
             )
             self.nodes[i].limit = limit
-            self._do(i, self.nodes[i].start())
+            self._do(self.nodes[i], self.nodes[i].start())
             return
         node = self.nodes[i]
         if what == "mail":
-            send = self._sent.pop((i, *args))
+            send = self._sent[(i, *args)]
             frm, incarnation, _ = args
-            self._do(i, node.receive(frm, send.kind, send.number, send.items, incarnation))
+            effects = node.receive(frm, send.kind, send.number, send.items, incarnation)
         elif what == "done":
+            assert node.job is not None
             self._done += 1
-            self._do(i, node.computed(args[0], *node.answer(self._jobs[i])))
+            effects = node.computed(args[0], *node.answer(node.job))
         elif what == "restore":
             node.limit = args[0]
-            self._do(i, node.restore(node.state()))
+            effects = node.restore(node.state())
         else:
-            self._do(i, getattr(node, what)(*args))
+            effects = getattr(node, what)(*args)
+        self._do(node, effects)
 
-    def _do(self, i: int, effects: Any) -> None:
-        effect: Effect
+    def _give_dead(self, node: GossipNode, had: set[Key]) -> bool:
+        """What a node may have done after its last input that is known; whether it did more."""
+        if self.experiment.asynchronous:
+            return False
+        for key, send in list(self._sent.items()):
+            to, frm, incarnation, _ = key
+            if to == node.i and key not in had and send.kind != HELLO:
+                had.add(key)
+                effects = node.receive(frm, send.kind, send.number, send.items, incarnation)
+                self._do(node, effects)
+                return True
+        if node.job is None:
+            return False
+        self._do(node, node.computed(node.job.number, *node.answer(node.job)))
+        return True
+
+    def _do(self, node: GossipNode, effects: Sequence[Effect]) -> None:
         for effect in effects:
-            if isinstance(effect, Compute):
-                self._jobs[i] = effect
-            elif isinstance(effect, Send):
-                incarnation = self.nodes[i].incarnation
-                serial = self._serials.get((i, effect.to), 0)
-                self._serials[i, effect.to] = serial + 1
-                self._sent[effect.to, i, incarnation, serial] = effect
+            if isinstance(effect, Send):
+                line = node.i, node.incarnation, effect.to
+                serial = self._serials.get(line, 0)
+                self._serials[line] = serial + 1
+                self._sent[effect.to, node.i, node.incarnation, serial] = effect
 
     def _measured(self) -> dict[str, float]:
         row = {"time_s": self.time_s, "step": self.step, "gradients": self.gradients}

@@ -81,7 +81,9 @@ class Watched(Loop, Generic[P]):
         self._rows: list[tuple[float, ...]] = []  # that may not be the oldest yet
         self._ends = array("d")  # when gradients were told, for the ages of asynchronous ones
         self._models: dict[int, dict[int, tuple[float, NDArray]]] = {}  # round -> node -> time, [d]
-        self._shown: tuple[int, float, NDArray] | None = None  # a round that is complete
+        self._told: Counter[int] = Counter()  # round -> jobs done in it; -1: in all before
+        # A round that is complete: its number, time, jobs up to then, and models.
+        self._shown: tuple[int, float, int, NDArray] | None = None
         self._last: tuple[float, NDArray] | None = None  # what was sampled last
         self._questions = self.restarts = 0
         self._zero_s = 0.0  # of the monotonic clock, when the run began
@@ -108,7 +110,8 @@ class Watched(Loop, Generic[P]):
     @property
     def gradients(self) -> int:
         """Gradients of all nodes: as many a job as it has local steps."""
-        return self.records.arrivals * self.experiment.work.steps
+        jobs = self.records.arrivals if self._shown is None else self._shown[2]
+        return jobs * self.experiment.work.steps
 
     @property
     def x(self) -> NDArray:
@@ -156,7 +159,9 @@ class Watched(Loop, Generic[P]):
                     self._next_step += self.evaluate.steps or math.inf
                     continue
                 time_s = max(at_s for at_s, _ in found.values())
-                self._shown = k, time_s, np.stack([found[i][1] for i in sorted(found)])
+                jobs = sum(self._told.pop(told) for told in list(self._told) if told < k)
+                self._told[-1] = jobs  # of all rounds before
+                self._shown = k, time_s, jobs, np.stack([found[i][1] for i in sorted(found)])
                 self._look()
                 self._shown = None
         elif self.step >= self._next_step:
@@ -170,7 +175,7 @@ class Watched(Loop, Generic[P]):
             self._last = self.time_s, np.stack([answers[i][1] for i in sorted(answers)])
             models = self._last[1]
         else:
-            models = self._shown[2]
+            models = self._shown[3]
         self.records.flush()
         row = {"time_s": self.time_s, "step": self.step, "gradients": self.gradients}
         row |= measure(models, self._evaluated)
@@ -215,6 +220,7 @@ class Watched(Loop, Generic[P]):
         counts = sum(map(Counter, told.counts.values()), Counter())
         self._counts[self._seats.index(seat), seat.replaced] = counts
         self._rows += told.rows
+        self._told.update(int(row[3]) for row in told.rows)
         for k, i, at_s, x in told.models:
             if k >= self._next_step:
                 self._models.setdefault(k, {})[i] = at_s, x
@@ -223,7 +229,8 @@ class Watched(Loop, Generic[P]):
 
     def _arrive(self, all_: bool = False) -> None:
         """Arrivals enter the records in the order of time: those that no older can follow."""
-        horizon_s = math.inf if all_ else min(seat.now_s for seat in self._seats)
+        there = [seat.now_s for seat in self._seats if seat.here]
+        horizon_s = math.inf if all_ else min(there, default=0.0)
         self._rows.sort()
         count = bisect_right(self._rows, (horizon_s,)) if not all_ else len(self._rows)
         for row in self._rows[:count]:
@@ -287,6 +294,7 @@ class Watched(Loop, Generic[P]):
             "time_s": now_s if going else self.time_s,
             "nodes": [states[i] for i in range(self.n)],
             "totals": dict(self._totals()),
+            "told": [[k, count] for k, count in self._told.items()],
             "counters": {key: getattr(self, key) for key in self._COUNTERS},
             "replaced": [seat.replaced for seat in self._seats],
             "records": self.records.state(),
@@ -304,6 +312,7 @@ class Watched(Loop, Generic[P]):
         self.records.restore(state["records"])
         for seat, replaced in zip(self._seats, state["replaced"], strict=True):
             seat.replaced = replaced
+        self._told = Counter(dict(state["told"]))
         kept = sum((Counter(node["node"]["counts"]) for node in state["nodes"]), Counter())
         self._before = Counter(state["totals"]) - kept
         self._launch(dict(enumerate(state["nodes"])), state["time_s"])

@@ -327,7 +327,7 @@ class RayCrew(Crew):
         seat.calls = 0
         seat.waiting.clear()
         self._kill(seat)
-        if refill and seat.replaced < self._options.restarts:
+        if refill and seat.replaced < self._options.restarts and self._room():
             seat.replaced += 1
             self._fill(seat)
             return
@@ -344,6 +344,14 @@ class RayCrew(Crew):
             if other.ready is None:
                 self._events.append(Back(worker))
         seat.workers = []
+
+    def _room(self) -> bool:
+        """Whether the machines that are left have room for all actors; says where."""
+        try:
+            self._where = places(self._ray, len(self._seats), self._options)
+        except ConfigError:
+            return False
+        return True
 
     def _kill(self, seat: Seat) -> None:
         with suppress(self._ray.exceptions.RayError):
@@ -382,13 +390,17 @@ def places(ray: Any, count: int, options: "Ray") -> list[Any]:
             f'engine = "ray": {count} actors with {need} each do not fit, there is room for '
             f"{room}; take more workers_per_actor or ask for less"
         )
-    if options.placement == "spread":
-        return ["SPREAD"] * count
+    if options.placement == "spread" and needs:
+        return ["SPREAD"] * count  # Ray knows what others have taken
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
     here = ray.get_runtime_context().get_node_id()
     order = sorted(rooms, key=lambda node: node != here)  # this machine first
-    return [On(node, soft=True) for node in order for _ in range(rooms[node])][:count]
+    if options.placement == "spread":
+        chosen = order * count
+    else:
+        chosen = [node for node in order for _ in range(rooms[node])]
+    return [On(node, soft=False) for node in chosen[:count]]
 
 
 def why(error: Exception) -> str:

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import shutil
+import socket
 import tempfile
 import time
 import uuid
@@ -19,6 +20,7 @@ OLDEST = 2, 40
 # What Ray prints of its own accord; a run says it better.
 NOISE = "A worker died or was killed|PYTHON worker processes have been|Raylet is terminated"
 PROCESSES = {"gcs_server", "raylet"}
+REACH_S = 5.0  # for a connection to a cluster
 LOOK_S = 1.0  # between looks after them
 log = logging.getLogger("offbeat")
 
@@ -87,6 +89,7 @@ def start(address: str = "local") -> Session:
     import offbeat
 
     try:
+        _reach(address)
         ray.init(address, runtime_env={"py_modules": [offbeat]}, **_quiet())
     except Exception as error:  # Ray has no one type for it
         raise ConfigError(
@@ -94,6 +97,13 @@ def start(address: str = "local") -> Session:
             'address = "local" begins one'
         ) from None
     return Session(ray.shutdown)
+
+
+def _reach(address: str) -> None:
+    """See whether anybody is at "host:port": Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), REACH_S).close()
 
 
 def _begin(ray: ModuleType) -> Session:

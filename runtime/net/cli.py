@@ -134,12 +134,15 @@ def mount(app: typer.Typer, go_on: Callable[..., None], fresh: Callable[[str], P
         name: Annotated[str, typer.Option(help="Of this worker, and of its key.")] = "",
         folder: Keys = None,
         device: Annotated[str, typer.Option(help="Where a torch task computes.")] = "cpu",
+        max_wait_s: Annotated[
+            float | None, typer.Option(help="Without a server for so long, give up.")
+        ] = None,
     ) -> None:
         """Work for a server until its run is over; it is waited for, and found again."""
         from offbeat.runtime.net.worker import Worker
 
         _log()
-        Worker(address, name, folder, device).run()
+        Worker(address, name, folder, device, max_wait_s).run()
 
     @app.command()
     def status(

@@ -1,5 +1,6 @@
 """ZeroMQ sockets with every limit set, and what their monitors tell."""
 
+import re
 import socket as os_socket
 from contextlib import suppress
 from typing import Any
@@ -49,7 +50,7 @@ def bound(socket: zmq.Socket, endpoint: str) -> str:
         socket.bind(endpoint)
     except zmq.ZMQError as error:
         raise ConfigError(f"{endpoint}: cannot listen there ({error.strerror})") from None
-    return socket.getsockopt_string(zmq.LAST_ENDPOINT)
+    return re.sub(r"\[::ffff:([\d.]+)\]", r"\1", socket.getsockopt_string(zmq.LAST_ENDPOINT))
 
 
 def connected(socket: zmq.Socket, endpoint: str) -> None:

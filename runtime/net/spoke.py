@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from offbeat.runtime.crew import Answer, Order
 from offbeat.runtime.errors import BadArray, ConfigError, Fenced, OffbeatError, PeerError, Refused
 from offbeat.runtime.net import messages as say
+from offbeat.runtime.net import wire
 from offbeat.runtime.net.jobs import MOST_OFFENCES, Liveness
 from offbeat.runtime.net.link import Link
 from offbeat.runtime.net.wire import Assembly, Buffer, Kind, Message, Reader, pack, parcels
 
 RETRY_MOST_S = 5.0  # between two greetings
-MOST_SPARE = 4  # buffers for models, kept to be used again
 
 
 class Spoke:
@@ -54,7 +54,8 @@ class Spoke:
         self._link: Link = Link(resend_s=1.0)
         self._assembly = Assembly(self._kinds)
         self._model: NDArray | None = None
-        self._spare: list[NDArray[np.uint8]] = []
+        self._held: list[tuple[NDArray, NDArray[np.uint8]]] = []  # large models, and their memory
+        self._filling = np.empty(0, np.uint8)
         self._hello_s, self._retry_s = now_s, self.liveness.heartbeat_s
         self._pulse_s = now_s
 
@@ -107,6 +108,7 @@ class Spoke:
         self._link = Link(resend_s=self.liveness.resend_s, ack_s=self.liveness.tick_s)
         self._assembly = Assembly(self._kinds, self._allocate)
         self._model = None
+        self._held.clear()
         self._forget()
 
     def _refused(self, refusal: say.Refusal, now_s: float) -> None:
@@ -141,6 +143,8 @@ class Spoke:
             x = message.arrays.pop("x", None)
             if x is None and (x := self._model) is None:
                 raise BadArray("the first work has no model")
+            if x is not self._model and x.nbytes > wire.PIECE_BYTES:
+                self._held.append((x, self._filling))
             self._model = x
             kept: Any = {name[len(say.KEPT) :]: row for name, row in message.arrays.items()}
             self.orders.append(
@@ -219,21 +223,22 @@ class Spoke:
         """Messages that the server has not acknowledged."""
         return self._link.pending if self.state in ("building", "working") else 0
 
-    def release(self, x: NDArray) -> None:
-        """The model ``x`` of an order is not used any more: its memory may be."""
-        base = x.base if isinstance(x.base, np.ndarray) else None
-        while base is not None and isinstance(base.base, np.ndarray):
-            base = base.base
-        if base is None or x is self._model or any(order.x is x for order in self.orders):
-            return
-        if base.dtype == np.uint8 and base.flags.owndata and len(self._spare) < MOST_SPARE:
-            self._spare.append(base)
-
     def _allocate(self, kind: str, name: str, nbytes: int) -> NDArray[np.uint8]:
-        for place, spare in enumerate(self._spare):
-            if name == "x" and spare.nbytes == nbytes:
-                return self._spare.pop(place)
-        return np.empty(nbytes, np.uint8)
+        """Memory for a large array: that of a model which nothing needs any more, if there is one.
+
+        Its pages were touched before, which for large models is half of the time.
+        """
+        if name != "x":
+            return np.empty(nbytes, np.uint8)
+        needed = [order.x for order in (*self.orders, *self._taken)]
+        for place, (x, buffer) in enumerate(self._held):
+            idle = x is not self._model and all(x is not other for other in needed)
+            if idle and buffer.nbytes == nbytes:
+                del self._held[place]
+                self._filling = buffer
+                return buffer
+        self._filling = np.empty(nbytes, np.uint8)
+        return self._filling
 
     # -- Time and what goes out ------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from typing import Any
 import zmq
 
 from offbeat.runtime.crew import Order, Runner
-from offbeat.runtime.errors import ConfigError, OffbeatError, Refused
+from offbeat.runtime.errors import ConfigError, CrewError, OffbeatError, Refused
 from offbeat.runtime.net import keys, sockets
 from offbeat.runtime.net.jobs import Liveness
 from offbeat.runtime.net.messages import Welcome, kinds
@@ -49,15 +49,22 @@ class Worker:
         name: its own; of its key, where there are keys.
         folder: of keys, or None.
         device: where a torch task computes.
+        most_wait_s: for a server, before giving up; None: for ever.
 
     Raises:
         ConfigError: no keys of that name, or an address that is none.
     """
 
     def __init__(
-        self, endpoint: str, name: str = "", folder: Path | None = None, device: str = "cpu"
+        self,
+        endpoint: str,
+        name: str = "",
+        folder: Path | None = None,
+        device: str = "cpu",
+        most_wait_s: float | None = None,
     ) -> None:
-        self.endpoint, self._device = endpoint, device
+        self.endpoint, self._device, self._most_wait_s = endpoint, device, most_wait_s
+        self._waits_s: float | None = None  # since when
         self.own = keys.identity(folder, name) if folder is not None else None
         self._server_key = keys.server_key(folder) if folder is not None else b""
         where = f"{platform.node()[:32] or 'host'}:{os.getpid()}"
@@ -114,7 +121,7 @@ class Worker:
     # -- The loop --------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        spoke, remind_s = self.spoke, time.monotonic() + REMIND_S
+        spoke = self.spoke
         while True:
             now_s = time.monotonic()
             self._drain(now_s)
@@ -134,11 +141,24 @@ class Worker:
                 self._compute(order)
             else:
                 self._listen()
-                if spoke.state == "calling" and now_s >= remind_s:
-                    why = f": {spoke.last_said}" if spoke.last_said else ""
-                    log.warning("waiting for the server at %s%s", self.endpoint, why)
-                    remind_s = now_s + REMIND_S
+                self._await(now_s)
                 self._wait(spoke.due_s() - time.monotonic())
+
+    def _await(self, now_s: float) -> None:
+        """Say what is waited for, where there is no server, and give up in the end."""
+        if self.spoke.state != "calling":
+            self._waits_s = None
+            return
+        if self._waits_s is None:
+            self._waits_s, self._remind_s = now_s, now_s + REMIND_S
+        why = f": {self.spoke.last_said}" if self.spoke.last_said else ""
+        if self._most_wait_s is not None and now_s - self._waits_s > self._most_wait_s:
+            raise CrewError(
+                f"no server at {self.endpoint} for {self._most_wait_s:.0f} s{why}; is it running?"
+            )
+        if now_s >= self._remind_s:
+            self._remind_s = now_s + REMIND_S
+            log.warning("waiting for the server at %s%s", self.endpoint, why)
 
     def _wait(self, seconds: float) -> None:
         if seconds > 0 and not sockets.readable(self._socket):
@@ -181,7 +201,6 @@ class Worker:
             self.spoke.failed(order, traceback.format_exc(), time.monotonic())
         else:
             self.spoke.answer(order, answer, time.monotonic())
-            self.spoke.release(order.x)
         finally:
             self._computing = False
 

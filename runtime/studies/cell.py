@@ -6,6 +6,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from offbeat.runtime import api
 from offbeat.runtime.errors import ConfigError, OffbeatError
 from offbeat.runtime.experiment import Experiment, from_table
@@ -42,8 +44,8 @@ def run(job: Job) -> bytes:
 
 
 def encode(line: dict[str, Any]) -> bytes:
-    """A line of the study's file; NaN and infinity do not occur, for those runs have diverged."""
-    return json.dumps(line).encode() + b"\n"
+    """A line of the study's file; a number that is not finite is null there."""
+    return msgspec.json.encode(line) + b"\n"
 
 
 def _run(job: Job) -> dict[str, Any]:

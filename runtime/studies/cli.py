@@ -36,7 +36,9 @@ def study(
     folders: Annotated[
         bool, typer.Option("--folders", help="Keep a run folder, with trace, of every cell.")
     ] = False,
-    engine: Annotated[str, typer.Option(help="Where cells run.")] = "processes",
+    engine: Annotated[
+        str, typer.Option(help="Where cells run: processes, ray or ray:ADDRESS.")
+    ] = "processes",
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the file."),

@@ -1,5 +1,6 @@
 """Processes that run cells: one that fails, hangs or dies is an answer, not the end."""
 
+import functools
 import math
 import multiprocessing
 import pickle
@@ -12,6 +13,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 from threadpoolctl import threadpool_limits
+
+from offbeat.runtime.errors import ConfigError, nearest
 
 Outcome = tuple[Any, str | None]  # the answer, or what went wrong
 Function = Callable[[Any], Any]
@@ -123,22 +126,44 @@ def _died(code: int | None) -> str:
 def _serve(pipe: Connection, function: Function) -> None:
     """What a process does: cells from the pipe until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    threadpool_limits(1)
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
+    one_thread()
     try:
         while True:
             for index, item in pickle.loads(pipe.recv_bytes()):
-                pipe.send((index, _attempt(function, item)))
+                pipe.send((index, attempt(function, item)))
     except (EOFError, BrokenPipeError):
         return  # the parent is gone, or has no more to do
 
 
-def _attempt(function: Function, item: Any) -> Outcome:
+def attempt(function: Function, item: Any) -> Outcome:
+    """``function(item)``, or what went wrong."""
     try:
         return function(item), None
     except Exception as error:  # whatever it is, it is this cell's
         return None, f"{type(error).__name__}: {error}"
 
 
-ENGINES: dict[str, Engine] = {"processes": processes}
+def one_thread() -> None:
+    """Keep this process to one core."""
+    threadpool_limits(1)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+def engine(text: str) -> Engine:
+    """What runs cells: "processes", "ray", or "ray:ADDRESS" of a cluster.
+
+    Raises:
+        ConfigError: unknown.
+    """
+    name, _, where = text.partition(":")
+    if name == "ray":
+        from offbeat.runtime.studies.on_ray import tasks
+
+        return functools.partial(tasks, where=where)
+    if text != "processes":
+        raise ConfigError(f'no engine of studies is called "{text}"{nearest(name, ENGINES)}')
+    return processes
+
+
+ENGINES = ("processes", "ray")

@@ -29,6 +29,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, BinaryIO
 
+import msgspec
 import tomli_w
 
 from offbeat.algorithms.gossip import ALGORITHMS
@@ -66,6 +67,7 @@ SECTIONS = (
 )
 BUDGETS = ("steps", "seconds", "gradients")  # what a share of a run is a share of
 MOST_CELLS = 1_000_000
+VERSION = version("offbeat")  # what the same settings give may change with it
 
 Line = dict[str, Any]  # of the cells' file; see ``cell.run``
 Done = dict[str, Line]  # by cell
@@ -221,7 +223,7 @@ class Study:
             for key in BUDGETS & stop.keys():
                 part = stop[key] * share
                 stop[key] = part if key == "seconds" else max(1, math.ceil(part))
-        text = json.dumps([version("offbeat"), table], sort_keys=True, default=str)
+        text = json.dumps([VERSION, table], sort_keys=True, default=str)
         return Cell(hashlib.sha256(text.encode()).hexdigest()[:16], axes, seed, table)
 
     # -- What to run next ---------------------------------------------------------------------
@@ -395,9 +397,9 @@ def read_cells(folder: Path) -> Done:
             for number, text in enumerate(file, start=1):
                 if text.endswith(b"\n"):
                     try:
-                        line = json.loads(text)
+                        line = msgspec.json.decode(text)
                         done[line["cell"]] = line
-                    except (ValueError, KeyError, TypeError):
+                    except (msgspec.DecodeError, KeyError, TypeError):
                         raise StorageError(
                             f"{folder / CELLS} line {number}: is no cell; remove the line"
                         ) from None
@@ -476,7 +478,7 @@ def run(
         study: what to run.
         folder: of the results; it may hold some already.
         jobs: cells at a time.
-        engine: where they run.
+        engine: where they run; see ``pool.engine``.
         retry: whether cells that failed are run again.
         folders: whether every cell keeps a run folder of its own, with trace and checkpoints.
         progress: called after every cell.
@@ -484,8 +486,9 @@ def run(
     Raises:
         ConfigError: unknown engine; StorageError.
     """
-    if engine not in pool.ENGINES:
-        raise ConfigError(f'no engine is called "{engine}"{nearest(engine, pool.ENGINES)}')
+    runner = pool.engine(engine)
+    if folders and runner is not pool.processes:
+        raise ConfigError("run folders are kept of cells that run on this machine only")
     done = read_cells(folder)
     if retry:
         done = {key: line for key, line in done.items() if "error" not in line}
@@ -499,14 +502,14 @@ def run(
             work = [_job(one, folder, folders) for one in missing]
             failed = sum("error" in line for line in done.values())
             progress(0, len(work), failed)
-            runs = pool.ENGINES[engine](cell.run, work, jobs, study.limits.cell_s)
+            runs = runner(cell.run, work, jobs, study.limits.cell_s)
             with closing(runs):
                 for count, (index, (text, error)) in enumerate(runs, start=1):
                     if text is None:
                         key, table, _ = work[index]
                         text = cell.encode({"cell": key, "settings": table, "error": error})
                     file.add(text)
-                    line = json.loads(text)
+                    line = msgspec.json.decode(text)
                     done[line["cell"]] = line
                     failed += "error" in line
                     progress(count, len(work), failed)

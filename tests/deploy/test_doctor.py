@@ -301,10 +301,10 @@ def examine(tmp_path, monkeypatch):
         (folder / "experiment.toml").write_text(deploying.PEERS)
 
     def found():
-        text = path.read_text()
         return everywhere.everywhere(
-            text, read_hosts(path), offbeat="offbeat", folder="run", keys=False, experiment=True
-        )
+            read_hosts(path), offbeat="offbeat", folder="run", keys=None,
+            experiment="experiment.toml",
+        )  # fmt: skip
 
     return tmp_path, path, found
 
@@ -364,3 +364,15 @@ def test_versions_have_to_agree():
         ("c", "note", "numpy 1.9; others have 2.0"),
     ]
     assert found[0].mend == "pip install offbeat==1.0"
+
+
+def test_peers_have_no_server_to_be_reached(tmp_path):
+    hosts = [(name, f"127.0.0.{i}", free(f"127.0.0.{i}")) for i, name in enumerate("abc", 1)]
+    path = host_file(tmp_path, *hosts, server="b")
+    found = {}
+    for shape, text in deploying.SHAPES.items():
+        (tmp_path / "run.toml").write_text(text)
+        words = ["doctor", str(path), "--host", "a", "--experiment", str(tmp_path / "run.toml")]
+        said = CliRunner().invoke(app, words).output
+        found[shape] = len(re.findall("^a +reach ", said, re.MULTILINE))
+    assert found == {"server": 1, "peers": 2}

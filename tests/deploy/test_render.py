@@ -186,9 +186,11 @@ def test_rayjob(tmp_path):
 
 @pytest.mark.parametrize("there", [False, True])
 def test_a_rayjob_goes_on_where_it_was(there, tmp_path):
-    (_, _, job) = yaml.safe_load_all((rayjob(tmp_path) / "rayjob.yaml").read_text())
+    config, _, job = yaml.safe_load_all((rayjob(tmp_path) / "rayjob.yaml").read_text())
     folder = tmp_path / "run-folder"
-    entrypoint = job["spec"]["entrypoint"].replace("/run-folder", str(folder))
+    entry = config["data"]["entry.sh"].replace("/run-folder", str(folder))
+    (tmp_path / "entry.sh").write_text(entry)
+    entrypoint = job["spec"]["entrypoint"].replace("/config", str(tmp_path))
     if there:
         (folder / "run").mkdir(parents=True)
         (folder / "run" / "experiment.toml").touch()
@@ -255,7 +257,7 @@ def test_experiments_and_host_files_are_read_back(recipe, shape, tmp_path):
 
 
 def in_yaml(value):
-    """Every list of words that begins with a command of ours, and entrypoints."""
+    """Every list of words that begins with a command of ours."""
     if isinstance(value, dict):
         for one in value.values():
             yield from in_yaml(one)
@@ -264,8 +266,6 @@ def in_yaml(value):
             yield value
         for one in value:
             yield from in_yaml(one)
-    elif isinstance(value, str) and "exec offbeat" in value:
-        yield from in_text(value)
 
 
 def in_text(text):
@@ -301,14 +301,11 @@ def parses(words):
         return context.params
 
 
-@pytest.mark.parametrize(
-    ("recipe", "shape", "names"),
-    [
-        (recipe, shape, {"keys", *(("serve", "join") if shape == "server" else ("peer",))})
-        for recipe, shape in RECIPES
-    ],
-)
-def test_command_lines_are_ours(recipe, shape, names, tmp_path):
+@each_recipe
+def test_command_lines_are_ours(recipe, shape, tmp_path):
+    names = {"server": {"keys", "serve", "join"}, "peers": {"keys", "peer"}}[shape]
+    if (recipe, shape) == ("ssh", "server"):
+        names |= {"status"}
     found = command_lines(deploying.deploy(tmp_path, recipe, shape))
     assert {words[0] for words in found} == names
     missing = sorted(names - COMMANDS.keys())
@@ -320,9 +317,10 @@ def test_command_lines_are_ours(recipe, shape, names, tmp_path):
 
 
 def test_the_rayjobs_command_lines_are_ours(tmp_path):
-    found = command_lines(rayjob(tmp_path))
+    config, *_ = yaml.safe_load_all((rayjob(tmp_path) / "rayjob.yaml").read_text())
+    found = list(in_text(config["data"]["entry.sh"]))
     assert [words[0] for words in found] == ["resume", "run"]
-    assert parses(found[1])["out"] == Path("/run-folder/run")
+    assert parses(found[1])["file"] == Path("/config/experiment.toml")
 
 
 # -- Secrets ---------------------------------------------------------------------------------------

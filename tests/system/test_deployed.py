@@ -6,13 +6,14 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import deploying
 import pytest
 
-WAIT_S = 20.0
+WAIT_S = 40.0
 
 
 def until(what):
@@ -31,7 +32,7 @@ class Machine:
         self.home.mkdir()
         self.log.touch()
         deploying.program(self.bin, "offbeat", deploying.STUB)
-        self.env = {
+        self.env = os.environ | {
             "PATH": f"{self.bin}:{os.environ['PATH']}",
             "HOME": str(self.home),
             "STUB_LOG": str(self.log),
@@ -264,6 +265,39 @@ def test_unknown_nodes_and_commands(launch):
     assert "start    start what is not running" in said
 
 
+# The program itself, over the loopback device.
+REAL = {"server": ("serve", "join", "keys"), "peers": ("peer", "keys")}
+
+
+@pytest.mark.parametrize("shape", REAL)
+def test_a_real_run_from_keys_to_its_end(shape, launch, machine, tmp_path):
+    import typer
+
+    from offbeat.runtime.cli import app
+
+    commands = typer.main.get_command(app).commands
+    if missing := [name for name in REAL[shape] if name not in commands]:
+        pytest.skip(f"this build has no offbeat {', '.join(missing)}")
+    run = f'#!/bin/sh\nexec {sys.executable} -m offbeat.runtime.cli "$@"\n'
+    machine.program("offbeat", run)
+    port = 20000 + os.getpid() % 10000
+    (tmp_path / "hosts.toml").write_text(
+        f'server = "a"\nport = {port}\n[[hosts]]\nname = "a"\naddress = "127.0.0.1"\n'
+        '[[hosts]]\nname = "b"\naddress = "127.0.0.2"\nslots = 2\n'
+    )
+    call = launch(shape)
+    assert [call(word)[0] for word in ("keys", "push", "start")] == [0, 0, 0]
+    runs = {"server": 4, "peers": 3}[shape]
+    try:
+        until(lambda: len(re.findall("does not run", call("status")[1])) == runs)
+    finally:
+        call("stop")
+    said = call("logs")[1]
+    assert "keep.sh" not in said  # nothing died
+    folders = [path.parent for path in machine.home.rglob("metrics.jsonl")]
+    assert len(folders) == {"server": 1, "peers": 3}[shape], said
+
+
 # -- Slurm -----------------------------------------------------------------------------------------
 
 # One machine with as many tasks as are asked for; signals reach all of them.
@@ -421,7 +455,7 @@ def test_secrets_are_applied_before_what_needs_them(shape, machine, tmp_path):
     peers = [f"run-peer-{i}" for i in range(3)]
     if shape == "server":
         assert secrets == {
-            "run-server-keys": {"server.key_secret", *(f"{w}.key" for w in workers)},
+            "run-server-keys": {"server.key", "server.key_secret", *(f"{w}.key" for w in workers)},
             "run-worker-keys": {"server.key", *(f"{w}.key_secret" for w in workers)},
         }
     else:

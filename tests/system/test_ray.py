@@ -124,6 +124,27 @@ def test_a_thousand_workers_on_two_actors():
     assert took_s < 15
 
 
+@pytest.mark.parametrize("name", ["pure", "delayed-nesterov", "shuffled", "minibatch"])
+def test_a_straggler_holds_up_whom_it_does_under_the_virtual_clock(name):
+    """One worker is five times slower: that is nothing to those who need not wait for it.
+
+    A shuffled method gives every worker as many jobs: those in flight gather in the straggler's
+    queue, until it has the straggler's pace, as a synchronous one has from the beginning.
+    """
+    options = {"fleet": f"{N} 1.0 stragglers=1x5", "stop": {"seconds": 10.5}}
+    if name == "delayed-nesterov":
+        options["work"] = "local-steps(sgd(lr=0.1), steps=1)"
+    real = run(name, Borrowed(), clock="real", pace=0.2, **options)
+    ideal = run(name, "virtual", **options)
+    ours, theirs = (
+        np.bincount(result.trace[:, 1].astype(int), minlength=N)[:-1].sum() / 10 / (N - 1)
+        for result in (real, ideal)
+    )  # jobs a second of the other workers, which could have done one
+    assert theirs * 0.9 < ours <= theirs * 1.01
+    assert (ours > 0.9) == (name in ("pure", "delayed-nesterov"))
+    assert (ours < 0.3) == (name == "minibatch")
+
+
 # -- What dies -------------------------------------------------------------------------------------
 
 DEATHS = {(2, 3): ("die", 1), (5, 4): ("die", 2)}

@@ -180,7 +180,7 @@ case $command in
         exit "$failed"
         ;;
     *)
-        sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
+        sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"
         [ "$command" = help ] || exit 2
         ;;
 esac

@@ -1,0 +1,369 @@
+"""A server and its workers, message by message, without a network between them."""
+
+import json
+
+import numpy as np
+import pytest
+
+from offbeat.runtime.crew import Answer, Back, Failed, Gone, Order
+from offbeat.runtime.errors import ConfigError, Fenced, PeerError, Refused
+from offbeat.runtime.net import messages as say
+from offbeat.runtime.net import wire
+from offbeat.runtime.net.hub import Hub
+from offbeat.runtime.net.jobs import MOST_OFFENCES, MOST_STRIKES, Liveness
+from offbeat.runtime.net.spoke import Spoke
+
+D = 4
+X = np.arange(float(D))
+X.flags.writeable = False
+KINDS = say.kinds(X, {})
+
+
+class Site:
+    """A hub, spokes by name, and messages that all arrive."""
+
+    def __init__(self, names="ab", slots=2, kinds=KINDS, incarnation=1, package="1"):
+        self.kinds, self.now_s, self.events = kinds, 0.0, []
+        self.hub = Hub("r", "text", kinds, slots, incarnation, Liveness(1.0), package)
+        self.spokes = {}
+        for number, name in enumerate(names, 1):
+            self.spokes[name] = Spoke(name, number, "1", f"{name}:1", 0.0)
+        self.settle()
+
+    def settle(self):
+        """Until nobody has anything to say."""
+        for _ in range(50):
+            self.hub.tick(self.now_s)
+            for name, spoke in self.spokes.items():
+                spoke.tick(self.now_s)
+                if spoke.welcome is not None:
+                    spoke.ready(self.kinds, self.now_s)
+                sent, spoke.outbox = spoke.outbox, []
+                for frames in sent:
+                    self.receive(name, frames)
+            posts, self.hub.outbox = self.hub.outbox, []
+            for address, frames in posts:
+                if (spoke := self.spokes.get(address.decode())) is not None:
+                    spoke.receive([bytes(frame) for frame in frames], self.now_s)
+            self.events += self.hub.events
+            self.hub.events = []
+            self.now_s += 0.01
+
+    def receive(self, name, frames):
+        self.hub.receive(name.encode(), name, [bytes(frame) for frame in frames], self.now_s)
+
+    def order(self, serial, worker, step=0, x=X):
+        self.hub.submit(Order(serial, worker, worker, serial, 1, step, x, None), self.now_s)
+        self.settle()
+
+    def answer(self, name, payload=None, loss=1.0):
+        spoke = self.spokes[name]
+        order = spoke.take()
+        made = order.x * 2 if payload is None else payload
+        spoke.answer(order, Answer(order.serial, loss, made, {}, 0.1), self.now_s)
+        self.settle()
+
+    def heard(self, kind):
+        found = [event for event in self.events if isinstance(event, kind)]
+        self.events = [event for event in self.events if not isinstance(event, kind)]
+        return found
+
+
+def slot(site, name):
+    return site.hub.seats[name].member.slot
+
+
+def test_an_order_is_answered():
+    site = Site()
+    assert [gone.worker for gone in site.heard(Gone)] == [0, 1]
+    assert {back.worker for back in site.heard(Back)} == {0, 1}
+    site.order(7, slot(site, "a"))
+    site.answer("a")
+    (answer,) = site.heard(Answer)
+    assert (answer.serial, answer.loss) == (7, 1.0)
+    np.testing.assert_array_equal(answer.payload, 2 * X)
+
+
+def test_a_model_travels_once():
+    site = Site("a", 1)
+    sent = []
+    flush = site.hub._flush
+    site.hub._flush = lambda seat, now_s: (flush(seat, now_s), sent.extend(site.hub.outbox))[0]
+    for serial in range(3):
+        site.order(serial, 0)
+    works = [post for post in sent if len(post.frames) > 1]
+    assert len({id(post.frames[0]) for post in works}) == 1
+    for _ in range(3):
+        site.answer("a")
+    for answer in site.heard(Answer):
+        np.testing.assert_array_equal(answer.payload, 2 * X)
+
+
+def test_large_models_reuse_their_buffers(monkeypatch):
+    monkeypatch.setattr(wire, "PIECE_BYTES", 16)
+    site, seen = Site("a", 1), set()
+    for serial in range(20):
+        x = X + serial
+        x.flags.writeable = False
+        site.order(serial, 0, serial, x)
+        spoke = site.spokes["a"]
+        order = spoke.take()
+        np.testing.assert_array_equal(order.x, x)
+        seen.add(order.x.__array_interface__["data"][0])
+        spoke.answer(order, Answer(order.serial, 1.0, order.x + 1, {}, 0.1), site.now_s)
+        site.settle()
+    assert [answer.payload[0] for answer in site.heard(Answer)] == list(range(1, 21))
+    assert len(seen) == 2
+
+
+def test_code_that_raises_is_told():
+    site = Site()
+    site.order(7, slot(site, "a"))
+    spoke = site.spokes["a"]
+    spoke.failed(spoke.take(), "Traceback: here", site.now_s)
+    site.settle()
+    assert site.heard(Failed) == [Failed(7, "Traceback: here")]
+
+
+def test_who_leaves_hands_back():
+    site = Site()
+    site.heard(Gone)
+    mine = slot(site, "a")
+    site.order(7, mine)
+    site.spokes["a"].leave("its machine is wanted", site.now_s)
+    left = site.spokes.pop("a")
+    for frames in left.outbox:
+        site.receive("a", frames)
+    site.settle()
+    assert site.heard(Gone) == [Gone(mine, "its machine is wanted")]
+    assert site.hub.jobs.outstanding == {}
+
+
+def test_a_cancelled_job_is_not_computed():
+    site = Site("a", 1)
+    site.order(1, 0)
+    site.order(2, 0)
+    site.hub.cancel(2, site.now_s)
+    site.settle()
+    assert len(site.spokes["a"].orders) == 1
+    site.answer("a")
+    assert [answer.serial for answer in site.heard(Answer)] == [1]
+
+
+# -- Results that are not finite -----------------------------------------------------------------
+
+
+def test_what_two_nodes_find_not_finite_is_the_runs_fault():
+    site = Site()
+    site.order(7, slot(site, "a"))
+    site.answer("a", X * np.nan)
+    assert site.heard(Answer) == []  # b is asked
+    site.answer("b", np.full(D, np.inf))
+    (answer,) = site.heard(Answer)
+    assert answer.serial == 7
+    assert np.isnan(answer.loss)
+    assert site.hub.counts["not_finite"] == 2
+    assert site.hub.roster.quarantined == {}
+
+
+def test_a_node_whose_results_alone_are_not_finite_is_shut_out():
+    site = Site()
+    for serial in range(MOST_STRIKES):
+        assert "a" in site.hub.seats
+        site.order(serial, slot(site, "a"))
+        site.answer("a", X * np.nan)
+        site.answer("b")
+        (answer,) = site.heard(Answer)
+        np.testing.assert_array_equal(answer.payload, 2 * X)
+    assert "results in a row were not finite" in site.hub.roster.quarantined["a"]
+    assert isinstance(site.spokes["a"].fate, Refused)
+    assert "b" in site.hub.seats
+
+
+def test_large_but_finite_is_finite():
+    site = Site("a", 1)
+    site.order(7, 0)
+    with np.errstate(over="ignore"):
+        site.answer("a", np.full(D, 1e200))
+    assert site.heard(Answer)[0].loss == 1.0
+
+
+def test_a_lonely_nodes_nan_is_told_at_once():
+    site = Site("a", 1)
+    site.order(7, 0)
+    site.answer("a", X * np.nan)
+    assert np.isnan(site.heard(Answer)[0].loss)
+
+
+# -- Peers that do wrong -------------------------------------------------------------------------
+
+
+def forged(site, name, kind, body, arrays=None, **changes):
+    """A message in place of ``name``'s next one."""
+    spoke = site.spokes[name]
+    (parcel,) = wire.parcels(kind, body, arrays)
+    said = {
+        "run": "r", "node": name, "incarnation": spoke.incarnation, "to": 1,
+        "sequence": spoke._link._base + len(spoke._link._flight) + 1, "acknowledged": 0,
+    }  # fmt: skip
+    site.receive(name, wire.pack(parcel, **(said | changes)))
+    site.settle()
+
+
+RESULT = {"payload": X}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "job"),
+    [
+        ("unknown_job", {}, 99),
+        ("wrong_node", {"node": "b"}, 1),
+        ("wrong_run", {"run": "another"}, 1),
+        ("old_incarnation", {"incarnation": 17}, 1),
+        ("old_incarnation", {"to": 17}, 1),
+        ("stale_job", {}, 1),
+    ],
+)
+def test_a_result_that_does_not_count_has_a_name(name, changes, job):
+    site = Site()
+    site.order(7, slot(site, "a"))
+    if name == "stale_job":
+        site.hub.cancel(7, site.now_s)
+    site.heard(Gone)
+    forged(site, "a", "result", say.Result(job, 1.0, 0.1), RESULT, **changes)
+    assert site.hub.counts[name] == 1
+    assert site.heard(Answer) == []
+
+
+@pytest.mark.parametrize("payload", [X.astype(np.float32), np.ones(D + 1), np.ones((1, D))])
+def test_wrong_arrays_are_counted_and_at_last_cost_the_connection(payload):
+    site = Site()
+    site.order(7, slot(site, "a"))
+    for count in range(1, MOST_OFFENCES + 1):
+        assert "a" in site.hub.seats
+        forged(site, "a", "result", say.Result(1, 1.0, 0.1), {"payload": payload})
+        assert site.hub.counts["bad_array"] == count
+    assert "a" not in site.hub.seats
+    assert site.hub.cuts[-1][0] == b"a"
+    assert site.heard(Answer) == []
+    assert "b" in site.hub.seats
+
+
+def test_another_nodes_job():
+    site = Site()
+    site.order(7, slot(site, "b"))
+    forged(site, "a", "result", say.Result(1, 1.0, 0.1), RESULT)
+    assert site.hub.counts["wrong_node"] == 1
+    assert "a" in site.hub.roster.quarantined
+    site.answer("b")
+    assert [answer.serial for answer in site.heard(Answer)] == [7]
+
+
+def test_what_a_worker_may_not_say():
+    site = Site()
+    for sequence, (kind, body) in enumerate(
+        [("cancel", say.Cancel(1)), ("over", say.Over("", True))], 2
+    ):
+        forged(site, "a", kind, body, sequence=sequence)
+    assert site.hub.counts["bad_header"] == 2
+    assert site.spokes["b"].state == "working"
+
+
+def test_a_replayed_message_changes_nothing():
+    site = Site("a", 1)
+    site.order(7, 0)
+    spoke = site.spokes["a"]
+    order = spoke.take()
+    spoke.answer(order, Answer(order.serial, 1.0, 2 * X, {}, 0.1), site.now_s)
+    recorded = [[bytes(frame) for frame in frames] for frames in spoke.outbox]
+    site.settle()
+    assert len(site.heard(Answer)) == 1
+    for _ in range(5):
+        for frames in recorded:
+            site.receive("a", frames)
+    site.settle()
+    assert site.heard(Answer) == []
+    assert site.hub.seats["a"].link.duplicates == 5
+
+
+def test_another_version_is_refused_with_both_named():
+    site = Site("a", 1, package="2")
+    fate = site.spokes["a"].fate
+    assert isinstance(fate, Refused)
+    assert "it runs offbeat 1, the server 2" in str(fate)
+    assert site.hub.seats == {}
+
+
+def test_another_task_is_refused_with_the_difference():
+    site = Site("", 1)
+    spoke = site.spokes["a"] = Spoke("a", 1, "1", "a:1", site.now_s)
+    for _ in range(5):
+        spoke.tick(site.now_s)
+        for frames in spoke.outbox:
+            site.receive("a", frames)
+        spoke.outbox.clear()
+        for _, frames in site.hub.outbox:
+            spoke.receive([bytes(frame) for frame in frames], site.now_s)
+        site.hub.outbox.clear()
+        if spoke.welcome is not None:
+            break
+        site.now_s += 1
+    other = say.kinds(np.zeros(D + 1), {})
+    with pytest.raises(ConfigError, match=r"work\.x <f8\[5\].* here, work\.x <f8\[4\].* there"):
+        spoke.ready(other, site.now_s)
+    for frames in spoke.outbox:
+        site.receive("a", frames)
+    assert "a" not in site.hub.seats
+
+
+# -- Servers that are replaced -------------------------------------------------------------------
+
+
+def test_words_of_a_server_that_was_replaced_are_not_heard():
+    old, new = Site("a", 1), Site("", 1, incarnation=2)
+    spoke = new.spokes["a"] = old.spokes["a"]
+    new.now_s = old.now_s
+    new.order(3, 0)
+    spoke.outbox.append(spoke._unordered("pulse", say.Pulse(), 0))
+    new.settle()
+    assert (spoke.server, spoke.state) == (2, "working")
+    old.hub.submit(Order(9, 0, 0, 0, 1, 0, X, None), old.now_s)
+    for _, frames in old.hub.outbox:
+        spoke.receive([bytes(frame) for frame in frames], old.now_s)
+    assert not spoke.orders
+
+
+def test_a_process_whose_place_was_taken_ends():
+    site = Site("a", 1)
+    first = site.spokes.pop("a")
+    for _ in range(40):
+        site.now_s += 0.1
+        site.hub.tick(site.now_s)
+    site.spokes["a"] = Spoke("a", 2, "1", "a:2", site.now_s)
+    site.settle()
+    assert site.spokes["a"].state == "working"
+    first.tick(site.now_s)
+    for frames in first.outbox:
+        site.hub.receive(b"elsewhere", "a", [bytes(frame) for frame in frames], site.now_s)
+    for address, frames in site.hub.outbox:
+        if address == b"elsewhere":
+            first.receive([bytes(frame) for frame in frames], site.now_s)
+    assert isinstance(first.fate, Fenced)
+
+
+def test_a_server_that_talks_nonsense_is_left():
+    site = Site("a", 1)
+    for _ in range(MOST_OFFENCES):
+        site.spokes["a"].receive([b"nonsense"], site.now_s)
+    assert isinstance(site.spokes["a"].fate, PeerError)
+
+
+def test_status():
+    site = Site()
+    site.order(7, slot(site, "a"), step=3)
+    site.answer("a", loss=0.25)
+    status = json.loads(site.hub.status(site.now_s))
+    assert (status["jobs"], status["slots"], status["step"]) == (1, 2, 3)
+    rows = {row["node"]: row for row in status["workers"]}
+    assert (rows["a"]["jobs"], rows["a"]["loss"], rows["a"]["state"]) == (1, 0.25, "here")
+    assert rows["b"]["jobs"] == 0
