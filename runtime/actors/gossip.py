@@ -129,8 +129,7 @@ class RayGossip(Watched[Seat]):
         experiment: what to run.
         options: see ``backends.ray``.
         records: where everything is written.
-        seed: of the run.
-        around: see ``Loop``.
+        around: see ``Loop``, and the seed.
 
     Raises:
         ConfigError: no Ray; no room; what cannot be under a real clock.
@@ -141,8 +140,6 @@ class RayGossip(Watched[Seat]):
         experiment: "Experiment",
         options: "Ray",
         records: Records,
-        *,
-        seed: int,
         **around: Any,
     ) -> None:
         device = "" if options.device == "cpu" else options.device

@@ -225,6 +225,7 @@ class Mesh:
         self.cuts: list[tuple[bytes, str]] = []  # addresses to be cut off, and why
         self.notes: list[str] = []
         self.counts: Counter[str] = Counter()
+        self.revoked: set[str] = set()  # names whose keys may not take part any more
         self.fate: OffbeatError | None = None
         self._become(incarnation)
 
@@ -364,6 +365,9 @@ class Mesh:
         n = self._by_name.get(head.node)
         if n is None:
             raise WrongNode(f"{head.node} is no neighbour of {self.name}")
+        if n.name in self.revoked:
+            self.cuts.append((address, f"the key of {n.name} is not in the list any more"))
+            raise OldIncarnation(f"{n.name} may not take part any more")
         if head.kind == "config":
             self._other(n, head, message.body, now_s)
             return

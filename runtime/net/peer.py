@@ -414,7 +414,7 @@ class PeerProcess:
             self._look_s = now_s + self.liveness.heartbeat_s
             self._knock()
             if self._gate is not None:
-                self._gate.revoked()
+                self.mesh.revoked |= self._gate.revoked()
         if self._hosted is None or self._watched:
             return
         self._keep(self._hosted.report(0.0))
