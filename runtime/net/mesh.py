@@ -73,6 +73,8 @@ START, RESTORE, JOIN = "start", "restore", "join"
 class Beat(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
     """A peer is alive."""
 
+    number: Natural
+    """Of the sender's beats."""
     known: Natural
     """The highest session of the addressee that it knows; 0: none."""
     before: Natural
@@ -155,8 +157,10 @@ class Neighbour:
         self.counts = False  # on this peer since it began
         self.since = 0  # its session on which this peer counts since it began
         self.up = False
+        self.beats = 0  # number of the last one heard
         self.beat_s = -np.inf  # when the next beat is due
         self.address = b""  # from which it speaks
+        self.config_s = -np.inf  # when it may be told again that its run differs
         self.offences = 0
         self.link: Link = Link(resend_s=1.0)
 
@@ -210,7 +214,7 @@ class Mesh:
         self._nonce = nonce
         self._reader = Reader(run, kinds)
         self.standing = SAVED if saved else GATHERING
-        self.round = 0
+        self.round = self._beats = 0
         self.neighbours = {
             j: Neighbour(j, names[j], 0, Assembly(kinds)) for j in sorted(neighbours)
         }
@@ -372,9 +376,9 @@ class Mesh:
             self._other(n, head, message.body, now_s)
             return
         if head.run != self.run:
-            if now_s >= n.beat_s:
+            if now_s >= n.config_s:
+                n.config_s = now_s + self.liveness.suspect_after_s
                 self._post(n, parcels("config", Config(self._text))[0], 0)
-                n.beat_s = now_s + self.liveness.heartbeat_s
             raise WrongRun(f"{n.name} runs another experiment, {head.run}")
         n.address = address
         if head.incarnation < n.theirs:
@@ -392,6 +396,7 @@ class Mesh:
         if n.standing == LEFT:
             raise OldIncarnation(f"{n.name} has left")
         n.heard_s, n.knows, n.standing = now_s, True, max(n.standing, RUNNING)
+        n.counts = n.counts or not self.begun  # else it would send nothing yet
         self._see(n, now_s)
         n.link.acknowledge(head.acknowledged, now_s)
         for passed in n.link.receive(head.sequence, message, now_s):
@@ -422,7 +427,7 @@ class Mesh:
     def _replaced(self, n: Neighbour, session: int) -> None:
         """``n`` has given the link up, or is another process."""
         if process(session) != process(n.theirs):
-            n.before, n.since = n.theirs, 0
+            n.before, n.since, n.beats = n.theirs, 0, 0
         n.theirs = session
         n.standing = GATHERING
         if n.up:
@@ -431,6 +436,9 @@ class Mesh:
             self._renew(n)
 
     def _heard(self, n: Neighbour, beat: Beat, head: Header, now_s: float) -> None:
+        if beat.number <= n.beats:
+            raise OldIncarnation(f"{n.name} said more since")
+        n.beats = beat.number
         for rival in (beat.known, beat.before):
             if rival and process(rival) != process(n.mine):
                 self._rival(n, incarnation(rival))
@@ -515,8 +523,9 @@ class Mesh:
     def _beat(self, n: Neighbour, now_s: float) -> None:
         often = not (self.begun and n.knows)  # somebody waits
         n.beat_s = now_s + (self.liveness.tick_s if often else self.liveness.heartbeat_s)
+        self._beats += 1
         body = Beat(
-            n.theirs, n.before, self._hears(n, now_s), self.standing,
+            self._beats, n.theirs, n.before, self._hears(n, now_s), self.standing,
             bool(n.since) and process(n.since) == process(n.theirs), self.round,
         )  # fmt: skip
         (parcel,) = parcels("beat", body)
