@@ -109,6 +109,7 @@ class Ring:
         nodes = {}
         for i in range(len(self.names)):
             nodes[i] = gossip_node(made(self.table), i)
+            nodes[i].limit = 0
             nodes[i].restore(self.state(i)["node"]["node"])
         return nodes
 

@@ -80,13 +80,19 @@ def serving(file: Path, given: dict[str, Any], overrides: list[str]) -> tuple[An
     return found[0], table
 
 
-def mount(app: typer.Typer, go_on: Callable[..., None], fresh: Callable[[str], Path]) -> None:
+def mount(
+    app: typer.Typer,
+    go_on: Callable[..., None],
+    fresh: Callable[[str], Path],
+    read_hosts: Callable[[Path], Any],
+) -> None:
     """Add the commands to ``app``.
 
     Args:
         app: the program.
         go_on: runs or resumes, and reports.
         fresh: a new run folder.
+        read_hosts: reads a host file.
     """
     app.add_typer(keyring, name="keys")
 
@@ -169,7 +175,6 @@ def mount(app: typer.Typer, go_on: Callable[..., None], fresh: Callable[[str], P
         ] = None,
     ) -> None:
         """Be one node of a gossip run; started again, it returns to the run."""
-        from offbeat.deploy.hosts import read_hosts
         from offbeat.runtime.experiment import read
         from offbeat.runtime.net.peer import PeerProcess, Seat, alone
 

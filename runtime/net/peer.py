@@ -196,7 +196,7 @@ class PeerProcess:
         self._replies: dict[bytes, tuple[str, int, bytes]] = {}  # watcher -> its last answer
         self._parts: deque[tuple[bytes, list[Any]]] = deque()  # of reports on their way
         self._report = Report()
-        self._asked, self._leaving, self._over = 0, False, False
+        self._leaving = False
         self._limit: float = 0 if watched else experiment.stop.steps or math.inf
         self._saving: Future[None] | None = None
         self._evaluating: Future[dict[str, Any]] | None = None
@@ -281,8 +281,6 @@ class PeerProcess:
             self._send()
             if self.mesh.fate is not None:
                 raise self.mesh.fate
-            if self._over:
-                return self._part("steps" if self.mesh.standing == mesh.DONE else "interrupted")
             if (reason := self._reached(now_s)) is not None:
                 return self._part(reason)
             self._wait(min(tick_s, self.mesh.due_s()) - time.monotonic())
@@ -368,6 +366,8 @@ class PeerProcess:
             for j in set(self.mesh.neighbours) - set(up):
                 hosted.tell("down", j)
         (self.folder / EXACT).unlink(missing_ok=True)
+        if not self._watched:
+            self._text("experiment.toml", self.experiment.toml())
         self._began_s = self._save_s = now_s
         log.info("%s begins (%s) with %d of its neighbours", self.seat.name, how, len(up))
 
@@ -454,10 +454,8 @@ class PeerProcess:
 
     def _whole(self, answer: Any) -> dict[str, Any]:
         assert self._hosted is not None
-        node = self._hosted.nodes[self.me]
         return {
             "node": answer[self.me],
-            "x": node.model,
             "step": self.mesh.round,
             "gradients": self.mesh.round * self.experiment.work.steps,
             "time_s": self._hosted.now_s(),
@@ -465,6 +463,10 @@ class PeerProcess:
         }
 
     def _write(self, state: dict[str, Any]) -> None:
+        node = gossip_node(self.experiment, self.me)
+        node.limit = 0  # it is only looked at
+        node.restore(state["node"]["node"])
+        state["x"] = self.experiment.task.initial(0) if node.joining else node.model
         try:
             checkpoint.write(self.folder / "checkpoint", state["records"]["flushed"], state)
         except OSError as error:
@@ -505,9 +507,7 @@ class PeerProcess:
         last = self._replies.get(address)
         if last is None or last[1] != body.question:
             for what, *args in json.loads(body.commands):
-                if what == "end":
-                    self._over = True
-                elif what == "extend":
+                if what == "extend":
                     self._limit = args[0]
                     if self._hosted is not None:
                         self._hosted.tell("extend", args[0])
@@ -592,6 +592,7 @@ class PeerProcess:
         now_s = time.monotonic()
         if self._hosted is not None and not self._watched:
             self._last_state()
+            self._summary(reason)
         self.mesh.leave(mesh.DONE if reason == "steps" else mesh.LEFT, now_s)
         end_s = now_s + FAREWELL_S
         while time.monotonic() < end_s and (self.mesh.outbox or self._parts):
@@ -616,6 +617,18 @@ class PeerProcess:
             self.mesh.tick(time.monotonic())
             self._send()
         log.warning("%s: its job takes too long; the checkpoint is an older one", self.seat.name)
+
+    def _summary(self, reason: str) -> None:
+        said = {"reason": reason, "round": self.mesh.round, **self._last}
+        said |= {"counts": {**self._report.counts.get(self.me, {}), **self.mesh.counts}}
+        self._text("summary.json", json.dumps(said, indent=1) + "\n")
+
+    def _text(self, name: str, text: str) -> None:
+        try:
+            checkpoint.write_whole(self.folder / name, text.encode())
+        except OSError as error:
+            path = self.folder / name
+            raise StorageError(f"{path}: cannot be written ({error.strerror})") from None
 
     def close(self) -> None:
         """Let go of everything; may be called twice."""

@@ -6,13 +6,15 @@ import signal
 import numpy as np
 import psutil
 import pytest
-from peering import SUSPECT_S, Ring
+from peering import LIMIT_S, SUSPECT_S, Ring, made
 from simulated import put_in
 
 import offbeat
 from offbeat.runtime import api
 from offbeat.runtime.net import keys
 from offbeat.runtime.node import OPEN
+from offbeat.runtime.records import Records
+from offbeat.runtime.replayed import Replayed, read_inputs
 
 MOTEF = "motef(lr=0.05, gamma=0.5, lam=0.5, compressor='topk(10)')"
 TASK = "quadratic(20, noise=0.1)"
@@ -62,7 +64,7 @@ def test_peers_with_keys_and_one_whose_key_nobody_knows(tmp_path):
         for i in range(3):
             ring.start(i, keys_folder=folder / f"n{i}")
         ring.start(3, keys_folder=folder / "stranger")
-        ring.processes[3].join(10)
+        ring.processes[3].join(LIMIT_S)
         assert ring.processes[3].exitcode == 4
         assert "does not let n3 in" in ring.error(3)
         ring.start(3, keys_folder=folder / "n3")
@@ -88,7 +90,7 @@ def sound(ring, steps):
 
 
 def test_kill_9_of_a_peer_and_its_return(tmp_path):
-    steps = 250
+    steps = 300
     with Ring(table(steps, seconds=0.02), tmp_path) as ring:
         ring.start()
         ring.await_(lambda: ring.round(1) > 20)
@@ -152,6 +154,32 @@ def test_offbeat_run_watches_peers_of_its_own(tmp_path):
             assert row[key] == pytest.approx(other[key], abs=1e-12)
     assert there.facts["bytes"] == here.facts["bytes"]
     assert not [p for p in psutil.Process().children(recursive=True) if "net.local" in p.cmdline()]
+
+
+def test_what_asynchronous_peers_did_is_replayed_from_their_traces(tmp_path):
+    of = table(30, mode="asynchronous")
+    with Ring(of, tmp_path) as ring:
+        assert ring.start().join() == [0] * 4
+        inputs = {}
+        for i, name in enumerate(ring.names):
+            length = ring.state(i)["records"]["lengths"]["trace.jsonl"]
+            inputs |= read_inputs(tmp_path / name / "trace.jsonl", length)
+        again = Replayed(
+            made(of), inputs, Records(made(of).fleet, None),
+            stop=made(of).stop, evaluate=made(of).evaluate,
+        )  # fmt: skip
+        again.run()
+        for i in range(4):
+            np.testing.assert_array_equal(again.nodes[i].model, ring.state(i)["x"])
+
+
+def test_a_watched_run_goes_on_where_it_was(tmp_path):
+    of = table(20, "dsgt(lr=0.05)")
+    offbeat.run(**of, engine="zmq", folder=tmp_path / "run")
+    result = api.resume(tmp_path / "run", overrides=["stop.steps=40"])
+    np.testing.assert_allclose(
+        result.x, virtual({**of, "stop": {"steps": 40}}).x, rtol=0, atol=1e-12
+    )
 
 
 def test_an_asynchronous_run_is_replayed_to_the_bit(tmp_path):

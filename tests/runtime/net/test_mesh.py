@@ -16,7 +16,7 @@ from offbeat.runtime.net.wire import pack, parcels
 from offbeat.workers.fleet import Fleet
 
 NOISY = canonical(noise=0.1)
-SEEDS = 24
+SEEDS = 16
 
 
 @pytest.mark.parametrize(
