@@ -84,7 +84,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()
-    ray, stop = load(), start()
+    ray, session = load(), start()
     try:
         print(f"{'nodes':>5} {'d':>9} {'bare':>9} {'offbeat':>9} {'ratio':>6}   rounds/s")
         for n in options.nodes:
@@ -96,7 +96,7 @@ def main():
                 one, other = (statistics.median(rates) for rates in zip(*pairs, strict=True))
                 print(f"{n:5} {d:9} {one:9.1f} {other:9.1f} {other / one:6.2f}", flush=True)
     finally:
-        stop()
+        session.stop()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What every recipe is told: which run, in which shape, by which nodes, and what they execute."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -135,12 +136,13 @@ def plan(
         if not peers:
             nodes.serving()
     else:
-        count = size if nodes is None else nodes
+        each = what.engine.spec.options["workers_per_actor"] if own == "ray" else 1  # type: ignore[union-attr]
+        count = math.ceil(size / each) if nodes is None else nodes
         if not 1 <= count <= MOST_HOSTS:
             raise ConfigError(f"--nodes must be from 1 to {MOST_HOSTS}, not {count}")
         stem = prefix[peers].format(run=called)
         names = tuple(f"{stem}{number}" for number in range(count))
-    if peers and len(names) != size:
+    if peers and own != "ray" and len(names) != size:
         raise ConfigError(
             f"{file}: the graph has {size} nodes, but {len(names)} are to take part; gossip needs "
             "exactly as many"
@@ -150,7 +152,7 @@ def plan(
             f"{file}: the fleet has {size} workers, so of {len(names)} nodes "
             f"{len(names) - size} would have nothing to do; set fleet.workers"
         )
-    if len(names) < size:
+    if len(names) < size and own != "ray":  # actors find room where there is some
         notes.append(
             f"the fleet has {size} workers; {size - len(names)} of them are away until they join"
         )

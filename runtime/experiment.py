@@ -79,10 +79,12 @@ class Experiment:
     def __post_init__(self) -> None:
         """What no part can see alone."""
         parts, workers = self.task.workers, self.fleet.workers
-        if parts < workers or (parts > workers and not getattr(self.algorithm, "any_shard", False)):
+        any_shard = getattr(self.algorithm, "any_shard", None)  # gossip has none
+        if parts < workers or (parts > workers and not any_shard):
+            hint = "; for more shards than workers, take sample_shards = true"
             raise ConfigError(
                 f"the task is divided among {parts} workers, but the fleet has {workers}"
-                + ("; for more shards than workers, take sample_shards = true" * (parts > workers))
+                + (hint if parts > workers and any_shard is False else "")
             )
         self._check_clock()
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):

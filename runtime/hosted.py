@@ -54,7 +54,9 @@ class Report:
         self.rounds: dict[int, int] = {}
         self.counts: dict[int, dict[str, int]] = {}
         self.now_s = 0.0
-        self.rests: int | None = None  # all nodes do, and so many limits were set before
+        self.limits = 0  # that were set since the process began
+        self.rests = False  # whether all nodes do, at the last of them
+        self.reached = 0  # rounds that any has begun
         self.error: tuple[type[OffbeatError] | None, str] | None = None
 
 
@@ -103,7 +105,7 @@ class Hosted:
         self._moved_s = dict.fromkeys(nodes, math.inf)  # when it last did a round, really
         self._report, self._lock = Report(), threading.Condition()
         self._urgent, self._ended = False, False
-        self._rests: int | None = None
+        self._rests = False
         self._limits = 0  # that were set
         self._zero_s = 0.0  # of the monotonic clock, when the run began
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -134,7 +136,8 @@ class Hosted:
         with self._lock:
             self._lock.wait_for(lambda: self._urgent, timeout=wait_s)
             told, self._report, self._urgent = self._report, Report(), False
-            told.rests, told.now_s = self._rests, self.now_s()
+            told.rests, told.now_s, told.limits = self._rests, self.now_s(), self._limits
+            told.reached = max(node.reached for node in self.nodes.values())
             for i, node in self.nodes.items():
                 told.counts[i] = dict(node.counts)
                 if not node.joining:
@@ -185,9 +188,9 @@ class Hosted:
             self._rest()
 
     def _rest(self) -> None:
-        if self._rests is None and all(node.quiet for node in self.nodes.values()):
+        if not self._rests and all(node.quiet for node in self.nodes.values()):
             with self._lock:
-                self._rests, self._urgent = self._limits, True
+                self._rests = self._urgent = True
                 self._lock.notify_all()
         until_s = self._timers[0][0] if self._timers else math.inf
         wait_s = min(MOST_WAIT_S, max(0.0, (until_s - self.now_s()) * self._pace))
@@ -208,7 +211,7 @@ class Hosted:
 
     def _handle(self, event: tuple[Any, ...]) -> None:
         kind, *what = event
-        self._rests = None
+        self._rests = False
         handlers: dict[str, Callable[..., None]] = {
             "mail": self._mail, "post": self._post_now, "done": self._done, "tell": self._tell,
             "ask": self._answer, "end": self._end,

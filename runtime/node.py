@@ -259,6 +259,11 @@ class GossipNode(ABC):
         return self.method.models(self.node)
 
     @property
+    def reached(self) -> int:
+        """Rounds it has begun."""
+        return self.round
+
+    @property
     @abstractmethod
     def quiet(self) -> bool:
         """Whether it stands at its limit and nothing of its own is under way."""

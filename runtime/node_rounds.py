@@ -168,8 +168,13 @@ class RoundNode(GossipNode):
 
     # -- Links ---------------------------------------------------------------------------------
 
-    def _next(self, j: int) -> int:
+    @property
+    def reached(self) -> int:
+        """See ``GossipNode``."""
         return self.round + (self.now is not None)
+
+    def _next(self, j: int) -> int:
+        return self.reached
 
     def _age(self, link: Link) -> int:
         return link.since

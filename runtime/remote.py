@@ -1,5 +1,6 @@
 """Workers whose jobs a crew computes: under the virtual clock, or as they really come in."""
 
+import logging
 import math
 import time
 from heapq import heappop, heappush
@@ -14,6 +15,7 @@ from offbeat.workers.fleet import Fleet, Timing
 from offbeat.workers.tasks.contract import Task
 from offbeat.workers.work import Work
 
+log = logging.getLogger("offbeat")
 LOOK_S = 0.1  # seconds after which a wait is interrupted for signals and checkpoints
 MOST_FAILURES = 3  # of one job, before the run is given up
 
@@ -110,11 +112,14 @@ class RemoteWorkers(VirtualWorkers):
             return
         self.failures += 1
         count = self._failures[event.serial] = self._failures.get(event.serial, 0) + 1
+        said = f"job {job.number} of worker {job.worker} (shard {job.shard}, draw {job.draw}"
         if count >= MOST_FAILURES:
             raise CrewError(
-                f"job {job.number} of worker {job.worker} (shard {job.shard}, draw {job.draw}, "
-                f"model of step {job.step}) failed {count} times; the last time with\n{event.why}"
+                f"{said}, model of step {job.step}) failed {count} times; the last time with\n"
+                f"{event.why}"
             )
+        if count == 1:
+            log.warning("%s) failed and is tried again:\n%s", said, event.why)
         self._unaware.add(job.worker)
         self._submit(job)
 

@@ -11,6 +11,8 @@ there is, since the order does not matter to it; what it did in vain, nobody has
 import json
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.algorithms.gossip import Gossip
-from offbeat.runtime.errors import StorageError
+from offbeat.runtime.errors import PeerError, StorageError
 from offbeat.runtime.experiment import Experiment
 from offbeat.runtime.gossip import COUNTS, measure
 from offbeat.runtime.loop import Loop
 from offbeat.runtime.node import HELLO, Effect, GossipNode, Send, gossip_node
 from offbeat.runtime.records import Records
 
-Key = tuple[int, int, int, int]  # to, from, incarnation, serial
+Key = tuple[int, int, int]  # from, incarnation, serial
 
 
 def read_inputs(path: Path, length: int) -> dict[int, deque[list[Any]]]:
@@ -63,8 +65,9 @@ class Replayed(Loop):
         assert isinstance(experiment.algorithm, Gossip)
         self.experiment, self._inputs = experiment, inputs
         self.nodes: dict[int, GossipNode] = {}
-        self._dead: list[tuple[GossipNode, set[Key]]] = []  # with the mail each was given since
-        self._sent: dict[Key, Send] = {}
+        self._dead: list[GossipNode] = []
+        self._had: dict[int, int] = {}  # of which, how many messages it was given
+        self._sent: dict[int, dict[Key, Send]] = {}  # to whom
         self._serials: dict[tuple[int, int, int], int] = {}  # from, incarnation, to
         self._done = 0
 
@@ -105,11 +108,11 @@ class Replayed(Loop):
         while going:
             going = False
             for i, given in self._inputs.items():
-                while given and (given[0][0] != "mail" or (i, *given[0][1:]) in self._sent):
+                while given and self._can(i, given[0]):
                     self._give(i, given.popleft())
                     going = True
             if not going:
-                going = any([self._give_dead(node, had) for node, had in self._dead])
+                going = any([self._give_dead(node) for node in self._dead])
         if left := {i: given[0] for i, given in self._inputs.items() if given}:
             raise StorageError(
                 "a process died, and the trace does not have all that its nodes were given last: "
@@ -117,12 +120,16 @@ class Replayed(Loop):
             )
         return "steps"
 
+    def _can(self, i: int, given: list[Any]) -> bool:
+        return given[0] != "mail" or tuple(given[1:]) in self._sent.get(i, {})
+
     def _give(self, i: int, given: list[Any]) -> None:
         what, *args = given
         if what == "start":
             incarnation, joining, limit = args
             if i in self.nodes:
-                self._dead.append((self.nodes[i], set()))
+                self._dead.append(self.nodes[i])
+                self._had[id(self.nodes[i])] = 0
             self.nodes[i] = gossip_node(
                 self.experiment, i, incarnation=incarnation, joining=joining
             )
@@ -131,8 +138,8 @@ class Replayed(Loop):
             return
         node = self.nodes[i]
         if what == "mail":
-            send = self._sent[(i, *args)]
-            frm, incarnation, _ = args
+            frm, incarnation, serial = args
+            send = self._sent[i][frm, incarnation, serial]
             effects = node.receive(frm, send.kind, send.number, send.items, incarnation)
         elif what == "done":
             assert node.job is not None
@@ -145,17 +152,19 @@ class Replayed(Loop):
             effects = getattr(node, what)(*args)
         self._do(node, effects)
 
-    def _give_dead(self, node: GossipNode, had: set[Key]) -> bool:
+    def _give_dead(self, node: GossipNode) -> bool:
         """What a node may have done after its last input that is known; whether it did more."""
         if self.experiment.asynchronous:
             return False
-        for key, send in list(self._sent.items()):
-            to, frm, incarnation, _ = key
-            if to == node.i and key not in had and send.kind != HELLO:
-                had.add(key)
-                effects = node.receive(frm, send.kind, send.number, send.items, incarnation)
-                self._do(node, effects)
-                return True
+        mail = list(islice(self._sent.get(node.i, {}).items(), self._had[id(node)], None))
+        self._had[id(node)] += len(mail)
+        for (frm, incarnation, _), send in mail:
+            if send.kind != HELLO:
+                with suppress(PeerError):  # it was for the node that came after
+                    effects = node.receive(frm, send.kind, send.number, send.items, incarnation)
+                    self._do(node, effects)
+        if mail:
+            return True
         if node.job is None:
             return False
         self._do(node, node.computed(node.job.number, *node.answer(node.job)))
@@ -167,7 +176,7 @@ class Replayed(Loop):
                 line = node.i, node.incarnation, effect.to
                 serial = self._serials.get(line, 0)
                 self._serials[line] = serial + 1
-                self._sent[effect.to, node.i, node.incarnation, serial] = effect
+                self._sent.setdefault(effect.to, {})[node.i, node.incarnation, serial] = effect
 
     def _measured(self) -> dict[str, float]:
         row = {"time_s": self.time_s, "step": self.step, "gradients": self.gradients}

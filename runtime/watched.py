@@ -36,7 +36,7 @@ class Place:
         self.nodes = nodes
         self.replaced = 0
         self.limits = 0  # that were set since its process began
-        self.rests: int | None = None  # its nodes do, and so many were set before
+        self.told = Report()  # the last one
         self.now_s = 0.0  # of its last report
         self.answers: dict[int, Any] = {}
 
@@ -214,7 +214,7 @@ class Watched(Loop, Generic[P]):
         if told.error is not None:
             kind, said = told.error
             raise (kind or CrewError)(said)
-        seat.rests, seat.now_s = told.rests, told.now_s
+        seat.told, seat.now_s = told, told.now_s
         seat.answers |= told.answers
         self._rounds |= told.rounds
         counts = sum(map(Counter, told.counts.values()), Counter())
@@ -263,19 +263,25 @@ class Watched(Loop, Generic[P]):
 
     def _rest(self) -> None:
         """Have all nodes stand between rounds, in the same one, with nothing under way."""
-        limit = 0 if self.experiment.asynchronous else max(self._rounds.values(), default=0)
+        limit, seats = 0, self._seats
         while True:
             self._extend(limit)
             self._await(
-                lambda: all(s.rests == s.limits and s.here for s in self._seats),
+                lambda: (
+                    all(s.here and s.told.limits == s.limits for s in seats)
+                    and (all(s.told.rests for s in seats) or self._reached_most() > self._limit)
+                ),
                 "come to rest",
             )
-            self._arrive(all_=True)
-            rounds = set(self._rounds.values())
-            if self.experiment.asynchronous or len(rounds) == 1:
-                self._frozen_s = self._clock_s()
-                return
-            limit = max(rounds)
+            if all(s.told.rests for s in seats):
+                self._arrive(all_=True)
+                if self.experiment.asynchronous or len(set(self._rounds.values())) == 1:
+                    self._frozen_s = self._clock_s()
+                    return
+            limit = self._reached_most()  # who has begun a round needs the others in it
+
+    def _reached_most(self) -> int:
+        return 0 if self.experiment.asynchronous else max(s.told.reached for s in self._seats)
 
     # -- Checkpoints ---------------------------------------------------------------------------
 

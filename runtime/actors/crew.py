@@ -49,6 +49,8 @@ class Reply(NamedTuple):
 
 
 Row = tuple[int, int, int, int, int]  # worker, shard, draw, steps, which model
+# One argument is sent at half the cost of three: orders, what some workers keep, models [m, d].
+Asked = tuple[list[Row], dict[int, Kept], NDArray | None]
 
 
 class Host:
@@ -69,9 +71,10 @@ class Host:
     def ready(self) -> None:
         """Nothing; an answer says that the actor is there."""
 
-    def compute(self, rows: Sequence[Row], kept: dict[int, Kept], *models: NDArray) -> Reply:
-        """Compute orders; ``models`` are vectors ``[d]``, or one array ``[m, d]`` of small ones."""
-        held = models[0] if models[0].ndim == 2 else models
+    def compute(self, asked: Asked, *large: NDArray) -> Reply:
+        """Compute orders; ``large`` are models ``[d]`` from Ray's store, where they are large."""
+        rows, kept, small = asked
+        held = large if small is None else small
         orders = [
             Order(at, worker, shard, draw, steps, 0, held[model], kept.get(at))
             for at, (worker, shard, draw, steps, model) in enumerate(rows)
@@ -191,21 +194,16 @@ class RayCrew(Crew):
             fast = int(CALL_S / max(self._order_s, 1e-9))
             most = max(1, min(MOST_ORDERS, MOST_BYTES // max(nbytes, 1), fast))
         orders = [waiting.popleft() for _ in range(min(most, len(waiting)))]
-        models: dict[int, NDArray] = {}  # by identity: the same one travels once
-        rows, kept = [], {}
-        at: dict[int, int] = {}
-        for place, order in enumerate(orders):
-            key = id(order.x)
-            if key not in at:
-                at[key], models[key] = len(at), order.x
-            rows.append((order.worker, order.shard, order.draw, order.steps, at[key]))
-            if order.kept is not None:
-                kept[place] = order.kept
+        models = list({id(order.x): order.x for order in orders}.values())  # each travels once
+        at = {id(x): index for index, x in enumerate(models)}
+        rows = [(o.worker, o.shard, o.draw, o.steps, at[id(o.x)]) for o in orders]
+        kept = {place: o.kept for place, o in enumerate(orders) if o.kept is not None}
         if nbytes > INLINE_BYTES:
-            sent = [self._store(x) for x in models.values()]
+            asked: Asked = rows, kept, None
+            large = [self._store(x) for x in models]
         else:
-            sent = [np.array(list(models.values()))]
-        self._calls[seat.actor.compute.remote(rows, kept, *sent)] = seat, orders
+            asked, large = (rows, kept, np.array(models)), []
+        self._calls[seat.actor.compute.remote(asked, *large)] = seat, orders
         seat.calls += 1
 
     def _store(self, x: NDArray) -> Any:

@@ -5,6 +5,7 @@ evaluated, has all nodes come to rest for a checkpoint, notices that an actor is
 another, and tells the nodes of both.
 """
 
+import copy
 import math
 import sys
 import time
@@ -155,7 +156,9 @@ class RayGossip(Watched[Seat]):
             self._where = places(self._ray, count, options)
             self._make = self._ray.remote(concurrency_groups={"watch": 1})(GossipHost)
             try:
-                self._parts = self._ray.put(experiment)
+                travels = copy.copy(experiment)
+                object.__setattr__(travels, "engine", None)  # not the nodes' business
+                self._parts = self._ray.put(travels)
             except (TypeError, AttributeError) as error:
                 raise ConfigError(
                     f'engine = "ray": the experiment cannot be sent to an actor ({error})'
@@ -188,6 +191,7 @@ class RayGossip(Watched[Seat]):
 
     def _listen(self, timeout_s: float) -> None:
         """Wait for reports and new actors, and take all that are there."""
+        self._session.check()
         waits = {s.watch if s.ready is None else s.ready: s for s in self._seats}
         ready, _ = self._ray.wait(list(waits), num_returns=1, timeout=timeout_s)
         if ready:
@@ -239,8 +243,8 @@ class RayGossip(Watched[Seat]):
             max_restarts=0,  # a new one is begun here, where its nodes are introduced
             scheduling_strategy=self._where[self._seats.index(seat)],
         ).remote(self._parts, seat.nodes, self._device, **more)
-        seat.ready, seat.watch, seat.rests = seat.actor.ready.remote(), None, None
-        seat.limits = 0
+        seat.ready, seat.watch = seat.actor.ready.remote(), None
+        seat.limits, seat.told = 0, Report()
         seat.limit_s = time.monotonic() + START_S
 
     def _introduce(self, seat: Seat, now_s: float) -> None:

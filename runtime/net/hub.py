@@ -5,6 +5,7 @@ network, and it is the same code that meets both.
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -42,12 +43,14 @@ from offbeat.runtime.net.wire import (
     Kind,
     Message,
     Parcel,
+    Pool,
     Reader,
     pack,
     parcels,
 )
 
 SERVER = "server"  # the name under which it speaks
+DOT_PAYS = 4096  # entries from which on a product is faster than to look at each
 MOST_SHOWN = 400  # workers in a status
 HARMLESS = (OldIncarnation, StaleJob, NotFinite)  # what honest nodes cause, too
 
@@ -62,9 +65,9 @@ class Post(NamedTuple):
 class Seat:
     """What the server holds of one member beside its place in the roster."""
 
-    def __init__(self, member: Member, address: bytes, link: Link, kinds: Mapping[str, Kind]):
+    def __init__(self, member: Member, address: bytes, link: Link, assembly: Assembly):
         self.member, self.address, self.link = member, address, link
-        self.assembly = Assembly(kinds)
+        self.assembly = assembly
         self.last: NDArray | None = None  # the model it was sent last
         self.where = ""
         self.jobs = self.nbytes = 0  # results, and bytes of arrays to and fro
@@ -99,7 +102,7 @@ class Hub:
         self.run, self.incarnation, self.liveness = run, incarnation, liveness
         self._experiment, self._kinds, self._package = experiment, kinds, package
         self._manifest = say.manifest(kinds)
-        self._reader = Reader(run, kinds)
+        self._reader, self._pool = Reader(run, kinds), Pool()
         self.roster, self.jobs = Roster(slots, liveness), Jobs()
         self.seats: dict[str, Seat] = {}
         self._slots: list[Seat | None] = [None] * slots  # who is ready
@@ -175,6 +178,8 @@ class Hub:
             "jobs": self.jobs.counts["accepted"],
             "out": len(self.jobs.outstanding),
             "step": self._newest,
+            "resends": sum(seat.link.resends for seat in self.seats.values()),
+            "duplicates": sum(seat.link.duplicates for seat in self.seats.values()),
             "workers": rows[:MOST_SHOWN],
             "counts": self.counts,
         }
@@ -245,7 +250,8 @@ class Hub:
             self._pass_on(seat, passed, now_s)
             if self.seats.get(head.node) is not seat:  # it is gone
                 return
-        self._flush(seat, now_s)
+        if seat.link.urgent:
+            self._flush(seat, now_s)
 
     def _pass_on(self, seat: Seat, message: Message, now_s: float) -> None:
         """A message in its order; an error in one does not keep the next from being heard."""
@@ -279,7 +285,9 @@ class Hub:
             link: Link = Link(
                 resend_s=self.liveness.resend_s, ack_s=self.liveness.tick_s
             )  # fmt: skip
-            seat = self.seats[head.node] = Seat(member, address, link, self._kinds)
+            seat = self.seats[head.node] = Seat(
+                member, address, link, Assembly(self._kinds, self._pool)
+            )
             seat.where = hello.where
             self.counts["joined"] += 1
         self.seats[head.node].address = address
@@ -335,7 +343,7 @@ class Hub:
             for name, row in message.arrays.items()
             if name.startswith(say.KEPT)
         }
-        finite = np.isfinite(body.loss) and _finite(payload)
+        finite = math.isfinite(body.loss) and _finite(payload)
         answer = Answer(serial, body.loss if finite else np.nan, payload, kept, body.spent_s)
         order = self._orders.pop(serial)
         seat.jobs, seat.loss = seat.jobs + 1, body.loss
@@ -495,6 +503,9 @@ class Hub:
 
 
 def _finite(x: NDArray) -> bool:
-    """Whether all entries are; the product is the fastest way to know, and may overflow."""
-    with np.errstate(all="ignore"):
-        return bool(np.isfinite(x.dot(x))) or bool(np.isfinite(x).all())
+    """Whether all entries are; of many, the product knows fastest, unless it overflows."""
+    if x.size > DOT_PAYS:
+        with np.errstate(all="ignore"):
+            if math.isfinite(x.dot(x)):
+                return True
+    return bool(np.isfinite(x).all())

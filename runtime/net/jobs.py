@@ -55,7 +55,7 @@ class Liveness:
     @property
     def resend_s(self) -> float:
         """When something that was not acknowledged is sent again at the earliest."""
-        return self.suspect_after_s / 4
+        return self.suspect_after_s / 2
 
     @property
     def tick_s(self) -> float:

@@ -82,11 +82,17 @@ def authorized(folder: Path) -> dict[bytes, str]:
 
 
 def identity(folder: Path, name: str) -> Identity:
-    """The keys of this node.
+    """The keys of this node; without a name, the only ones in the folder.
 
     Raises:
         ConfigError: there are none, or others could read the secret one.
     """
+    if not name:
+        names = sorted(path.stem for path in folder.glob("*.key_secret"))
+        if len(names) != 1:
+            there = f"has the keys of {', '.join(names)}" if names else "has no secret key"
+            raise ConfigError(f"{folder}: {there}; say whose to use with --name NAME")
+        (name,) = names
     path = folder / f"{_name(name)}.key_secret"
     if not path.exists():
         raise ConfigError(f"{path}: there is no such key; make it with: offbeat keys new {name}")

@@ -85,6 +85,15 @@ class Link(Generic[T]):
         """Messages that came too early and wait for one that is missing."""
         return len(self._early)
 
+    @property
+    def urgent(self) -> bool:
+        """Whether there is something to put on the wire that should not wait for a tick."""
+        return (
+            self._owed >= self.window // ACK_SHARE
+            or self._burst > 1
+            or (bool(self._queue) and len(self._flight) < self.window)
+        )
+
     def send(self, item: T) -> None:
         """Queue ``item``.
 

@@ -286,8 +286,10 @@ class PeerProcess:
             self._wait(min(tick_s, self.mesh.due_s()) - time.monotonic())
 
     def _wait(self, seconds: float) -> None:
-        if seconds <= 0 or self._mail or sockets.readable(self._router):
+        if seconds <= 0 or self._mail:
             return
+        if int(self._router.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            return  # the descriptor tells of what is new since the socket was asked last
         ready, _, _ = select.select([self._router.fileno(), self._wake], [], [], seconds)
         if self._wake in ready:
             os.eventfd_read(self._wake)
@@ -478,7 +480,7 @@ class PeerProcess:
     def _knock(self) -> None:
         """What sockets say of neighbours that do not let this peer in."""
         for j, monitor in self._monitors.items():
-            for event in sockets.told(monitor):
+            for event, _ in sockets.told(monitor):
                 name = self._seats[j].name
                 self.mesh.counts["handshakes_refused"] += 1
                 if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and self._hosted is None:
@@ -585,7 +587,7 @@ class PeerProcess:
 
     def _done(self) -> bool:
         """Whether the node has done all its rounds."""
-        return self._report.rests is not None and self.mesh.round >= self._limit
+        return self._report.rests and self.mesh.round >= self._limit
 
     def _part(self, reason: str) -> str:
         """Save, say goodbye."""

@@ -242,7 +242,7 @@ class ZmqGossip(Watched[Chair]):
             )
         self.restarts += 1
         chair.replaced += 1
-        chair.rests = None
+        chair.told = Report()
 
     def _ask(self, what: str) -> dict[int, Any]:
         """See ``Watched``."""

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from offbeat.runtime.experiment import Experiment
 
 log = getLogger("offbeat.net")
-AT_ONCE = 1024  # messages that are read before anything else is looked at
+AT_ONCE = 256  # messages that are read before anything else is looked at
 START_S = 60.0  # for the workers of this machine to be there
 GOODBYE_S = 1.0  # for members to hear that the run is over
 REMIND_S = 30.0  # between two sentences that say what is waited for
@@ -189,19 +189,20 @@ class ZmqCrew(Crew):
         hub, descriptor = self._hub, [self._socket.fileno()]
         end_s = time.monotonic() + timeout_s
         while True:
-            now_s = time.monotonic()
-            self._drain(now_s)
-            if now_s >= self._tick_s:
+            empty = self._drain()
+            # What was not acknowledged is sent again only once all that came has been read.
+            if (now_s := time.monotonic()) >= self._tick_s and empty:
                 self._tick(now_s)
-            self._send()
             if hub.events:
+                self._send()
                 events, hub.events = hub.events, []
                 return events
-            if (left_s := min(end_s, self._tick_s) - time.monotonic()) <= 0:
-                if now_s >= end_s:
-                    return []
-            elif not sockets.readable(self._socket):
-                # The descriptor tells of what is new since the socket was asked last.
+            if now_s >= end_s:
+                self._send()
+                return []
+            if hub.outbox:
+                self._send()  # and look again: while it sends, ZeroMQ may learn of what came
+            elif (left_s := min(end_s, self._tick_s) - time.monotonic()) > 0:
                 select.select(descriptor, [], [], left_s)
 
     def ended(self, reason: str) -> None:
@@ -228,30 +229,31 @@ class ZmqCrew(Crew):
         while hub.pending() and time.monotonic() < end_s:
             self._send()
             self._socket.poll(20)
-            self._drain(time.monotonic())
+            self._drain()
             hub.tick(time.monotonic())
         self._send()
 
     # -- Bytes -----------------------------------------------------------------------------------
 
-    def _drain(self, now_s: float) -> None:
-        """Read what is there."""
+    def _drain(self) -> bool:
+        """Read what is there; answers whether that was all."""
         socket, hub = self._socket, self._hub
         for _ in range(AT_ONCE):
-            try:
-                address = socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            frames = socket.recv_multipart(copy=False)
-            node = None if self._gate is None else str(frames[0].get("User-Id"))
-            hub.receive(address, node, [frame.buffer for frame in frames], now_s)
+            if (message := sockets.receive(socket)) is None:
+                return True
+            address, *frames = message
+            node = None if self._gate is None else str(address.get("User-Id"))
+            hub.receive(address.bytes, node, [frame.buffer for frame in frames], time.monotonic())
+            if hub.outbox:
+                self._send()  # acknowledgements keep the other side's window open
             if hub.cuts:
-                self._cut(address, frames[0])
+                self._cut(address)
+        return False
 
-    def _cut(self, address: bytes, frame: zmq.Frame) -> None:
+    def _cut(self, address: zmq.Frame) -> None:
         for whose, why in self._hub.cuts:
-            if whose == address and sockets.cut(frame):
-                log.warning("a connection from %s is ended: %s", frame.get("Peer-Address"), why)
+            if whose == address.bytes and sockets.cut(address):
+                log.warning("a connection from %s is ended: %s", address.get("Peer-Address"), why)
         self._hub.cuts.clear()
 
     def _send(self) -> None:
@@ -261,7 +263,7 @@ class ZmqCrew(Crew):
         posts, hub.outbox = hub.outbox, []
         for address, frames in posts:
             try:
-                socket.send_multipart([address, *frames], zmq.NOBLOCK, copy=False)
+                sockets.send(socket, [address, *frames])
             except zmq.Again:
                 hub.counts["slow"] += 1  # its queue is full; the link sends it again
             except zmq.ZMQError as error:

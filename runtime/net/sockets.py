@@ -18,6 +18,8 @@ LINGER_MS = 1000
 HANDSHAKE_MS = 3000
 RECONNECT_MS = 100, 5000
 BACKLOG = 1024
+# As numbers: to combine ZeroMQ's own flags takes as long as to send.
+_NOW, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -63,16 +65,31 @@ def connected(socket: zmq.Socket, endpoint: str) -> None:
         ) from None
 
 
-def readable(socket: zmq.Socket) -> bool:
-    """Whether something is there; to be asked before waiting for the descriptor."""
-    return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+def send(socket: zmq.Socket, frames: list[Any]) -> None:
+    """Send a message, or raise zmq.Again where it cannot be had at once."""
+    *most, last = frames
+    for frame in most:
+        socket.send(frame, _MORE, copy=False)
+    socket.send(last, _NOW, copy=False)
 
 
-def told(monitor: zmq.Socket) -> list[int]:
-    """What a socket's monitor has to tell."""
+def receive(socket: zmq.Socket, flags: int = _NOW) -> list[zmq.Frame] | None:
+    """The frames of a message, or None where there is none (in time, with ``flags`` of 0)."""
+    try:
+        frames = [socket.recv(flags, copy=False)]
+    except zmq.Again:
+        return None
+    while frames[-1].more:
+        frames.append(socket.recv(_NOW, copy=False))
+    return frames
+
+
+def told(monitor: zmq.Socket) -> list[tuple[int, int]]:
+    """What a socket's monitor has to tell: (event, its value)."""
     events = []
     while monitor.poll(0):
-        events.append(recv_monitor_message(monitor)["event"])
+        found = recv_monitor_message(monitor)
+        events.append((int(found["event"]), int(found["value"])))
     return events
 
 

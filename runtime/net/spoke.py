@@ -8,17 +8,15 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
 from offbeat.runtime.crew import Answer, Order
 from offbeat.runtime.errors import BadArray, ConfigError, Fenced, OffbeatError, PeerError, Refused
 from offbeat.runtime.net import messages as say
-from offbeat.runtime.net import wire
 from offbeat.runtime.net.jobs import MOST_OFFENCES, Liveness
 from offbeat.runtime.net.link import Link
-from offbeat.runtime.net.wire import Assembly, Buffer, Kind, Message, Reader, pack, parcels
+from offbeat.runtime.net.wire import Assembly, Buffer, Kind, Message, Pool, Reader, pack, parcels
 
 RETRY_MOST_S = 5.0  # between two greetings
 
@@ -52,10 +50,9 @@ class Spoke:
         self._kinds: Mapping[str, Kind] = say.GREETING
         self._reader = Reader("", self._kinds)
         self._link: Link = Link(resend_s=1.0)
-        self._assembly = Assembly(self._kinds)
+        self._pool = Pool()
+        self._assembly = Assembly(self._kinds, self._pool)
         self._model: NDArray | None = None
-        self._held: list[tuple[NDArray, NDArray[np.uint8]]] = []  # large models, and their memory
-        self._filling = np.empty(0, np.uint8)
         self._hello_s, self._retry_s = now_s, self.liveness.heartbeat_s
         self._pulse_s = now_s
 
@@ -89,7 +86,8 @@ class Spoke:
                 for passed in self._link.receive(head.sequence, message, now_s):
                     if (whole := self._assembly.take(passed)) is not None:
                         self._hear(whole)
-            self._flush(now_s)
+            if self._link.urgent:
+                self._flush(now_s)
 
     def _welcomed(self, message: Message, now_s: float) -> None:
         head, body = message.head, message.body
@@ -106,9 +104,8 @@ class Spoke:
 
     def _reset(self) -> None:
         self._link = Link(resend_s=self.liveness.resend_s, ack_s=self.liveness.tick_s)
-        self._assembly = Assembly(self._kinds, self._allocate)
+        self._assembly = Assembly(self._kinds, self._pool)
         self._model = None
-        self._held.clear()
         self._forget()
 
     def _refused(self, refusal: say.Refusal, now_s: float) -> None:
@@ -143,8 +140,6 @@ class Spoke:
             x = message.arrays.pop("x", None)
             if x is None and (x := self._model) is None:
                 raise BadArray("the first work has no model")
-            if x is not self._model and x.nbytes > wire.PIECE_BYTES:
-                self._held.append((x, self._filling))
             self._model = x
             kept: Any = {name[len(say.KEPT) :]: row for name, row in message.arrays.items()}
             self.orders.append(
@@ -172,7 +167,7 @@ class Spoke:
         mine, theirs = say.manifest(kinds), self.welcome.manifest
         self._kinds = kinds
         self._reader = Reader(self.run, kinds)
-        self._assembly = Assembly(kinds, self._allocate)
+        self._assembly = Assembly(kinds, self._pool)
         self.welcome, self.state = None, "working"
         self._say("ready", say.Ready(mine), None, now_s)
         if mine != theirs:
@@ -222,23 +217,6 @@ class Spoke:
     def pending(self) -> int:
         """Messages that the server has not acknowledged."""
         return self._link.pending if self.state in ("building", "working") else 0
-
-    def _allocate(self, kind: str, name: str, nbytes: int) -> NDArray[np.uint8]:
-        """Memory for a large array: that of a model which nothing needs any more, if there is one.
-
-        Its pages were touched before, which for large models is half of the time.
-        """
-        if name != "x":
-            return np.empty(nbytes, np.uint8)
-        needed = [order.x for order in (*self.orders, *self._taken)]
-        for place, (x, buffer) in enumerate(self._held):
-            idle = x is not self._model and all(x is not other for other in needed)
-            if idle and buffer.nbytes == nbytes:
-                del self._held[place]
-                self._filling = buffer
-                return buffer
-        self._filling = np.empty(nbytes, np.uint8)
-        return self._filling
 
     # -- Time and what goes out ------------------------------------------------------------------
 

@@ -10,7 +10,8 @@ the receiver copies into one buffer: twice as fast as one long frame, and nothin
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
@@ -34,6 +35,7 @@ MOST_ARRAYS = 32
 MOST_NAME = 64
 MOST_RANK = 4
 PIECE_BYTES = 2**20
+MOST_POOLED = 64  # buffers
 CODED_SLACK = 1.25, 2**16  # a coded array may take so much more than a raw one: factor, bytes
 DTYPES = ("<f4", "<f8", "<f2", "bf16", "<i4", "<i8", "|u1")
 _NUMPY = {name: np.dtype("<u2" if name == "bf16" else name) for name in DTYPES}
@@ -299,21 +301,41 @@ def opened(one: Array, spec: ArraySpec, flat: memoryview) -> NDArray:
     return array if array.flags.aligned else array.copy()
 
 
+class Pool:
+    """Memory for large arrays, handed out again once nothing looks at it any more.
+
+    To touch new pages costs as much as to fill them.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: list[NDArray[np.uint8]] = []
+
+    def take(self, nbytes: int) -> NDArray[np.uint8]:
+        """A buffer ``[nbytes]``; what it holds is left over."""
+        held = self._buffers
+        for place in range(len(held)):
+            # An array made of it, and all views of that, refer to it.
+            if sys.getrefcount(held[place]) == _UNUSED and held[place].nbytes == nbytes:
+                return held[place]
+        made = np.empty(nbytes, np.uint8)
+        if len(self._buffers) < MOST_POOLED:
+            self._buffers.append(made)
+        return made
+
+
+_UNUSED = 2  # references: the pool's, and the question's own
+
+
 class Assembly:
     """Puts pieces together; takes a link's messages in their order.
 
     Args:
         kinds: what arrays have to be.
-        allocate: makes the buffer ``[nbytes]`` of uint8 for (kind, array name, nbytes); one that
-            hands out the same memory again spares the first touch of new pages.
+        pool: where their memory is from.
     """
 
-    def __init__(
-        self,
-        kinds: Mapping[str, Kind],
-        allocate: Callable[[str, str, int], NDArray[np.uint8]] | None = None,
-    ) -> None:
-        self._kinds, self._allocate = kinds, allocate or _new
+    def __init__(self, kinds: Mapping[str, Kind], pool: Pool | None = None) -> None:
+        self._kinds, self._pool = kinds, pool or Pool()
         self._message: Message | None = None  # whose pieces are coming
         self._missing: list[Array] = []
         self._buffer: NDArray[np.uint8] = np.empty(0, np.uint8)
@@ -356,9 +378,5 @@ class Assembly:
     def _open(self) -> None:
         assert self._message is not None
         one = self._missing[0]
-        self._buffer = self._allocate(self._message.head.kind, one.name, one.nbytes)
+        self._buffer = self._pool.take(one.nbytes)
         self._filled = 0
-
-
-def _new(kind: str, name: str, nbytes: int) -> NDArray[np.uint8]:
-    return np.empty(nbytes, np.uint8)

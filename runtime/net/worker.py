@@ -4,10 +4,10 @@ One thread does both: while it computes, ZeroMQ's own thread takes in the next j
 thread says over a connection of its own that the process is alive.
 """
 
+import errno
 import os
 import platform
 import random
-import select
 import signal
 import sys
 import threading
@@ -17,6 +17,7 @@ import traceback
 from importlib.metadata import version
 from logging import getLogger
 from pathlib import Path
+from shlex import quote
 from types import FrameType
 from typing import Any
 
@@ -32,8 +33,7 @@ from offbeat.runtime.net.spoke import Spoke
 log = getLogger("offbeat.net")
 LEAVE_S = 10.0  # for the job at hand, once the process is asked to end
 FAREWELL_S = 2.0  # for the server to hear that it leaves
-WAIT_S = 0.5  # a wait is cut short after so long, to look at signals
-MOST_HANDSHAKES = 3  # that fail in a row without a word of why
+MOST_HANDSHAKES = 5  # that fail in a row without a word of why
 REMIND_S = 30.0
 
 
@@ -69,7 +69,7 @@ class Worker:
         self._server_key = keys.server_key(folder) if folder is not None else b""
         where = f"{platform.node()[:32] or 'host'}:{os.getpid()}"
         nonce = random.SystemRandom().randrange(1, 2**52)
-        self.name = name or f"{where}:{nonce % 16**4:04x}"
+        self.name = self.own.name if self.own else name or f"{where}:{nonce % 16**4:04x}"
         self.spoke = Spoke(self.name, nonce, version("offbeat"), where, time.monotonic())
         self._context = zmq.Context()
         self._leaving = False
@@ -81,6 +81,7 @@ class Worker:
         self._stop = threading.Event()
         try:
             self._socket = self._connected()
+            self._socket.rcvtimeo = round(1000 * self.spoke.liveness.tick_s)
             self._monitor = self._socket.get_monitor_socket()
             sockets.connected(self._socket, endpoint)
         except BaseException:
@@ -121,11 +122,18 @@ class Worker:
     # -- The loop --------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        spoke = self.spoke
+        spoke, tick_s = self.spoke, 0.0
         while True:
-            now_s = time.monotonic()
-            self._drain(now_s)
-            spoke.tick(now_s)
+            self._drain(wait=not spoke.orders)
+            if (now_s := time.monotonic()) >= tick_s:
+                tick_s = now_s + spoke.liveness.tick_s
+                self._socket.rcvtimeo = round(1000 * spoke.liveness.tick_s)
+                spoke.tick(now_s)
+                if spoke.state == "calling":
+                    self._listen()
+                    self._await(now_s)
+                else:
+                    self._waits_s = None
             self._send()
             if spoke.fate is not None:
                 raise spoke.fate
@@ -139,16 +147,10 @@ class Worker:
                 self._build(spoke.welcome)
             elif (order := spoke.take()) is not None:
                 self._compute(order)
-            else:
-                self._listen()
-                self._await(now_s)
-                self._wait(spoke.due_s() - time.monotonic())
+                self._send()
 
     def _await(self, now_s: float) -> None:
         """Say what is waited for, where there is no server, and give up in the end."""
-        if self.spoke.state != "calling":
-            self._waits_s = None
-            return
         if self._waits_s is None:
             self._waits_s, self._remind_s = now_s, now_s + REMIND_S
         why = f": {self.spoke.last_said}" if self.spoke.last_said else ""
@@ -160,23 +162,25 @@ class Worker:
             self._remind_s = now_s + REMIND_S
             log.warning("waiting for the server at %s%s", self.endpoint, why)
 
-    def _wait(self, seconds: float) -> None:
-        if seconds > 0 and not sockets.readable(self._socket):
-            select.select([self._socket.fileno()], [], [], min(seconds, WAIT_S))
-
-    def _drain(self, now_s: float) -> None:
-        for _ in range(sockets.QUEUED):
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
+    def _drain(self, wait: bool) -> None:
+        """Read what is there, or ``wait`` for it until the next tick."""
+        spoke = self.spoke
+        for count in range(sockets.QUEUED):
+            block = wait and not count
+            frames = sockets.receive(self._socket, 0) if block else sockets.receive(self._socket)
+            if frames is None:
                 return
-            self.spoke.receive([frame.buffer for frame in frames], now_s)
+            spoke.receive([frame.buffer for frame in frames], time.monotonic())
+            if spoke.outbox:
+                self._send()  # acknowledgements keep the other side's window open
+            if block and spoke.orders:
+                return  # the rest can wait, the job should not
 
     def _send(self) -> None:
         outbox, self.spoke.outbox = self.spoke.outbox, []
         for frames in outbox:
             try:
-                self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+                sockets.send(self._socket, frames)
             except zmq.Again:
                 self.spoke.counts["unsent"] += 1  # no connection; the link sends it again
 
@@ -221,11 +225,10 @@ class Worker:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         end_s = time.monotonic() + FAREWELL_S
         self.spoke.leave("it was asked to leave", time.monotonic())
-        while self.spoke.pending and (left_s := end_s - time.monotonic()) > 0:
+        while self.spoke.pending and time.monotonic() < end_s:
             self.spoke.tick(time.monotonic())
             self._send()
-            self._wait(min(left_s, 0.05))
-            self._drain(time.monotonic())
+            self._drain(wait=True)
 
     def _listen(self) -> None:
         """What the socket's monitor says of a server that does not let this worker in.
@@ -233,24 +236,26 @@ class Worker:
         Raises:
             Refused: it makes no sense to knock again.
         """
-        for event in sockets.told(self._monitor):
+        for event, value in sockets.told(self._monitor):
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._handshakes = 0
-            elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and self.own is not None:
                 raise Refused(
-                    f"this node's key is not in the run's list; at the server, run: "
-                    f"offbeat keys authorize {self.name} {self.own.public.decode()}"
+                    "this node's key is not in the run's list; at the server, run: "
+                    f"offbeat keys authorize {self.name} {quote(self.own.public.decode())}"
+                )
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+                raise Refused(
+                    f"the server at {self.endpoint} has no keys; leave --keys out, if that is right"
                     if self.own
                     else f"the server at {self.endpoint} wants keys; give --keys FOLDER"
                 )
-            elif event & sockets.FAILED:
-                self._handshakes += 1
+            elif event & sockets.FAILED and self.own is not None and value == errno.EPIPE:
+                self._handshakes += 1  # it hung up, without a word of why
                 if self._handshakes >= MOST_HANDSHAKES:
                     raise Refused(
                         f"the server at {self.endpoint} has another key than the one in "
-                        f"{keys.AUTHORIZED}/{keys.SERVER}.key, or wants none"
-                        if self.own
-                        else f"the server at {self.endpoint} wants keys; give --keys FOLDER"
+                        f"{keys.AUTHORIZED}/{keys.SERVER}.key"
                     )
 
     def _pulsate(self) -> None:

@@ -1,7 +1,8 @@
 """The figures of a report as files: a PNG and an SVG of each."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,19 @@ def draw(data: dict[str, Any], folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    drawers = {
-        "progress": _progress, "targets": _targets, "gap": _gap, "graphs": _graphs,
-        "timeline": _timeline, "staleness": _staleness,
-    }  # fmt: skip
+    drawers: dict[str, Callable[[], Any]] = {
+        "progress": lambda: _progress(plt, data),
+        "targets": lambda: _targets(plt, data),
+        **{one["id"]: partial(_against, plt, one) for one in data["against"]},
+        "graphs": lambda: _graphs(plt, data),
+        "timeline": lambda: _timeline(plt, data),
+        "staleness": lambda: _staleness(plt, data),
+    }
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, drawer in drawers.items():
-            if (figure := drawer(plt, data)) is not None:
+            if (figure := drawer()) is not None:
                 for kind in ("png", "svg"):
                     figure.savefig(folder / f"{name}.{kind}", dpi=DPI)
                     written.append(folder / f"{name}.{kind}")
@@ -54,9 +59,9 @@ def band(
     return grid, np.median(values, axis=0), values.min(axis=0), values.max(axis=0)
 
 
-def _shown(data: dict[str, Any]) -> list[tuple[int, str, dict[str, Any]]]:
-    """(setting, name, line style) of what the page shows at first."""
-    axes = data["axes"]
+def _shown(data: dict[str, Any], every: bool = False) -> list[tuple[int, str, dict[str, Any]]]:
+    """(setting, name, line style) of what the page shows at first, or of ``every`` setting."""
+    axes = [{**axis, "first": None} if every else axis for axis in data["axes"]]
     free = [at for at, a in enumerate(axes) if len(a["values"]) > 1 and a["first"] is None]
     places: dict[tuple[int, ...], int] = {}
     found = []
@@ -114,12 +119,13 @@ def _progress(plt: Any, data: dict[str, Any]) -> Any:
 
 def _targets(plt: Any, data: dict[str, Any]) -> Any:
     keys = [m for m in data["measures"] if any(m["key"] in run["t"] for run in data["runs"])]
-    shown = _shown(data)
+    every = len(data["settings"]) <= LONGEST
+    shown = _shown(data, every)
     if not keys or not 2 <= len(shown) <= LONGEST:
         return None
-    wide = keys[:4]
+    wide = [measure for measure in keys if measure["key"] != "gradients_to_target"]
     figure, panels = plt.subplots(
-        1, len(wide), figsize=(2 + 3.2 * len(wide), 1 + 0.24 * len(shown)), squeeze=False,
+        1, len(wide), figsize=(2.5 + 2.6 * len(wide), 1.1 + 0.19 * len(shown)), squeeze=False,
         sharey=True, layout="constrained",
     )  # fmt: skip
     for axes, measure in zip(panels[0], wide, strict=True):
@@ -137,27 +143,25 @@ def _targets(plt: Any, data: dict[str, Any]) -> Any:
             axes.set_xscale("log")
         axes.set_xlabel(measure["label"], fontsize=8)
         axes.grid(alpha=0.25)
-    panels[0, 0].set_yticks(range(len(shown)), [name for _, name, _ in shown], fontsize=8)
+    panels[0, 0].set_yticks(range(len(shown)), [name for _, name, _ in shown], fontsize=7)
     panels[0, 0].invert_yaxis()
     target = data["target"]
     said = "" if target is None else f"to {target['metric']} {target['level']:g}"
-    if fixed := ", ".join(filter(None, [said, _fixed(data)])):
+    if fixed := ", ".join(filter(None, [said, "" if every else _fixed(data)])):
         figure.suptitle(fixed, fontsize=9)
     return figure
 
 
-def _gap(plt: Any, data: dict[str, Any]) -> Any:
-    if data["gap"] is None:
-        return None
+def _against(plt: Any, one: dict[str, Any]) -> Any:
     figure, axes = plt.subplots(figsize=(6, 4.4), layout="constrained")
-    for one in data["gap"]["series"]:
-        at = one["colour"]
-        colour, name = COLOURS[at % len(COLOURS)], one["name"]
-        if one["fit"] is not None:
-            name += f": slope {one['fit']['slope']:.2f} ± {one['fit']['error']:.2f}"
-            axes.plot(one["fit"]["x"], one["fit"]["y"], color=colour, ls="--", lw=1)
-        axes.plot(one["x"], one["y"], MARKS[at % len(MARKS)], color=colour, ms=5, label=name)
-    axes.set(xscale="log", yscale="log", xlabel="spectral gap", ylabel=data["gap"]["label"])
+    for series in one["series"]:
+        at, fit = series["colour"], series["fit"]
+        colour, name = COLOURS[at % len(COLOURS)], series["name"]
+        if fit is not None:
+            name += f": slope {fit['slope']:.2f} ± {fit['error']:.2f}"
+            axes.plot(fit["x"], fit["y"], color=colour, ls="--", lw=1)
+        axes.plot(series["x"], series["y"], MARKS[at % len(MARKS)], color=colour, ms=5, label=name)
+    axes.set(xscale="log", yscale="log", xlabel=one["x"], ylabel=one["y"])
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
     return figure

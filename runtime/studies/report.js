@@ -422,20 +422,19 @@ function targets() {
   host.append(missing);
 }
 
-// -- The gap and the rounds -------------------------------------------------------------------------
+// -- One number against another, on logarithms ----------------------------------------------------
 
-function gaps() {
-  if (!DATA.gap) return;
-  const host = section("gap", `Rounds to the target against the spectral gap`, "A mark for each graph and size, median over the seeds. Dashed: least squares on the logarithms, where the target was reached.");
-  host.querySelector(".top").append(saver(host, "gap"));
-  const entries = () => DATA.gap.series.map((one, at) => ({ key: `g${one.colour}`, name: one.name + (one.fit ? `: slope ${num(one.fit.slope, 3)} ± ${num(one.fit.error, 2)}` : ""), colour: colour(one.colour), mark: MARKS[one.colour % MARKS.length] }));
-  legend(host, entries);
-  chart(host, "gap", () => {
-    const shown = DATA.gap.series.filter((one) => !state.hidden.has(`g${one.colour}`));
+function against(one) {
+  const host = section(one.id, one.title, "A mark for each setting, median over the seeds. Dashed: least squares on the logarithms.");
+  host.querySelector(".top").append(saver(host, one.id));
+  const style = (series) => ({ colour: colour(series.colour), mark: MARKS[series.colour % MARKS.length] });
+  legend(host, () => one.series.map((series) => ({ key: `g${series.colour}`, name: series.name + (series.fit ? `: slope ${num(series.fit.slope, 3)} ± ${num(series.fit.error, 2)}` : ""), ...style(series) })));
+  chart(host, one.id, () => {
+    const shown = one.series.filter((series) => !state.hidden.has(`g${series.colour}`));
     return {
-      kind: "points", x: { label: "spectral gap", log: true }, y: { label: DATA.gap.label, log: true },
-      series: shown.map((one) => ({ name: one.name, colour: colour(one.colour), mark: MARKS[one.colour % MARKS.length], x: one.x, y: one.y, lo: one.lo, hi: one.hi, labels: one.labels })),
-      fits: shown.filter((one) => one.fit).map((one) => ({ colour: colour(one.colour), x: one.fit.x, y: one.fit.y })),
+      kind: "points", x: { label: one.x, log: true }, y: { label: one.y, log: true },
+      series: shown.map((series) => ({ ...series, ...style(series) })),
+      fits: shown.filter((series) => series.fit).map((series) => ({ ...style(series), x: series.fit.x, y: series.fit.y })),
     };
   });
 }
@@ -599,7 +598,10 @@ function build() {
   document.getElementById("about").textContent = DATA.about;
   document.getElementById("made").textContent = DATA.made;
   for (const note of DATA.notes) main.append(el("p", { class: "note" }, note));
-  for (const part of [curves, targets, gaps, graphs, timelines, staleness, summary]) part();
+  curves();
+  targets();
+  DATA.against.forEach(against);
+  for (const part of [graphs, timelines, staleness, summary]) part();
 }
 const dark = matchMedia("(prefers-color-scheme: dark)");
 let chosenTheme = null;

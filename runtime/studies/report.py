@@ -7,7 +7,7 @@ import html
 import inspect
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -147,7 +147,7 @@ def data(folders: Sequence[Path], live_s: float = 0.0) -> dict[str, Any]:
         "target": None if target is None else {"metric": metric, "level": target.level},
         "measures": _measures(target, gossip),
         "staleness": _staleness(runs, members),
-        "gap": _gap(runs, axes, settings, members, colour),
+        "against": _against(runs, axes, settings, members, colour, metric),
         "timelines": _timelines(runs),
         "graphs": _graphs(runs),
         "table": _table(runs, axes, tuned, members, gossip),
@@ -420,34 +420,63 @@ def _staleness(runs: Sequence[Run], members: Sequence[int]) -> list[dict[str, An
     return made
 
 
-def _gap(
+def _against(
     runs: Sequence[Run],
     axes: Sequence[dict[str, Any]],
     settings: Sequence[dict[str, Any]],
     members: Sequence[int],
     colour: int,
-) -> dict[str, Any] | None:
-    """Rounds to the target against the gap, a series a colour, with fitted lines."""
-    series = []
-    for value, name in enumerate(axes[colour]["short"] if axes else ["run"]):
-        marks = []
-        for at, setting in enumerate(settings):
-            mine = [r.row for r, s in zip(runs, members, strict=True) if s == at]
-            gaps = [row["gap"] for row in mine if row.get("gap")]
-            rounds = [row.get("steps_to_target") for row in mine]
-            middle = tables.median(rounds)
-            if setting["at"][colour] == value and gaps and middle:
-                there = [r for r in rounds if r is not None]
-                gap = float(np.median(gaps))
-                marks.append((gap, middle, min(there), max(there), setting["name"]))
-        if marks:
-            keys = ("x", "y", "lo", "hi", "labels")
-            drawn = dict(zip(keys, map(list, zip(*marks, strict=True)), strict=True))
-            fit = slope(drawn["x"], drawn["y"])
-            series.append({"name": name, "colour": value, **drawn, "fit": fit})
-    if len({x for drawn in series for x in drawn["x"]}) < FIT:
-        return None
-    return {"label": "rounds to the target", "series": series}
+    metric: str,
+) -> list[dict[str, Any]]:
+    """Marks with fitted lines: rounds to the target against the gap, the floor against numbers."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for run, setting in zip(runs, members, strict=True):
+        found.setdefault(setting, []).append(run.row)
+
+    def marked(x_of: Callable[[int], float | None], key: str) -> list[dict[str, Any]]:
+        series = []
+        for value, name in enumerate(axes[colour]["short"] if axes else ["run"]):
+            marks = []
+            for at, setting in enumerate(settings):
+                rows = found[at]
+                there = [row[key] for row in rows if row.get(key) is not None]
+                middle, x = tables.median([row.get(key) for row in rows]), x_of(at)
+                if (not axes or setting["at"][colour] == value) and middle and x:
+                    marks.append((x, middle, min(there), max(there), setting["name"]))
+            if marks:
+                keys = ("x", "y", "lo", "hi", "labels")
+                drawn = dict(zip(keys, map(list, zip(*marks, strict=True)), strict=True))
+                fit = slope(drawn["x"], drawn["y"])
+                series.append({"name": name, "colour": value, **drawn, "fit": fit})
+        enough = len({x for drawn in series for x in drawn["x"]}) >= FIT
+        return series if enough else []
+
+    def gap(at: int) -> float | None:
+        gaps = [row["gap"] for row in found[at] if row.get("gap")]
+        return float(np.median(gaps)) if gaps else None
+
+    made = []
+    if series := marked(gap, "steps_to_target"):
+        made.append(
+            {"id": "gap", "title": "Rounds to the target against the spectral gap",
+             "x": "spectral gap", "y": "rounds to the target", "series": series}
+        )  # fmt: skip
+    varied = [at for at, axis in enumerate(axes) if len(axis["values"]) > 1]
+    for at in varied:
+        if at == colour or len(varied) > 2:  # else marks of one colour would differ in more
+            continue
+        try:
+            numbers = [float(value) for value in axes[at]["values"]]
+        except ValueError:
+            continue
+        label = axes[at]["label"]
+        series = marked(lambda s, at=at, n=numbers: n[settings[s]["at"][at]], "floor")  # type: ignore[misc]
+        if series:
+            made.append(
+                {"id": f"floor-{at}", "title": f"What is left against {label}", "x": label,
+                 "y": f"{metric}, mean of the last fifth", "series": series}
+            )  # fmt: skip
+    return made
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> dict[str, Any] | None:

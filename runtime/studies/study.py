@@ -13,6 +13,7 @@ A cell's name is the hash of its complete settings, so a study that was interrup
 has grown, runs what is missing and nothing else.
 """
 
+import fcntl
 import hashlib
 import inspect
 import json
@@ -419,7 +420,13 @@ class CellsFile:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file: BinaryIO = self.path.open("a+b")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with its process
             self._cut()
+        except BlockingIOError:
+            self._file.close()
+            raise ConfigError(
+                f"{folder}: a study is running in it; wait, or give another"
+            ) from None
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be written ({error.strerror})") from None
 

@@ -379,12 +379,22 @@ def test_mistakes_are_one_sentence(recipe, options, said, tmp_path):
         deploying.deploy(tmp_path, recipe, "server", *options)
 
 
+def test_gossip_on_ray_has_pods_for_its_actors(tmp_path):
+    text = RAY.splitlines()[0].replace("}", ", workers_per_actor = 3}\n") + deploying.PEERS
+    out = deploying.deploy(tmp_path, "kuberay", "peers", text=text)
+    config, _, job = yaml.safe_load_all((out / "rayjob.yaml").read_text())
+    assert config["data"].keys() == {"experiment.toml", "entry.sh"}
+    assert job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] == 1
+
+
 def test_a_rayjob_joins_its_cluster(tmp_path, capsys):
     with pytest.raises(ConfigError, match="begins a Ray of its own; to join the cluster, give"):
         deploying.deploy(tmp_path, "kuberay", "server", text='engine = "ray"\n' + deploying.SERVER)
-    text = RAY.replace(", num_cpus = 1", "")
+    text = RAY.replace(", num_cpus = 1", ", workers_per_actor = 2")
     deploying.deploy(tmp_path, "kuberay", "server", text=text)
     assert "engine.num_cpus is 0, so actors may be put on the head too" in capsys.readouterr().out
+    job = list(yaml.safe_load_all((tmp_path / "kuberay" / "rayjob.yaml").read_text()))[-1]
+    assert job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] == 2
     with pytest.raises(ConfigError, match='deploy it with kuberay, or take "zmq"'):
         deploying.deploy(tmp_path, "slurm", "server", text=text)
 

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import suppress
 
 import faulty
 import numpy as np
@@ -58,7 +59,7 @@ class Borrowed:
         self.made = ENGINES["ray"](workers_per_actor)
         self.spec, self.clocks, self.gossip = self.made.spec, self.made.clocks, self.made.gossip
 
-    def crew(self, experiment):
+    def crew(self, experiment, folder=None):
         return Borrowing(experiment, self.made)
 
 
@@ -150,17 +151,18 @@ def test_a_straggler_holds_up_whom_it_does_under_the_virtual_clock(name):
 DEATHS = {(2, 3): ("die", 1), (5, 4): ("die", 2)}
 
 
-@pytest.mark.parametrize("name", ["pure", "local-sgd"])
-def test_processes_that_die_change_nothing_under_the_virtual_clock(name, tmp_path):
+def test_processes_that_die_change_nothing_under_the_virtual_clock(tmp_path):
     """What workers keep between jobs is restored from what the run last accepted."""
     task = Faulty(tmp_path, DEATHS)
-    result = run(name, "ray(4)", task=task, clock="virtual")
+    result = run("local-sgd", "ray(4)", task=task, clock="virtual")
     assert task.happened("die") == 3
     assert result.facts["restarts"] == 3 * N // 2
-    same(result, run(name, "virtual"))
+    same(result, run("local-sgd", "virtual"))
 
 
-@pytest.mark.parametrize("policy", ["pause", "lose", "reassign"])
+@pytest.mark.parametrize(
+    "policy", ["pause", "lose", pytest.param("reassign", marks=pytest.mark.soak)]
+)
 def test_processes_that_die_under_a_real_clock(policy, tmp_path):
     task = Faulty(tmp_path, DEATHS)
     fleet = f"{N} uniform(0.5) on_outage={policy}"
@@ -176,14 +178,15 @@ def test_processes_that_die_under_a_real_clock(policy, tmp_path):
     assert told.count("left") == (0 if policy == "pause" else deaths * N // 2)
     if policy != "pause":
         assert result.facts["lost" if policy == "lose" else "reassigned"] > 0
-    again = offbeat.replay(tmp_path / "run", task=task)
+    again = offbeat.replay(tmp_path / "run", task=task.inner)
     same(again, result)
 
 
 def test_others_take_over_when_an_actor_was_replaced_too_often(tmp_path):
-    task = Faulty(tmp_path, {(2, 3): ("die", 2)})
-    result = run("local-sgd", "ray(2, restarts=1)", task=task, clock="virtual")
-    assert task.happened("die") == 2
+    task = Faulty(tmp_path, {(2, 3): ("die", 1)})
+    result = run("local-sgd", "ray(4, restarts=0)", task=task, clock="virtual")
+    assert task.happened("die") == 1
+    assert result.facts["restarts"] == N // 2
     same(result, run("local-sgd", "virtual"))
 
 
@@ -192,8 +195,8 @@ def test_nobody_is_left(tmp_path):
     with pytest.raises(
         CrewError, match=r"no Ray actor is left: each was replaced 1 times; .* died"
     ):
-        run("pure", "ray(4, restarts=1)", task=task, clock="virtual")
-    assert task.happened("die") == 4
+        run("pure", "ray(8, restarts=1)", task=task, clock="virtual")
+    assert task.happened("die") == 2
 
 
 def test_ray_kill_counts_too(tmp_path):
@@ -203,30 +206,32 @@ def test_ray_kill_counts_too(tmp_path):
         def collect(self, timeout_s):
             events = super().collect(timeout_s)
             answered[0] += len(events)
-            if len(kills) < 2 and answered[0] > 40 * (len(kills) + 1):
-                seat = self._seats[len(kills) % 2]
-                self._ray.kill(seat.actor)
-                kills.append(seat)
+            if not kills and answered[0] > 40:
+                self._ray.kill(self._seats[1].actor)
+                kills.append(answered[0])
             return events
 
     engine = Borrowed(4)
-    engine.crew = lambda experiment: Killed(experiment, engine.made)
+    engine.crew = lambda experiment, folder: Killed(experiment, engine.made)
     result = run("pure", engine, steps=400, clock="virtual")
-    assert len(kills) == 2
-    assert result.facts["restarts"] == 2 * N // 2
+    assert len(kills) == 1
+    assert result.facts["restarts"] == N // 2
     same(result, run("pure", "virtual", steps=400))
 
 
-def test_code_that_raises_is_told_with_its_traceback(tmp_path):
+def test_code_that_raises_is_told_with_its_traceback(tmp_path, caplog):
     task = Faulty(tmp_path, {(3, 2): ("raise", 2)})
-    result = run("pure", "ray(4)", task=task, clock="virtual")
+    result = run("pure", Borrowed(), task=task, clock="virtual")
     assert task.happened("raise") == 2
+    (told,) = caplog.messages
+    assert "job 2 of worker 3 (shard 3, draw 2) failed and is tried again:" in told
+    assert "ZeroDivisionError: division at (3, 2)" in told
     assert result.facts["failures"] in (1, 2)  # of a batch, each order is computed again alone
     same(result, run("pure", "virtual"))
     task = Faulty(tmp_path, {(3, 3): ("raise", 9)})
     said = r"job 3 of worker 3 .* failed 3 times; (.|\n)*ZeroDivisionError: division at \(3, 3\)"
     with pytest.raises(CrewError, match=said):
-        run("pure", "ray(4)", task=task, clock="real", pace=1e-3)
+        run("pure", Borrowed(), task=task, clock="real", pace=1e-3)
 
 
 # -- Mistakes --------------------------------------------------------------------------------------
@@ -259,8 +264,11 @@ def test_a_task_that_cannot_travel():
 
 def hosts():
     """Process ids of actors."""
-    found = psutil.Process().children(recursive=True)
-    return {process.pid for process in found if process.cmdline()[:1] == ["ray::Host"]}
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it ended meanwhile
+            found |= {process.pid} if process.cmdline()[:1] == ["ray::Host"] else set()
+    return found
 
 
 def test_actors_are_gone_after_a_run_that_failed(monkeypatch):

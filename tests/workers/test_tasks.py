@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import offbeat
-from offbeat.workers.tasks import TorchTask, logistic, mlp, quadratic
+from offbeat.workers.tasks import TorchTask, lm, logistic, mlp, quadratic
 from offbeat.workers.tasks.shards import FEW, Draws
 
 TASKS = {
@@ -247,3 +247,11 @@ def test_torch_task_mistakes_are_one_sentence(options, said):
     with pytest.raises(offbeat.ConfigError, match=said) as caught:
         torch_task(**options)
     assert str(caught.value).startswith("TorchTask: ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_torch_task_moves_to_a_device_that_is_there():
+    task = lm(workers=2)
+    assert task.to("cpu") is task
+    with pytest.raises(offbeat.ConfigError, match=r'device "cuda" is not there; torch sees no GPU'):
+        task.to("cuda")

@@ -61,10 +61,8 @@ class TorchTask:
     ) -> None:
         import torch
 
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise ConfigError(f'TorchTask: device "{device}" is not there; torch sees no GPU')
-        self._torch, self.workers, self.device = torch, workers, device
-        self._module = module.to(device).train()
+        self._torch, self.workers, self._module = torch, workers, module.train()
+        self.to(device)
         self._loss, self._data = loss, dataset
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._names, self._shapes = list(named), [p.shape for p in named.values()]
@@ -81,6 +79,13 @@ class TorchTask:
         self._dropout = Streams(seed, "dropout", workers)
         self._vmaps = True
         self._grad = torch.func.grad_and_value(self._value)
+
+    def to(self, device: str) -> "TorchTask":
+        """Compute on ``device`` from now on; answers the task itself."""
+        if device.startswith("cuda") and not self._torch.cuda.is_available():
+            raise ConfigError(f'TorchTask: device "{device}" is not there; torch sees no GPU')
+        self._module, self.device = self._module.to(device), device
+        return self
 
     def _between(self) -> list[tuple[int, int, int]]:
         linear = {

@@ -14,11 +14,11 @@ trap stop TERM
 child=$!
 wait "$child"
 status=$?
-while kill -0 "$child" 2>/dev/null; do  # a signal ended the wait
+if [ -n "$stopping" ]; then  # the signal ended the wait; this is the command's own status
     wait "$child"
-    status=$?
-done
-if [ "$status" -eq 0 ] && [ -z "$stopping" ]; then
+    own=$?
+    [ "$own" -eq 127 ] || status=$own
+elif [ "$status" -eq 0 ]; then
     echo "stay.sh: done; delete the stateful sets when you have what you want"
     touch {{ done }}
     sleep infinity &

@@ -31,14 +31,13 @@ if [ "$name" != server ]; then
 fi
 ./keep.sh {{ plan.offbeat }} serve experiment.toml --bind "tcp://0.0.0.0:$OFFBEAT_PORT" --keys "$keys" --out run &
 server=$!
-trap 'kill -TERM "$server"' TERM
+stopping=''
+trap 'stopping=yes; kill -TERM "$server"' TERM
 status=0
 wait "$server" || status=$?
-while kill -0 "$server" 2>/dev/null; do  # a signal ended the wait
-    status=0
-    wait "$server" || status=$?
-done
-if [ "$status" -ne 0 ]; then  # without a server nobody else has anything to do
+if [ -n "$stopping" ]; then  # the signal ended the wait; all others were told to end, too
+    wait "$server" || true
+elif [ "$status" -ne 0 ]; then  # without a server nobody else has anything to do
     scancel "$SLURM_JOB_ID.$SLURM_STEP_ID"
 fi
 exit "$status"

@@ -181,7 +181,7 @@ class World:
         for fault in self.faults:
             self.at(fault.at_s, None, self.strike, fault)
         end_s = max([f.at_s + f.for_s for f in self.faults], default=0.0) + CALM_S
-        pieces = 8 if wire.PIECE_BYTES == PIECE_BYTES else 40
+        pieces = 16 if wire.PIECE_BYTES == PIECE_BYTES else 80
         end_s += self.run.target * (4 * self.compute_s + 20 * self.jitter_s + pieces * self.drop)
         handled = 0
         while self.run.step < self.run.target:

@@ -54,6 +54,16 @@ def test_mistakes_are_told(folder):
         keys.server_key(folder / "elsewhere")
 
 
+def test_the_only_keys_of_a_folder_need_no_name(tmp_path):
+    with pytest.raises(ConfigError, match="has no secret key; say whose"):
+        keys.identity(tmp_path, "")
+    keys.new(tmp_path, "w1")
+    assert keys.identity(tmp_path, "") == keys.identity(tmp_path, "w1")
+    keys.new(tmp_path, "w2")
+    with pytest.raises(ConfigError, match="has the keys of w1, w2; say whose"):
+        keys.identity(tmp_path, "")
+
+
 @pytest.mark.parametrize(
     ("endpoint", "alone"),
     [("tcp://127.0.0.1:1", True), ("tcp://[::1]:1", True), ("tcp://localhost:1", True),

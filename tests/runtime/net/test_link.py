@@ -4,7 +4,7 @@ import heapq
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offbeat.runtime.net.link import WINDOW, Full, Link
@@ -39,6 +39,7 @@ def exchange(seed, drop, double, count=300):
     return got, ends
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.integers(0, 2**32), st.sampled_from([0, 0.02, 0.2, 0.5]), st.sampled_from([0, 0.05, 0.5]))
 def test_everything_arrives_once_and_in_order(seed, drop, double):
     got, ends = exchange(seed, drop, double, count=100)

@@ -68,6 +68,7 @@ def test_no_pickle_is_near_the_wire():
         assert "import pickle" not in file.read_text()
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5000), st.sampled_from([16, 100, 1024]))
 def test_large_arrays_travel_in_pieces(size, piece):
     x = np.random.default_rng(size).random(size)
@@ -274,7 +275,7 @@ def test_a_million_mutated_frames(block):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
 
 
-@settings(max_examples=300)
+@settings(deadline=None, max_examples=300)
 @given(st.lists(st.binary(max_size=60), max_size=4))
 def test_no_bytes_raise_anything_else(frames):
     assert not frames or frames[0] != header()
@@ -282,6 +283,7 @@ def test_no_bytes_raise_anything_else(frames):
         reader().read(frames)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_a_message_cut_anywhere(data):
     (frames,) = posts()

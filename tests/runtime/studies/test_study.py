@@ -5,12 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pandas
 import pytest
 from cells import work
 
-from offbeat.runtime import api
+from offbeat.runtime import api, cli
 from offbeat.runtime.errors import ConfigError, StorageError
 from offbeat.runtime.studies import cell, pool, study, table
 from offbeat.runtime.studies.study import Study
@@ -132,6 +133,14 @@ def test_a_torn_line_is_run_again_and_a_damaged_one_is_told(tmp_path):
     path.write_bytes(whole.replace(b'{"cell"', b'{"call"', 1))
     with pytest.raises(StorageError, match="line 1: is no cell"):
         study.read_cells(tmp_path)
+
+
+def test_a_folder_has_one_study_at_a_time(tmp_path):
+    first = study.CellsFile(tmp_path)
+    with pytest.raises(ConfigError, match="a study is running in it"):
+        study.run(small(), tmp_path)
+    first.close()
+    assert len(study.run(small(), tmp_path)) == 8
 
 
 def test_a_failed_cell_is_a_row_and_is_run_again_only_when_asked(tmp_path):
@@ -271,3 +280,29 @@ def test_a_table_is_tidy_and_read_in_one_line(tmp_path):
         assert frame[frame["algorithm"] == "dsgt"]["steps_to_target"].notna().all()
     with pytest.raises(ConfigError, match=r"\.csv or \.parquet"):
         table.write(rows, tmp_path / "t.xlsx")
+
+
+STUDIES = sorted((Path(__file__).parents[3] / "examples" / "studies").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_studies_that_come_along_can_be_run(path):
+    """Every value of every axis builds, in full and in short."""
+    assert len(Study.read(path).settings()) >= 16
+    assert len(Study.read(path, quick=True).plan({})[0]) >= 4
+
+
+def test_one_command_ends_with_table_and_report(tmp_path, monkeypatch, capsys):
+    path = next(path for path in STUDIES if path.stem == "topology")
+    words = ["offbeat", "study", str(path), "--quick", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    assert "8 rows" in said
+    frame = pandas.read_csv(tmp_path / "out" / "results.csv")
+    assert set(zip(frame["algorithm"], frame["topology"], strict=True)) == {
+        (a, t) for a in ("dsgd", "dsgt") for t in ("ring", "complete")
+    }
+    assert 'id="data"' in (tmp_path / "out" / "report.html").read_text()
