@@ -144,16 +144,22 @@ def test_another_experiment_is_refused_with_its_difference(tmp_path):
         assert "here algorithm.lr = 0.2; there algorithm.lr = 0.1" in ring.error(1)
 
 
-def test_offbeat_run_watches_peers_of_its_own(tmp_path):
-    of = table(40)
-    here, there = virtual(of), offbeat.run(**of, engine="zmq")
+def test_offbeat_run_watches_peers_of_its_own_and_goes_on_where_it_was(tmp_path):
+    of, longer = table(40), table(60)
+    here, there = virtual(of), offbeat.run(**of, engine="zmq", folder=tmp_path / "run")
     np.testing.assert_allclose(there.x, here.x, rtol=0, atol=1e-12)
     for row, other in zip(here.metrics, there.metrics, strict=True):
         assert (row["step"], row["gradients"]) == (other["step"], other["gradients"])
         for key in ("loss", "consensus"):
             assert row[key] == pytest.approx(other[key], abs=1e-12)
     assert there.facts["bytes"] == here.facts["bytes"]
-    assert not [p for p in psutil.Process().children(recursive=True) if "net.local" in p.cmdline()]
+    assert not [
+        p
+        for p in psutil.Process().children(recursive=True)
+        if "offbeat.runtime.net.local" in p.cmdline()
+    ]
+    more = api.resume(tmp_path / "run", overrides=["stop.steps=60"])
+    np.testing.assert_allclose(more.x, virtual(longer).x, rtol=0, atol=1e-12)
 
 
 def test_what_asynchronous_peers_did_is_replayed_from_their_traces(tmp_path):
@@ -171,15 +177,6 @@ def test_what_asynchronous_peers_did_is_replayed_from_their_traces(tmp_path):
         again.run()
         for i in range(4):
             np.testing.assert_array_equal(again.nodes[i].model, ring.state(i)["x"])
-
-
-def test_a_watched_run_goes_on_where_it_was(tmp_path):
-    of = table(20, "dsgt(lr=0.05)")
-    offbeat.run(**of, engine="zmq", folder=tmp_path / "run")
-    result = api.resume(tmp_path / "run", overrides=["stop.steps=40"])
-    np.testing.assert_allclose(
-        result.x, virtual({**of, "stop": {"steps": 40}}).x, rtol=0, atol=1e-12
-    )
 
 
 def test_an_asynchronous_run_is_replayed_to_the_bit(tmp_path):
