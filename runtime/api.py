@@ -47,7 +47,7 @@ DRAWN = {"picture.png", "report.html", "report-figures"}
 # What a run folder holds.
 WRITTEN = {
     *("experiment.toml", "metrics.jsonl", "trace.jsonl", "checkpoint", "summary.json"),
-    *("server.json", "server.lock"),
+    *("server.json", "server.lock", "shapes.json"),
     *DRAWN,
 }
 
@@ -100,11 +100,11 @@ class Result:
         return read_trace(self.folder / "trace.jsonl")
 
     def column(self, name: str) -> NDArray:
-        """One column of the metrics, the final evaluation included."""
+        """One column of the metrics, the final evaluation included; nan where it was not known."""
         rows = self.metrics
         if not rows or rows[-1]["gradients"] != self.final["gradients"]:
             rows = [*rows, self.final]
-        return np.array([row[name] for row in rows])
+        return np.array([row.get(name, np.nan) for row in rows])
 
     def plot(self, path: str | Path) -> Path:
         """Write the picture: loss against virtual time and steps, and the workers' timeline."""

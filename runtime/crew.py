@@ -43,8 +43,8 @@ class Answer(NamedTuple):
     """What came of an order."""
 
     serial: int
-    loss: float
-    """Not a number where loss or payload is not finite."""
+    loss: float | None
+    """Not a number where loss or payload is not finite; None where nobody said what it is."""
     payload: NDArray
     """``[d]``."""
     kept: Kept

@@ -176,6 +176,8 @@ class Loop(ABC):
     def _level(self) -> float:
         """Where the metric is that the run ends by."""
         row, metric = self.records.metrics[-1], self.stop.metric
+        if metric not in row and metric == "loss":  # nobody has reported one yet
+            return math.inf
         if metric not in row:
             raise ConfigError(f'stop: there is no metric "{metric}"{nearest(metric, row)}')
         return row[metric]
@@ -210,7 +212,7 @@ class Loop(ABC):
     def _evaluated(self, x: np.ndarray) -> dict[str, float]:
         """The task's facts at ``x [d]``, which are finite."""
         facts = self.task.evaluate(x)
-        if not math.isfinite(facts["loss"]):
+        if not math.isfinite(facts.get("loss", 0.0)):  # it may have to be reported first
             raise Diverged(
                 f"the loss is not finite at step {self.step} ({self.time_s:.6g} s); "
                 "take a smaller step size or clip"

@@ -56,7 +56,8 @@ def picture(results: Sequence["Result"], path: Path, labels: Sequence[str] | Non
         for result, name, line in zip(results, names, lines, strict=True):
             axes.plot(result.column(key) / unit, result.column("loss"), label=name, lw=1.6, **line)
         losses = np.concatenate([result.column("loss") for result in results])
-        axes.set_yscale("log" if losses.min() > 0 else "linear")
+        least = losses[np.isfinite(losses)].min(initial=np.inf)
+        axes.set_yscale("log" if least > 0 else "linear")
         ends = [result.column(key)[-1] / unit for result in results]
         if max(ends) > UNLIKE * min(ends) > 0:  # else the shortest run is a stub at the edge
             axes.set_xscale("symlog", linthresh=max(1.0 / unit, min(ends) / UNLIKE))

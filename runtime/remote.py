@@ -37,6 +37,7 @@ class RemoteWorkers(VirtualWorkers):
         self.crew = crew
         self._sent: dict[int, Job] = {}  # serial -> job whose answer is awaited
         self._unaware = set(range(self.n))  # whose process may not have what the worker keeps
+        self._report = getattr(task, "report", None)  # of losses that only workers know
         self._failures: dict[int, int] = {}  # serial -> how often its computation raised
         self.failures = self.restarts = 0
 
@@ -96,6 +97,8 @@ class RemoteWorkers(VirtualWorkers):
                 job.loss, job.payload, job.spent_s = event.loss, event.payload, event.spent_s
                 if event.kept:
                     job.kept = event.kept
+                if self._report is not None and event.loss is not None:
+                    self._report(event.loss)
                 self._answered(job)
         elif isinstance(event, Failed):
             self._failed(event)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from offbeat.runtime.api import Result, replay, resume, run
     from offbeat.runtime.errors import ConfigError, Diverged, OffbeatError, StorageError
+    from offbeat.runtime.own.run import join, weights
     from offbeat.runtime.settings import Evaluate, Stop
     from offbeat.workers.fleet import Fleet, Outage
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _FROM = {
     "offbeat.runtime.api": ("Result", "replay", "resume", "run"),
     "offbeat.runtime.errors": ("ConfigError", "Diverged", "OffbeatError", "StorageError"),
+    "offbeat.runtime.own.run": ("join", "weights"),
     "offbeat.runtime.settings": ("Evaluate", "Stop"),
     "offbeat.workers.fleet": ("Fleet", "Outage"),
 }
@@ -34,9 +36,11 @@ __all__ = [
     "Result",
     "Stop",
     "StorageError",
+    "join",
     "replay",
     "resume",
     "run",
+    "weights",
 ]
 
 

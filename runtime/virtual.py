@@ -57,7 +57,7 @@ class Job:
     kept: dict[str, NDArray]  # rows [1, ...] that its worker shall keep; set where there are any
     late: bool  # of a crew: it took longer than its worker would have
     spent_s: float  # of a crew: real seconds
-    loss: float
+    loss: float | None
     order: int  # of start, among all jobs: breaks ties
     start_s: float
     end_s: float

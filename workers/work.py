@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.registry import Count, Fraction, Natural, NonNegative, Positive, Registry, Spec
 from offbeat.workers.tasks.contract import Task
+from offbeat.workers.tasks.external import ELSEWHERE
 
 WORK = Registry("work")
 INNERS = Registry("inner optimiser")
@@ -72,6 +73,31 @@ class Gradient:
 def gradient() -> Gradient:
     """One stochastic gradient a job."""
     return Gradient()
+
+
+class OwnLoop:
+    """So many steps of a training loop that is not here: nothing can be computed without it."""
+
+    spec: Spec | None = None
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def keep(self, n: int, x: NDArray) -> Kept:
+        """Nothing: the loop keeps what it wants to."""
+        return {}
+
+    def update(
+        self, task: Task, x: NDArray, worker: NDArray, draw: NDArray, steps: NDArray, kept: Kept
+    ) -> tuple[NDArray, NDArray]:
+        """Refuses."""
+        raise ConfigError(f"own-loop: {ELSEWHERE}")
+
+
+@WORK.register("own-loop")
+def own_loop(*, steps: Count = 50) -> OwnLoop:
+    """Steps of a user's own training loop, which joins with ``offbeat.join``."""
+    return OwnLoop(steps)
 
 
 class Inner(ABC):

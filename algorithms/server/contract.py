@@ -26,8 +26,8 @@ class Update(Protocol):
     """That model, ``[d]``; read-only."""
     payload: Any
     """What the work made of it, ``[d]``: a gradient, or x less the model after local steps."""
-    loss: float
-    """The loss on the job's sample."""
+    loss: float | None
+    """The loss on the job's sample; None where its worker did not say."""
     start_s: float
     """When its worker began it."""
     end_s: float

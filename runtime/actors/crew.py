@@ -41,7 +41,7 @@ class Reply(NamedTuple):
     """What came of the orders of a call; ``done`` are those that did not fail."""
 
     done: list[int]
-    losses: list[float]
+    losses: list[float | None]
     spent_s: list[float]
     payloads: NDArray  # [k, d], or [d] of a single one
     kept: Kept  # rows [k, ...]

@@ -26,6 +26,7 @@ from offbeat.runtime.errors import (
     WrongVersion,
 )
 from offbeat.runtime.net import messages as say
+from offbeat.runtime.net import shapes
 from offbeat.runtime.net.jobs import (
     MOST_OFFENCES,
     MOST_STRIKES,
@@ -114,6 +115,7 @@ class Hub:
         self.counts: Counter[str] = Counter()
         self._opinions: dict[int, tuple[Answer, str]] = {}  # serial -> a result to be checked
         self._newest = 0  # step of the newest order
+        self.shapes = ""  # of the parameters of loops; see ``runtime.net.shapes``
         self._rates_s = 0.0  # when rates were measured
 
     # -- What the run asks for -------------------------------------------------------------------
@@ -311,8 +313,7 @@ class Hub:
         if kind == "result":
             self._result(seat, message, now_s)
         elif kind == "ready":
-            if body.manifest != self._manifest:
-                why = f"its task has {body.manifest}, the server's {self._manifest}"
+            if why := self._unlike(body):
                 refusal = say.Refusal(member.nonce, why, -1.0)
                 self._post(seat.address, "refusal", refusal, member.incarnation)
                 self._lose(member, why)
@@ -334,6 +335,21 @@ class Hub:
         elif kind != "pulse":
             raise BadHeader(f"a worker does not say {kind}")
 
+    def _unlike(self, ready: say.Ready) -> str:
+        """What differs between a worker's task and the run's; the first loop says what a model is.
+
+        Raises:
+            BadHeader: its shapes are none.
+        """
+        if ready.manifest != self._manifest:
+            return f"its task has {ready.manifest}, the server's {self._manifest}"
+        if ready.shapes != self.shapes:
+            theirs, mine = shapes.read(ready.shapes), shapes.read(self.shapes)
+            if mine:
+                return f"its model is another than the run's: {shapes.difference(theirs, mine)}"
+            self.shapes = ready.shapes
+        return ""
+
     def _result(self, seat: Seat, message: Message, now_s: float) -> None:
         body, member = message.body, seat.member
         serial = self.jobs.accept(member, body.job)
@@ -343,10 +359,11 @@ class Hub:
             for name, row in message.arrays.items()
             if name.startswith(say.KEPT)
         }
-        finite = math.isfinite(body.loss) and _finite(payload)
+        finite = (body.loss is None or math.isfinite(body.loss)) and _finite(payload)
         answer = Answer(serial, body.loss if finite else np.nan, payload, kept, body.spent_s)
         order = self._orders.pop(serial)
-        seat.jobs, seat.loss = seat.jobs + 1, body.loss
+        seat.jobs += 1
+        seat.loss = np.nan if body.loss is None else body.loss
         seat.staleness = self._newest - order.step
         if finite:
             member.strikes = 0

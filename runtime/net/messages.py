@@ -50,9 +50,10 @@ class Again(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc
 
 
 class Ready(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
-    """The task is built; ``manifest`` is what it found."""
+    """The task is built; ``manifest`` is what it found, ``shapes`` how a loop's model is made."""
 
     manifest: Text
+    shapes: Text = ""
 
 
 class Pulse(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
@@ -79,7 +80,8 @@ class Result(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, g
     """What came of a job."""
 
     job: Counter
-    loss: float
+    loss: float | None
+    """None: a loop that did not say."""
     spent_s: float
 
 

@@ -19,14 +19,16 @@ from typing import TYPE_CHECKING, Any
 import zmq
 
 from offbeat.runtime.checkpoint import write_whole
-from offbeat.runtime.crew import Back, Crew, Event, Order
+from offbeat.runtime.crew import Answer, Back, Crew, Event, Gone, Order
 from offbeat.runtime.errors import ConfigError, CrewError, Fenced, StorageError
-from offbeat.runtime.net import keys, sockets
+from offbeat.runtime.net import keys, shapes, sockets
 from offbeat.runtime.net.hub import Hub
 from offbeat.runtime.net.jobs import Liveness
 from offbeat.runtime.net.local import Nursery
 from offbeat.runtime.net.messages import kinds
 from offbeat.runtime.registry import MADE_BY_HAND
+from offbeat.workers.tasks.external import ELSEWHERE, External
+from offbeat.workers.work import OwnLoop
 
 if TYPE_CHECKING:
     from offbeat.runtime.backends import Zmq
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 log = getLogger("offbeat.net")
 AT_ONCE = 256  # messages that are read before anything else is looked at
+WAIT_S = 0.5  # for the first loop, before signals are looked at
+FIRST = 2**52  # serial of the job that asks for a model; no run has so many
 START_S = 60.0  # for the workers of this machine to be there
 GOODBYE_S = 1.0  # for members to hear that the run is over
 REMIND_S = 30.0  # between two sentences that say what is waited for
@@ -154,11 +158,18 @@ class ZmqCrew(Crew):
             self._frames: list[Any] = []  # of the message that is being read
             log.info("server %d listens at %s", self._claim.incarnation, self.endpoint)
             slots = experiment.fleet.workers
-            count = slots if options.processes is None else options.processes
+            loops = isinstance(experiment.work, OwnLoop)
+            count = options.processes
+            if count and loops:
+                raise ConfigError(f"processes = {count}: {ELSEWHERE}")
+            if count is None:
+                count = 0 if loops else slots
             if count:
                 words = (keys.knock(self.endpoint), str(count), options.keys)
                 self._nursery = Nursery("worker", *words)
                 self._await_all(min(count, slots))
+            if loops:
+                self._meet(experiment, folder)
         except BaseException:
             self.close()
             raise
@@ -171,6 +182,34 @@ class ZmqCrew(Crew):
             for event in self.collect(sockets.LINGER_MS / 1000):
                 (here.add if isinstance(event, Back) else here.discard)(event.worker)  # type: ignore[union-attr]
         hub.events = [event for event in absent if event.worker not in here]  # type: ignore[union-attr]
+
+    def _meet(self, experiment: "Experiment", folder: Path | None) -> None:
+        """Let the run begin when it is known what the loops' model is, and where it begins."""
+        hub, task, path = self._hub, experiment.task, folder and folder / shapes.FILE
+        known = task.start is not None if isinstance(task, External) else True
+        if isinstance(task, External) and task.shapes:
+            hub.shapes = shapes.write(task.shapes)
+        if path is not None and path.exists():
+            hub.shapes, known = path.read_text(), True
+        absent, hub.events, here = hub.events, [], set[int]()
+        while not hub.shapes or not known:
+            for event in self.collect(WAIT_S):
+                if isinstance(event, Back):
+                    here.add(event.worker)
+                    if not known:  # a job of no steps asks for the model that is there
+                        x = task.initial(experiment.seed)
+                        self.submit(Order(FIRST, event.worker, event.worker, 0, 0, 0, x, None))
+                elif isinstance(event, Gone):
+                    here.discard(event.worker)
+                elif isinstance(event, Answer) and not known:
+                    assert isinstance(task, External)
+                    task.begin(task.initial(experiment.seed) - event.payload)
+                    known = True
+        hub.events = [event for event in absent if event.worker not in here]  # type: ignore[union-attr]
+        if isinstance(task, External):
+            task.arrange(shapes.read(hub.shapes))
+        if path is not None:
+            write_whole(path, hub.shapes.encode())
 
     # -- Crew ------------------------------------------------------------------------------------
 

@@ -50,8 +50,8 @@ class Spoke:
         self._kinds: Mapping[str, Kind] = say.GREETING
         self._reader = Reader("", self._kinds)
         self._link: Link = Link(resend_s=1.0)
-        self._pool = Pool()
-        self._assembly = Assembly(self._kinds, self._pool)
+        self.pool = Pool()  # for models
+        self._assembly = Assembly(self._kinds, self.pool)
         self._model: NDArray | None = None
         self._hello_s, self._retry_s = now_s, self.liveness.heartbeat_s
         self._pulse_s = now_s
@@ -104,7 +104,7 @@ class Spoke:
 
     def _reset(self) -> None:
         self._link = Link(resend_s=self.liveness.resend_s, ack_s=self.liveness.tick_s)
-        self._assembly = Assembly(self._kinds, self._pool)
+        self._assembly = Assembly(self._kinds, self.pool)
         self._model = None
         self._forget()
 
@@ -157,8 +157,10 @@ class Spoke:
 
     # -- What the worker does --------------------------------------------------------------------
 
-    def ready(self, kinds: Mapping[str, Kind], now_s: float) -> None:
+    def ready(self, kinds: Mapping[str, Kind], now_s: float, shapes: str = "") -> None:
         """The task of ``welcome`` is built, and its messages look like ``kinds``.
+
+        ``shapes`` are those of a loop's model; see ``runtime.net.shapes``.
 
         Raises:
             ConfigError: they do not look as the server says.
@@ -167,9 +169,9 @@ class Spoke:
         mine, theirs = say.manifest(kinds), self.welcome.manifest
         self._kinds = kinds
         self._reader = Reader(self.run, kinds)
-        self._assembly = Assembly(kinds, self._pool)
+        self._assembly = Assembly(kinds, self.pool)
         self.welcome, self.state = None, "working"
-        self._say("ready", say.Ready(mine), None, now_s)
+        self._say("ready", say.Ready(mine, shapes), None, now_s)
         if mine != theirs:
             raise ConfigError(
                 f"this worker's task differs from the server's: {mine} here, {theirs} there; "
@@ -182,6 +184,10 @@ class Spoke:
             return None
         self._taken.append(self.orders.popleft())
         return self._taken[-1]
+
+    def wants(self, order: Order) -> bool:
+        """Whether the answer to ``order`` would still count."""
+        return any(taken is order for taken in self._taken)
 
     def _done(self, order: Order) -> bool:
         """Whether ``order`` still counts: jobs of another incarnation have the same numbers."""

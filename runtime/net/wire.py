@@ -11,7 +11,7 @@ the receiver copies into one buffer: twice as fast as one long frame, and nothin
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
@@ -301,6 +301,10 @@ def opened(one: Array, spec: ArraySpec, flat: memoryview) -> NDArray:
     return array if array.flags.aligned else array.copy()
 
 
+def _new(nbytes: int) -> NDArray[np.uint8]:
+    return np.empty(nbytes, np.uint8)
+
+
 class Pool:
     """Memory for large arrays, handed out again once nothing looks at it any more.
 
@@ -309,6 +313,7 @@ class Pool:
 
     def __init__(self) -> None:
         self._buffers: list[NDArray[np.uint8]] = []
+        self.make: Callable[[int], NDArray[np.uint8]] = _new  # where they are from
 
     def take(self, nbytes: int) -> NDArray[np.uint8]:
         """A buffer ``[nbytes]``; what it holds is left over."""
@@ -317,7 +322,7 @@ class Pool:
             # An array made of it, and all views of that, refer to it.
             if sys.getrefcount(held[place]) == _UNUSED and held[place].nbytes == nbytes:
                 return held[place]
-        made = np.empty(nbytes, np.uint8)
+        made = self.make(nbytes)
         if len(self._buffers) < MOST_POOLED:
             self._buffers.append(made)
         return made

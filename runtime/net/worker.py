@@ -277,8 +277,13 @@ def built(text: str, device: str) -> tuple[Runner, Any]:
     """What computes the jobs of the experiment in ``text``, and the messages it needs."""
     from offbeat.runtime.experiment import from_table
 
+    table = tomllib.loads(text)
+    if table["work"]["name"] == "own-loop":
+        raise ConfigError(
+            "the jobs of this run are steps of training loops; join it from one, with offbeat.join"
+        )
     try:
-        (experiment,) = from_table(tomllib.loads(text))
+        (experiment,) = from_table(table)
     except OffbeatError as error:
         raise ConfigError(f"the server's experiment cannot be built here: {error}") from None
     task: Any = experiment.task

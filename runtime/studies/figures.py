@@ -153,7 +153,7 @@ def _targets(plt: Any, data: dict[str, Any]) -> Any:
 
 
 def _against(plt: Any, one: dict[str, Any]) -> Any:
-    figure, axes = plt.subplots(figsize=(6, 4.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
     for series in one["series"]:
         at, fit = series["colour"], series["fit"]
         colour, name = COLOURS[at % len(COLOURS)], series["name"]
@@ -163,7 +163,7 @@ def _against(plt: Any, one: dict[str, Any]) -> Any:
         axes.plot(series["x"], series["y"], MARKS[at % len(MARKS)], color=colour, ms=5, label=name)
     axes.set(xscale="log", yscale="log", xlabel=one["x"], ylabel=one["y"])
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside upper left")
     return figure
 
 

@@ -74,7 +74,7 @@ def look(folder: Path) -> tuple[Group, bool]:
         last = metrics[-1] if metrics else {}
         cells = [_said(key, last[key]) if key in last else "" for key in keys]
         fraction = 1.0 if whole else _fraction(part, last)
-        line = sparkline([row["loss"] for row in metrics])
+        line = sparkline([row["loss"] for row in metrics if "loss" in row])
         table.add_row(part.name, f"{fraction:.0%}", *cells, line)
     return Group(table), ended
 

@@ -2,6 +2,7 @@
 
 from offbeat.workers.tasks.contract import TASKS, Task
 from offbeat.workers.tasks.empirical import EmpiricalRisk
+from offbeat.workers.tasks.external import External, external
 from offbeat.workers.tasks.least_squares import LeastSquares, least_squares
 from offbeat.workers.tasks.lm import LanguageModel, lm
 from offbeat.workers.tasks.logistic import logistic
@@ -13,11 +14,13 @@ from offbeat.workers.tasks.quadratic import Quadratic, quadratic
 __all__ = [
     "TASKS",
     "EmpiricalRisk",
+    "External",
     "LanguageModel",
     "LeastSquares",
     "Quadratic",
     "Task",
     "TorchTask",
+    "external",
     "least_squares",
     "lm",
     "logistic",

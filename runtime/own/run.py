@@ -1,0 +1,243 @@
+"""A run that a training loop takes part in.
+
+    with offbeat.join("tcp://host:5555", model, optimizer) as run:
+        for inputs, targets in batches:
+            loss = criterion(model(inputs), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if not run.step(loss):
+                break
+
+A job is so many of the loop's own steps; what they moved, x_received - x, goes to the server, and
+the next model it gives is loaded into the parameters in place.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offbeat.runtime import checkpoint
+from offbeat.runtime.crew import Answer, Order
+from offbeat.runtime.errors import ConfigError, StorageError
+from offbeat.runtime.net import shapes
+from offbeat.runtime.net.messages import MOST_TEXT
+from offbeat.runtime.own.courier import Courier
+from offbeat.runtime.own.flat import Flat
+
+PATIENCE_S = 600.0
+_joined: WeakSet[Any] = WeakSet()  # modules that take part in a run now
+
+
+class Run:
+    """See ``join``.
+
+    ``jobs`` are the jobs done; ``over`` says whether the run is.
+    """
+
+    def __init__(
+        self, address: str, model: Any, name: str, keys: Path | None, patience_s: float | None,
+        bf16: bool,
+    ) -> None:  # fmt: skip
+        self._address, self._name, self._keys = address, name, keys
+        self._model, self._patience_s, self._bf16 = model, patience_s, bf16
+        self._order: Order | None = None
+        self._entered = False
+        self.over, self.jobs = False, 0
+        self._done = self._told = 0  # steps of the job at hand, and losses that were said
+        self._total: Any = 0.0
+        self._began_s = 0.0
+
+    def __enter__(self) -> "Run":
+        if self._model in _joined:
+            raise ConfigError("this model takes part in a run already; leave that one first")
+        _joined.add(self._model)
+        try:
+            self._flat = Flat(self._model, self._bf16)
+            self._courier = _courier(self._address, self._name, self._keys, self._flat)
+        except BaseException:
+            _joined.discard(self._model)
+            raise
+        try:
+            self._courier.start()
+            self._entered = True
+            self._next()
+        except BaseException as error:
+            self._leave(f"it ended: {type(error).__name__}")
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._leave("its loop ended" if kind is None else f"its loop ended: {kind.__name__}")
+
+    def _leave(self, why: str) -> None:
+        _joined.discard(self._model)
+        self._entered, self._order = False, None
+        self._courier.leave(why)
+
+    @property
+    def shard(self) -> int:
+        """Whose data the job at hand is of: the worker's own number, or another's."""
+        return 0 if self._order is None else self._order.shard
+
+    @property
+    def draw(self) -> int:
+        """Steps that were handed out on that data before the next one, by whichever worker."""
+        return 0 if self._order is None else self._order.draw + self._done
+
+    def step(self, loss: Any = None) -> bool:
+        """Say that the optimiser has made a step; answers whether the run goes on.
+
+        Most calls only count.  After the last step of a job its result is sent, which goes on
+        while the loop does, and the next job is waited for; where the server is gone, until it is
+        back.
+
+        Args:
+            loss: of that step, a number or a tensor; the server records the mean.
+
+        Raises:
+            ConfigError: the run is over, or was left; Refused, Fenced: the server said so;
+            CrewError: there was no server for too long.
+        """
+        if not self._entered:
+            raise ConfigError("step() belongs into the block: with offbeat.join(...) as run")
+        if self._order is None:
+            raise ConfigError(
+                "the run is over: end the loop where step() answers False, or run.over is true"
+            )
+        if loss is not None:
+            self._total = self._total + (loss.detach() if hasattr(loss, "detach") else loss)
+            self._told += 1
+        self._done += 1
+        if self._courier.over:
+            self.over, self._order = True, None
+        elif self._done >= self._order.steps:
+            self._finish(self._order)
+            self._next()
+        elif self._courier.waits() and not self._courier.spoke.wants(self._order):
+            self._next()  # a server that was gone is back, and has no use for this job
+        return not self.over
+
+    def _finish(self, order: Order) -> None:
+        loss = float(self._total) / self._told if self._told else None
+        self._answer(order, loss)
+        self.jobs += 1
+
+    def _answer(self, order: Order, loss: float | None) -> None:
+        moved: Any = self._flat.moved(fresh=not self._courier.delivered)
+        spent_s = time.perf_counter() - self._began_s
+        self._courier.answer(order, Answer(order.serial, loss, moved, {}, spent_s))
+
+    def _next(self) -> None:
+        """Begin the next job, once it is here."""
+        self._order = None
+        self._began_s = time.perf_counter()
+        while (order := self._courier.next(self._patience_s)) is not None:
+            self._flat.receive(order.x)
+            if order.steps:
+                break
+            self._answer(order, None)  # a job of no steps asks for the model that is here
+        if order is None:
+            self.over = True
+            return
+        self._flat.load()
+        self._order, self._done, self._told, self._total = order, 0, 0, 0.0
+        self._began_s = time.perf_counter()
+
+
+def join(
+    address: str,
+    model: Any,
+    optimizer: Any,
+    *,
+    name: str = "",
+    keys: str | Path | None = None,
+    patience_s: float | None = PATIENCE_S,
+    bf16: bool = False,
+) -> Run:
+    """Let a training loop be a worker of a server that ``offbeat serve`` began; use as a context.
+
+    The trainable parameters become views into one flat vector, into which each job's model is
+    loaded in place; optimiser state, schedules, gradient accumulation, mixed precision
+    (torch.autocast, GradScaler) and data stay the loop's own business.  So do buffers: the running
+    statistics of BatchNorm are not averaged.  Call ``step`` once after each step of the optimiser.
+    After the block the parameters are what the loop left; ``weights`` reads the run's own.
+
+    A server that is gone is waited for, at the end of the job at hand; Ctrl-C and other exceptions
+    leave the run, and the server hands the job to somebody else.  One process a model: of several
+    that share one, as under DistributedDataParallel, joining is not supported.
+
+    Args:
+        address: of the server, "tcp://host:5555".
+        model: a torch module, on its device.
+        optimizer: what steps its parameters; a list, where there are several.
+        name: of this worker, and of its key.
+        keys: a folder of keys; see ``offbeat keys``.
+        patience_s: how long to wait for a server that is not there; None: for ever.
+        bf16: differences travel as bfloat16, half of the bytes.
+
+    Raises:
+        ConfigError: a model or optimiser that cannot take part, or another than the run's;
+        and what ``Run.step`` raises.
+    """
+    _check(model, optimizer if isinstance(optimizer, Sequence) else [optimizer])
+    folder = None if keys is None else Path(keys).expanduser()
+    return Run(address, model, name, folder, patience_s, bf16)
+
+
+def _courier(address: str, name: str, keys: Path | None, flat: Flat) -> Courier:
+    if len(text := shapes.write(flat.shapes)) > MOST_TEXT:
+        raise ConfigError(
+            f"the names and shapes of the model's {len(flat.shapes)} parameters take {len(text)} "
+            f"bytes; at most {MOST_TEXT} can be told"
+        )
+    like = np.broadcast_to(np.zeros((), flat.dtype), flat.dim)
+    return Courier(address, name, keys, like, text, flat.memory)
+
+
+def _check(model: Any, optimizers: Sequence[Any]) -> None:
+    """Raise ConfigError where the optimisers do not step the model, all of it and nothing else."""
+    stepped = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    named = {name: id(p) for name, p in model.named_parameters()}
+    trained = {name: id(p) for name, p in model.named_parameters() if p.requires_grad}
+    if still := [name for name, p in trained.items() if p not in stepped]:
+        raise ConfigError(
+            f"no optimiser steps {', '.join(still[:4])}{'...' * (len(still) > 4)}; give join every "
+            "optimiser of the model, or freeze these (requires_grad = False)"
+        )
+    if foreign := stepped - set(named.values()):
+        raise ConfigError(
+            f"the optimiser steps {len(foreign)} tensors that are not the model's; was it made for "
+            "another model, or before this one was moved?"
+        )
+
+
+def weights(folder: str | Path) -> dict[str, NDArray]:
+    """The parameters in a run folder's newest checkpoint, by name.
+
+        model.load_state_dict({k: torch.from_numpy(v) for k, v in weights(folder).items()},
+                              strict=False)
+
+    Raises:
+        StorageError: no such run, or none of training loops.
+    """
+    path = Path(folder) / shapes.FILE
+    try:
+        layout = shapes.read(path.read_text())
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror})") from None
+    x = checkpoint.read(Path(folder) / "checkpoint")[0]["x"]
+    ends = np.cumsum([int(np.prod(shape)) for _, shape in layout])
+    pieces = np.split(x, ends[:-1])
+    return {name: part.reshape(s) for (name, s), part in zip(layout, pieces, strict=True)}
