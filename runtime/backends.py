@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.net.jobs import Liveness
 from offbeat.runtime.registry import Count, Natural, NonNegative, Positive, Registry, Spec
 
@@ -142,10 +141,12 @@ class Zmq:
         return ZmqCrew(experiment, self, folder)
 
     def gossip(self, experiment: "Experiment", records: "Records", **around: Any) -> "Loop | None":
-        """This process, under the virtual clock."""
-        if experiment.real:
-            raise ConfigError('gossip under a real clock does not run with engine = "zmq"')
-        return None
+        """Peers on this machine, under a real clock."""
+        if not experiment.real:
+            return None
+        from offbeat.runtime.net.peers import ZmqGossip
+
+        return ZmqGossip(experiment, self, records, **around)
 
 
 @ENGINES.register("zmq")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 
 from offbeat.runtime.errors import StorageError
 
@@ -123,3 +123,18 @@ def _fill(tree: Any, arrays: dict[str, NDArray]) -> Any:
     if isinstance(tree, list):
         return [_fill(item, arrays) for item in tree]
     return tree
+
+
+def dumps(state: dict[str, Any]) -> bytes:
+    """``state`` as bytes, to be sent."""
+    arrays: dict[str, NDArray] = {}
+    tree = json.dumps(_strip(state, arrays)).encode()
+    return save({MARK: np.frombuffer(tree, np.uint8), **arrays})
+
+
+def loads(data: bytes) -> dict[str, Any]:
+    """What ``dumps`` was given."""
+    arrays = load(data)
+    state = _fill(json.loads(arrays.pop(MARK).tobytes()), arrays)
+    assert isinstance(state, dict)
+    return state

@@ -19,6 +19,7 @@ from threadpoolctl import threadpool_limits
 from offbeat.algorithms.compression import COMPRESSORS
 from offbeat.algorithms.gossip import ALGORITHMS
 from offbeat.deploy.cli import deploy, doctor
+from offbeat.deploy.hosts import read_hosts
 from offbeat.runtime import api, checkpoint
 from offbeat.runtime.backends import ENGINES
 from offbeat.runtime.checkpoint import write_whole
@@ -429,7 +430,7 @@ def _say(text: str) -> None:
     console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
-net.mount(app, _go_on, _fresh)
+net.mount(app, _go_on, _fresh, read_hosts)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-from offbeat.runtime.errors import OffbeatError
+from offbeat.runtime.errors import OffbeatError, PeerError
 from offbeat.runtime.experiment import Experiment
 from offbeat.runtime.node import Compute, Effect, GossipNode, Send, gossip_node
 from offbeat.runtime.peer import Item
@@ -69,6 +69,7 @@ class Hosted:
         carry: called with parcels for nodes elsewhere.
         incarnation, joining: see ``GossipNode``.
         states: what ``state`` answered for each, to go on from; None: the run begins.
+        refuse: called with who sent what no node sends, and why; None: that ends the run.
     """
 
     def __init__(
@@ -80,8 +81,9 @@ class Hosted:
         incarnation: int = 0,
         joining: bool = False,
         states: Mapping[int, dict[str, Any]] | None = None,
+        refuse: Callable[[int, PeerError], None] | None = None,
     ) -> None:
-        self._carry, self._states = carry, states
+        self._carry, self._states, self._refuse = carry, states, refuse
         self._incarnation, self._joining = incarnation, joining
         self.nodes: dict[int, GossipNode] = {
             i: gossip_node(experiment, i, incarnation=incarnation, joining=joining) for i in nodes
@@ -142,10 +144,10 @@ class Hosted:
                     told.rounds[i] = node.round
             return told
 
-    def end(self) -> None:
-        """Stop."""
+    def end(self, most_s: float | None = None) -> None:
+        """Stop, waiting so long at most for the job at hand."""
         self._queue.put(("end",))
-        self._thread.join()
+        self._thread.join(most_s)
 
     # -- The thread ----------------------------------------------------------------------------
 
@@ -239,8 +241,15 @@ class Hosted:
 
     def _arrive(self, p: Parcel) -> None:
         node = self.nodes[p.to]
+        try:
+            effects = node.receive(p.frm, p.kind, p.number, p.items, p.incarnation)
+        except PeerError as error:
+            if self._refuse is None:
+                raise
+            self._refuse(p.frm, error)
+            return
         self._note(p.to, "mail", p.frm, p.incarnation, p.serial)
-        self._do(p.to, node.receive(p.frm, p.kind, p.number, p.items, p.incarnation))
+        self._do(p.to, effects)
 
     def _tell(self, what: str, args: tuple[Any, ...]) -> None:
         self._limits += what == "extend"

@@ -215,6 +215,16 @@ class GossipNode(ABC):
             self._opening(j)
         return [self._hello(j)] if self._link(j).is_ == OPENING else []
 
+    def meet(self, j: int, incarnation: int) -> list[Effect]:
+        """The run begins, or goes on, with ``j`` as this incarnation: it has lost nothing."""
+        self.heard[j] = max(incarnation, self.heard.get(j, 0))
+        return []
+
+    def forget(self, j: int) -> list[Effect]:
+        """What is known of the link to ``j``, which is down, is older than what j knows."""
+        self._forgotten(j)
+        return []
+
     def extend(self, limit: float) -> list[Effect]:
         """From now on the node may begin rounds below ``limit``."""
         self.limit = limit

@@ -1,1 +1,1 @@
-"""Machines that share nothing but a network: wire, links, membership, keys, server and workers."""
+"""Machines that share nothing but a network: wire, links, keys; server and workers, or peers."""

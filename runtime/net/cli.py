@@ -1,4 +1,4 @@
-"""The commands of runs over a network: serve, join, status, keys."""
+"""The commands of runs over a network: serve, join, peer, status, keys."""
 
 import json
 import logging
@@ -23,6 +23,7 @@ from offbeat.runtime.net import messages as say
 from offbeat.runtime.net.jobs import Liveness
 
 PORT = 5555
+INTERRUPTED = 130
 ASK_S = 5.0  # for a server to answer
 Keys = Annotated[
     Path | None,
@@ -79,13 +80,19 @@ def serving(file: Path, given: dict[str, Any], overrides: list[str]) -> tuple[An
     return found[0], table
 
 
-def mount(app: typer.Typer, go_on: Callable[..., None], fresh: Callable[[str], Path]) -> None:
+def mount(
+    app: typer.Typer,
+    go_on: Callable[..., None],
+    fresh: Callable[[str], Path],
+    read_hosts: Callable[[Path], Any],
+) -> None:
     """Add the commands to ``app``.
 
     Args:
         app: the program.
         go_on: runs or resumes, and reports.
         fresh: a new run folder.
+        read_hosts: reads a host file.
     """
     app.add_typer(keyring, name="keys")
 
@@ -145,15 +152,67 @@ def mount(app: typer.Typer, go_on: Callable[..., None], fresh: Callable[[str], P
         Worker(address, name, folder, device, max_wait_s).run()
 
     @app.command()
+    def peer(
+        file: Annotated[Path, typer.Argument(help="An experiment (TOML) of a gossip method.")],
+        hosts: Annotated[Path, typer.Option(help="The host file: all nodes, and their addresses.")],
+        node: Annotated[str, typer.Option(help="Which of them this is, by its name.")],
+        folder: Keys = None,
+        out: Annotated[
+            Path | None, typer.Option(help="Its own folder (else runs/NAME-NODE); it goes on.")
+        ] = None,
+        bind: Annotated[
+            str, typer.Option(help="Where to listen, if not at the address in the host file.")
+        ] = "",
+        device: Annotated[
+            str | None,
+            typer.Option(help="Where a torch task computes, if not as in the host file."),
+        ] = None,
+        suspect_after_s: Annotated[
+            float, typer.Option(help="Silence after which a neighbour is suspected.")
+        ] = 1.0,
+        overrides: Annotated[
+            list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As for run.")
+        ] = None,
+    ) -> None:
+        """Be one node of a gossip run; started again, it returns to the run."""
+        from offbeat.runtime.experiment import read
+        from offbeat.runtime.net.peer import PeerProcess, Seat, alone
+
+        _log()
+        listed = read_hosts(hosts)
+        number, own = listed.node(node)
+        found = read(file, {}, overrides or [])
+        if len(found) > 1:
+            raise ConfigError(f"{file}: is a comparison of {len(found)} runs; take one at a time")
+        if not bind:
+            bind = own.endpoint if folder is None else f"tcp://*:{own.port}"
+        reason = PeerProcess(
+            alone(found[0]),
+            [Seat(one.name, one.endpoint) for one in listed.nodes()],
+            number,
+            out or Path("runs") / f"{file.stem}-{node}",
+            bind=bind,
+            keys_folder=folder,
+            device=device or own.device,
+            suspect_after_s=suspect_after_s,
+        ).run()
+        typer.echo(f"{node}: the run is over ({reason})")
+        if reason == "interrupted":
+            raise typer.Exit(INTERRUPTED)
+
+    @app.command()
     def status(
         address: Address,
         folder: Keys = None,
         name: Annotated[str, typer.Option(help="Of this node's key.")] = keys.SERVER,
+        other: Annotated[
+            str, typer.Option("--peer", help="Whose key the other side has, where it is a peer.")
+        ] = keys.SERVER,
         watch: Annotated[bool, typer.Option("--watch", help="Look again every second.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     ) -> None:
-        """Show who works for a server, and how it goes."""
-        with asking(address, folder, name) as ask:
+        """Show who works for a server, or whom a peer hears, and how it goes."""
+        with asking(address, folder, name, other) as ask:
             if as_json:
                 typer.echo(json.dumps(ask()))
             elif not watch:
@@ -169,11 +228,35 @@ def _log() -> None:
     logging.getLogger("offbeat").setLevel("INFO")
 
 
+def _peers(status: dict[str, Any]) -> Table:
+    title = (
+        f"{status['node']}: {status['state']}, round {status['round']:,}, loss "
+        f"{status['loss']:.4g}, {status['bytes'] / 1e6:.3g} MB sent, "
+        f"incarnation {status['incarnation']}"
+    )
+    table = Table(title=title, box=None, header_style="bold", title_justify="left")
+    for head in ("neighbour", "where", "state", "round", "silent s", "waiting"):
+        table.add_column(
+            head, justify="left" if head in ("neighbour", "where", "state") else "right"
+        )
+    for row in status["neighbours"]:
+        table.add_row(
+            row["node"], row["where"], row["state"], f"{row['round']:,}",
+            f"{row['silent_s']:.1f}", str(row["waiting"]),
+        )  # fmt: skip
+    return table
+
+
 class asking:
     """A connection to a server; as a context it gives the function that asks how the run is."""
 
-    def __init__(self, address: str, folder: Path | None, name: str) -> None:
-        own = (keys.identity(folder, name), keys.server_key(folder)) if folder else None
+    def __init__(
+        self, address: str, folder: Path | None, name: str, other: str = keys.SERVER
+    ) -> None:
+        own = None
+        if folder:
+            key = keys.server_key(folder) if other == keys.SERVER else keys.public(folder, other)
+            own = keys.identity(folder, name), key
         self._address, self._context = address, zmq.Context()
         self._socket = sockets.limited(self._context, zmq.DEALER, Liveness())
         self._socket.linger = 0
@@ -204,13 +287,15 @@ class asking:
                     assert isinstance(found, dict)
                     return found
         raise CrewError(
-            f"{self._address}: no server answers within {ASK_S:.0f} s; is the address right, and "
+            f"{self._address}: nobody answers within {ASK_S:.0f} s; is the address right, and "
             "has it listed this node's key?"
         )
 
 
 def shown(status: dict[str, Any]) -> Table:
-    """A server's answer as a table."""
+    """A server's or a peer's answer as a table."""
+    if "neighbours" in status:
+        return _peers(status)
     title = (
         f"{status['jobs']:,} jobs done, step {status['step']:,}, {status['out']} out, "
         f"{len(status['workers'])} of {status['slots']} workers; server {status['incarnation']}"

@@ -115,6 +115,25 @@ def server_key(folder: Path) -> bytes:
     )
 
 
+def public(folder: Path, name: str) -> bytes:
+    """The public key that node ``name`` has to have."""
+    path = folder / AUTHORIZED / f"{_name(name)}.key"
+    if not path.exists():
+        raise ConfigError(
+            f"{folder}: the public key of {name} is missing; there, offbeat keys show {name} "
+            f"prints it, and here: offbeat keys authorize {name} KEY"
+        )
+    return _public(path)
+
+
+def knock(endpoint: str) -> str:
+    """Where this machine itself reaches what listens at ``endpoint``."""
+    for everywhere in ("tcp://0.0.0.0:", "tcp://[::]:", "tcp://*:"):
+        if endpoint.startswith(everywhere):
+            return "tcp://127.0.0.1:" + endpoint.removeprefix(everywhere)
+    return endpoint
+
+
 def _name(name: str) -> str:
     if not NAME.fullmatch(name):
         raise ConfigError(f'"{name}" is no name for a key; take letters, digits, dots and dashes')

@@ -1,7 +1,8 @@
-"""Worker processes on this machine: one process loads what they need, and forks them.
+"""Workers or peers on this machine: one process loads what they need, and forks them.
 
-``python -m offbeat.runtime.net.local ENDPOINT COUNT`` is that process.  It ends, and all it began
-with it, when its standard input does: whatever happens to the server, nothing is left behind.
+``python -m offbeat.runtime.net.local HEAVY worker ENDPOINT COUNT KEYS``, or ``... peer FOLDER``, is
+that process; it imports what is HEAVY first.  It ends, and all it began with it, when its standard
+input does: whatever happens to who asked for them, nothing is left behind.
 """
 
 import ctypes
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from logging import getLogger
 from pathlib import Path
 
@@ -25,24 +27,25 @@ PR_SET_PDEATHSIG = 1
 
 
 class Nursery:
-    """The process that has the workers, seen from the server.
+    """The process that has them, seen from who asked for it.
 
     Args:
-        endpoint: of the server.
-        count: how many workers; they are called local-0, local-1, ...
-        keys: folder of keys, or "".
+        words: "worker", the endpoint of the server, how many (they are called local-0, local-1,
+            ...) and the folder of keys, or ""; or "peer" and the folder with their plan.
     """
 
-    def __init__(self, endpoint: str, count: int, keys: str) -> None:
-        words = [sys.executable, "-m", "offbeat.runtime.net.local", endpoint, str(count), keys]
+    def __init__(self, *words: str) -> None:
         heavy = [name for name in ("torch", "sklearn") if name in sys.modules]
-        self._process = subprocess.Popen([*words, *heavy], stdin=subprocess.PIPE)
+        program = [sys.executable, "-m", "offbeat.runtime.net.local", ",".join(heavy)]
+        self._what = words[0]
+        self._process = subprocess.Popen([*program, *words], stdin=subprocess.PIPE)
 
     def check(self) -> None:
         """Raise CrewError if it is not there any more."""
         if (code := self._process.poll()) is not None:
             raise CrewError(
-                f"the workers on this machine do not stay (exit code {code}); they said why above"
+                f"the {self._what}s on this machine do not stay (exit code {code}); they said why "
+                "above"
             )
 
     def close(self) -> None:
@@ -61,8 +64,8 @@ def _follow_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _begin(endpoint: str, name: str, keys: str) -> int:
-    """Fork a worker; answers its pid."""
+def _begin(run: Callable[[str], object], name: str) -> int:
+    """Fork a process that is to ``run`` as ``name``; answers its pid."""
     parent = os.getpid()
     if pid := os.fork():
         return pid
@@ -73,9 +76,7 @@ def _begin(endpoint: str, name: str, keys: str) -> int:
         os.close(0)
         if os.getppid() != parent:
             os._exit(1)
-        from offbeat.runtime.net.worker import Worker
-
-        Worker(endpoint, name, Path(keys) if keys else None).run()
+        run(name)
         code = 0
     except OffbeatError as error:
         print(f"offbeat: {name}: {error}", file=sys.stderr, flush=True)
@@ -88,20 +89,33 @@ def _begin(endpoint: str, name: str, keys: str) -> int:
         os._exit(code)
 
 
+def _workers(endpoint: str, count: str, keys: str) -> tuple[list[str], Callable[[str], object]]:
+    import offbeat.runtime.experiment  # noqa: F401 - loaded once, for all
+    from offbeat.runtime.net.worker import Worker
+
+    def run(name: str) -> None:
+        Worker(endpoint, name, Path(keys) if keys else None).run()
+
+    return [f"local-{i}" for i in range(int(count))], run
+
+
+def _peers(folder: str) -> tuple[list[str], Callable[[str], object]]:
+    from offbeat.runtime.net.peers import planned
+
+    return planned(Path(folder))
+
+
 def main() -> None:
-    """Keep as many workers as were asked for, until standard input ends."""
-    endpoint, count, keys, *heavy = sys.argv[1:]
+    """Keep as many processes as were asked for, until standard input ends."""
+    heavy, what, *words = sys.argv[1:]
     _follow_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    for name in heavy:
+    for name in filter(None, heavy.split(",")):
         __import__(name)
-    import offbeat.runtime.experiment
-    import offbeat.runtime.net.worker  # noqa: F401 - loaded once, for all
-
     logging.basicConfig(level="WARNING", format="%(message)s")
-    names = [f"local-{i}" for i in range(int(count))]
-    pids = {_begin(endpoint, name, keys): name for name in names}
+    names, run = _workers(*words) if what == "worker" else _peers(*words)
+    pids = {_begin(run, name): name for name in names}
     again_s: dict[str, float] = {}  # when to replace
     restarts = dict.fromkeys(names, 0)
     code = 0
@@ -120,7 +134,7 @@ def main() -> None:
         for name in [name for name, when_s in again_s.items() if time.monotonic() >= when_s]:
             del again_s[name]
             restarts[name] += 1
-            pids[_begin(endpoint, name, keys)] = name
+            pids[_begin(run, name)] = name
     for pid in pids:
         os.kill(pid, signal.SIGTERM)
     end_s = time.monotonic() + END_S

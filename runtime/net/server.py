@@ -41,7 +41,6 @@ FIRST = 2**52  # serial of the job that asks for a model; no run has so many
 START_S = 60.0  # for the workers of this machine to be there
 GOODBYE_S = 1.0  # for members to hear that the run is over
 REMIND_S = 30.0  # between two sentences that say what is waited for
-STATE, LOCK = "server.json", "server.lock"
 
 
 class Claim:
@@ -49,28 +48,38 @@ class Claim:
 
     Args:
         folder: of the run; None: it is in memory, and nobody else's.
+        role: of the process, after which the files are called.
 
     Raises:
         Fenced: another server has it.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, role: str = "server") -> None:
         self.folder, self.run, self.incarnation = folder, uuid.uuid4().hex[:16], 1
         self._lock: int | None = None
         if folder is None:
             return
         try:
-            self._lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._lock = os.open(
+                folder / f"{role}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644
+            )
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.close()
-            raise Fenced(f"{folder}: another server runs it; stop that one first") from None
+            raise Fenced(f"{folder}: another {role} runs it; stop that one first") from None
         except OSError as error:
             raise StorageError(f"{folder}: cannot be written ({error.strerror})") from None
-        self._path = folder / STATE
+        self._path = folder / f"{role}.json"
         if (before := self._read()) is not None:
             self.run, self.incarnation = before["run"], before["incarnation"] + 1
-        mine = {"run": self.run, "incarnation": self.incarnation}
+        self.take(self.incarnation)
+
+    def take(self, incarnation: int) -> None:
+        """Be this one from now on."""
+        self.incarnation = incarnation
+        if self.folder is None:
+            return
+        mine = {"run": self.run, "incarnation": incarnation}
         try:
             write_whole(self._path, json.dumps(mine).encode())
         except OSError as error:
@@ -137,7 +146,7 @@ class ZmqCrew(Crew):
             self._monitor = self._socket.get_monitor_socket(sockets.FAILED)
             self.endpoint = sockets.bound(self._socket, options.bind)
             if self._gate is not None:
-                self._gate.self_test(_knock(self.endpoint), own.public)
+                self._gate.self_test(keys.knock(self.endpoint), own.public)
             self._hub = Hub(
                 self._claim.run, text, spoken, experiment.fleet.workers,
                 self._claim.incarnation, liveness, version("offbeat"),
@@ -156,7 +165,8 @@ class ZmqCrew(Crew):
             if count is None:
                 count = 0 if loops else slots
             if count:
-                self._nursery = Nursery(_knock(self.endpoint), count, options.keys)
+                words = (keys.knock(self.endpoint), str(count), options.keys)
+                self._nursery = Nursery("worker", *words)
                 self._await_all(min(count, slots))
             if loops:
                 self._meet(experiment, folder)
@@ -347,11 +357,3 @@ def _portable(experiment: "Experiment") -> str:
                 "elsewhere could not make it again; register it, and give its name"
             )
     return experiment.toml()
-
-
-def _knock(endpoint: str) -> str:
-    """Where this machine itself reaches what listens at ``endpoint``."""
-    for everywhere in ("tcp://0.0.0.0:", "tcp://[::]:", "tcp://*:"):
-        if endpoint.startswith(everywhere):
-            return "tcp://127.0.0.1:" + endpoint.removeprefix(everywhere)
-    return endpoint

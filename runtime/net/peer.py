@@ -1,0 +1,669 @@
+"""A peer process: one gossip node, and its neighbours over ZeroMQ.
+
+It listens at one ROUTER socket, and speaks to every neighbour over a DEALER socket that is
+connected to that neighbour's: so whoever is listened to has proved its key.  The main thread moves
+bytes and beats; the node, its gradients and its emulated times are in a thread of their own.
+
+What all nodes share is the experiment and the list of nodes; no process is special.  A peer ends
+when it has done its rounds and no neighbour needs it any more; in a run without rounds, when it has
+told as many gradients of its own, going on to answer its neighbours until they have.
+"""
+
+import hashlib
+import json
+import math
+import os
+import random
+import select
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from importlib.metadata import version
+from logging import getLogger
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import numpy as np
+import zmq
+from threadpoolctl import threadpool_limits
+
+from offbeat.algorithms.gossip import Gossip
+from offbeat.runtime import checkpoint, trees
+from offbeat.runtime.errors import (
+    ConfigError,
+    CrewError,
+    PeerError,
+    Refused,
+    StorageError,
+)
+from offbeat.runtime.experiment import FILES, Experiment
+from offbeat.runtime.hosted import Hosted, Parcel, Report
+from offbeat.runtime.net import keys, mesh, sockets
+from offbeat.runtime.net import messages as say
+from offbeat.runtime.net.jobs import Liveness
+from offbeat.runtime.net.mesh import Mesh
+from offbeat.runtime.net.server import Claim
+from offbeat.runtime.net.wire import PIECE_BYTES, pack, parcels
+from offbeat.runtime.node import gossip_node
+from offbeat.runtime.records import Records
+from offbeat.runtime.registry import MADE_BY_HAND
+
+log = getLogger("offbeat.net")
+AT_ONCE = 256  # messages that are read before anything else is looked at
+LEAVE_S = 10.0  # for the node's state, once the process is asked to end
+FAREWELL_S = 0.5  # for the last words to be on their way
+RECONNECT_MS = 100, 1000
+REMIND_S = 30.0
+MOST_WATCHERS = 16  # whose reports are on their way at a time
+
+
+class Seat(NamedTuple):
+    """A node of the run: its name, and where it is reached."""
+
+    name: str
+    endpoint: str
+
+
+def lines(experiment: Experiment, seats: Sequence[Seat]) -> str:
+    """What has to be alike at all peers, a line a setting.
+
+    Raises:
+        ConfigError: the task cannot be made from text, or no such run can be.
+    """
+    for key in ("task", "work"):
+        spec = getattr(experiment, key).spec
+        if spec is None or not spec.portable():
+            raise ConfigError(
+                f"the {key} was made by hand ({MADE_BY_HAND}...), and peers elsewhere could not "
+                "make it again; register it, and give its name"
+            )
+    table = experiment.table()
+    found = {f"offbeat {version('offbeat')}": None}
+    for key in ("seed", "mode", "replicas", "pace", "task", "algorithm", "fleet", "topology"):
+        _flatten(key, table.get(key), found)
+    _flatten("work", table["work"], found)
+    _flatten("stop", table["stop"], found)
+    x = experiment.task.initial(experiment.seed)
+    found |= dict.fromkeys(
+        [f"model {x.dtype}[{x.size}]", "nodes " + " ".join(s.name for s in seats)]
+    )
+    return "\n".join(found)
+
+
+def _flatten(key: str, value: Any, into: dict[str, None]) -> None:
+    if isinstance(value, dict):
+        for inner, item in value.items():
+            _flatten(f"{key}.{inner}", item, into)
+    elif value is not None:
+        if key.rpartition(".")[2] in FILES and isinstance(value, str):
+            value = Path(value).name  # which may lie elsewhere there
+        into[f"{key} = {value}"] = None
+
+
+def check(experiment: Experiment) -> None:
+    """Raise ConfigError where peers cannot run ``experiment`` by themselves."""
+    stop = experiment.stop
+    if not isinstance(experiment.algorithm, Gossip):
+        raise ConfigError("a method with a server has no peers; see offbeat serve")
+    if stop.loss is not None or stop.gradients is not None:
+        raise ConfigError(
+            "peers stop after steps (rounds), seconds or wall_s: none of them sees the others' "
+            "loss; remove stop.loss and stop.gradients, or let offbeat run watch them"
+        )
+
+
+class PeerProcess:
+    """One peer.
+
+    Args:
+        experiment: what all run.
+        seats: all nodes.
+        me: its number among them.
+        bind: where it listens; "": at its seat's endpoint.
+        keys_folder: with its own key and all neighbours', each under its node's name; or None.
+        folder: its own, for records and checkpoints.
+        suspect_after_s: see ``Liveness``.
+        device: where a torch task computes.
+        watched: whether it does what a watcher says, which also keeps the records.
+        descriptor: of a socket that listens already, or None.
+
+    Raises:
+        ConfigError, Fenced, Refused, StorageError.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        seats: Sequence[Seat],
+        me: int,
+        folder: Path,
+        *,
+        bind: str = "",
+        keys_folder: Path | None = None,
+        suspect_after_s: float = 1.0,
+        device: str = "cpu",
+        watched: bool = False,
+        descriptor: int | None = None,
+    ) -> None:
+        if len(seats) != experiment.fleet.workers:
+            raise ConfigError(
+                f"the experiment has {experiment.fleet.workers} nodes, and {len(seats)} are listed"
+            )
+        if not watched:
+            check(experiment)
+        self.experiment, self.me, self.folder, self._watched = experiment, me, folder, watched
+        self.seat, self._seats, self._device = seats[me], seats, device
+        self.liveness = Liveness(suspect_after_s)
+        text = lines(experiment, seats)
+        _prepare(experiment, device)
+        bind = bind or self.seat.endpoint
+        keys.check_bind(bind, keys_folder)
+        node = gossip_node(experiment, me)
+        x = experiment.task.initial(experiment.seed)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{folder}: cannot be written ({error.strerror})") from None
+        self._claim = Claim(folder, "peer")
+        self._context = zmq.Context()
+        self._gate: keys.Gate | None = None
+        self._side = ThreadPoolExecutor(1)  # evaluates and saves
+        self._hosted: Hosted | None = None
+        try:
+            self._exact = (folder / EXACT).exists()
+            self._state, self._notes = self._saved()
+            self.mesh = Mesh(
+                hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), text, me,
+                [seat.name for seat in seats], sorted(node.neighbours), mesh.spoken(x),
+                self.liveness, incarnation=self._claim.incarnation,
+                nonce=random.SystemRandom().randrange(1, mesh.PROCESS),
+                saved=self._state is not None, joins=node.bears, now_s=time.monotonic(),
+            )  # fmt: skip
+            self._open(bind, keys_folder, descriptor)
+        except BaseException:
+            self.close()
+            raise
+        self.records = Records(
+            experiment.fleet, None if watched else folder, experiment.record.trace
+        )
+        self._mail: deque[Any] = deque()  # from the node's thread
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._replies: dict[bytes, tuple[str, int, bytes]] = {}  # watcher -> its last answer
+        self._parts: deque[tuple[bytes, list[Any]]] = deque()  # of reports on their way
+        self._report = Report()
+        self._leaving = False
+        self._limit: float = 0 if watched else experiment.stop.steps or math.inf
+        self._saving: Future[None] | None = None
+        self._evaluating: Future[dict[str, Any]] | None = None
+        self._began_s = time.monotonic()
+        self._save_s = self._look_s = self._began_s
+        self._remind_s = self._began_s + REMIND_S
+        self._last: dict[str, Any] = {}  # metrics
+        self._handshakes = 0
+
+    def _saved(self) -> tuple[dict[str, Any] | None, list[str]]:
+        if not checkpoint.exist(self.folder / "checkpoint"):
+            return None, []
+        return checkpoint.read(self.folder / "checkpoint")
+
+    def _open(self, bind: str, keys_folder: Path | None, descriptor: int | None) -> None:
+        context = self._context
+        own = None
+        self._router = sockets.limited(context, zmq.ROUTER, self.liveness)
+        self._router.router_handover = 1
+        if keys_folder is not None:
+            own = keys.identity(keys_folder, self.seat.name)
+            self._gate = keys.Gate(context, keys_folder)
+            keys.as_server(self._router, own)
+        if descriptor is not None:
+            self._router.setsockopt(zmq.USE_FD, descriptor)
+        self.endpoint = sockets.bound(self._router, bind)
+        if self._gate is not None and own is not None:
+            self._gate.self_test(keys.knock(self.endpoint), own.public)
+        self._dealers: dict[int, zmq.Socket] = {}
+        self._monitors: dict[int, zmq.Socket] = {}
+        for j in self.mesh.neighbours:
+            seat = self._seats[j]
+            dealer = self._dealers[j] = sockets.limited(context, zmq.DEALER, self.liveness)
+            dealer.reconnect_ivl, dealer.reconnect_ivl_max = RECONNECT_MS
+            dealer.linger = 0 if self._watched else round(1000 * FAREWELL_S)
+            if own is not None and keys_folder is not None:
+                keys.as_client(dealer, own, keys.public(keys_folder, seat.name))
+            self._monitors[j] = dealer.get_monitor_socket(sockets.FAILED)
+            sockets.connected(dealer, seat.endpoint)
+
+    # -- The loop --------------------------------------------------------------------------------
+
+    def run(self) -> str:
+        """Take part until the run is over; answers why it ended: as ``Result.reason``.
+
+        Raises:
+            Fenced: a younger process has its name; Refused: a neighbour does not let it in;
+            ConfigError: the others run another experiment; Diverged; StorageError.
+        """
+        before = {n: signal.signal(n, self._asked_to) for n in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            with threadpool_limits(1):
+                return self._work()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            self.close()
+
+    def _asked_to(self, number: int, frame: FrameType | None) -> None:
+        """SIGTERM or SIGINT: leave after the event at hand; a second one ends at once."""
+        if self._leaving:
+            raise KeyboardInterrupt
+        self._leaving = True
+
+    def _work(self) -> str:
+        for note in self._notes:
+            log.warning(note)
+        log.info("%s listens at %s", self.seat.name, self.endpoint)
+        tick_s = 0.0
+        while True:
+            now_s = time.monotonic()
+            self._drain(now_s)
+            if now_s >= tick_s or now_s >= self.mesh.due_s():
+                self.mesh.tick(now_s)
+                tick_s = now_s + self.liveness.tick_s
+                self._look(now_s)
+            if self._hosted is None and not self._leaving:
+                self._begin(now_s)
+            self._from_node(now_s)
+            self._to_node()
+            self._answer()
+            self._send()
+            if self.mesh.fate is not None:
+                raise self.mesh.fate
+            if (reason := self._reached(now_s)) is not None:
+                return self._part(reason)
+            self._wait(min(tick_s, self.mesh.due_s()) - time.monotonic())
+
+    def _wait(self, seconds: float) -> None:
+        if seconds <= 0 or self._mail:
+            return
+        if int(self._router.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            return  # the descriptor tells of what is new since the socket was asked last
+        ready, _, _ = select.select([self._router.fileno(), self._wake], [], [], seconds)
+        if self._wake in ready:
+            os.eventfd_read(self._wake)
+
+    def _drain(self, now_s: float) -> None:
+        for _ in range(AT_ONCE):
+            try:
+                address = self._router.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            frames = self._router.recv_multipart(copy=False)
+            node = None if self._gate is None else str(frames[0].get("User-Id"))
+            self.mesh.receive(address, node, [frame.buffer for frame in frames], now_s)
+            for whose, why in self.mesh.cuts:
+                if whose == address and sockets.cut(frames[0]):
+                    log.warning("a connection is ended: %s", why)
+            self.mesh.cuts.clear()
+
+    def _send(self) -> None:
+        if self.mesh.incarnation != self._claim.incarnation:
+            self._claim.take(self.mesh.incarnation)  # before anybody hears of it
+        posts, self.mesh.outbox = self.mesh.outbox, []
+        for j, frames in posts:
+            try:
+                self._dealers[j].send_multipart(frames, zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                self.mesh.counts["unreachable"] += 1  # the link sends it again
+        while self._parts:
+            address, frames = self._parts[0]
+            try:
+                self._router.send_multipart([address, *frames], zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EHOSTUNREACH:
+                    raise
+            self._parts.popleft()
+
+    # -- The node --------------------------------------------------------------------------------
+
+    def _begin(self, now_s: float) -> None:
+        """Have the node begin, if it can."""
+        how = self.mesh.decide(now_s)
+        if how is None:
+            if now_s >= self._remind_s:
+                self._remind_s = now_s + REMIND_S
+                here = [n.name for n in self.mesh.neighbours.values() if n.knows]
+                log.warning("%s waits for its neighbours; here: %s", self.seat.name, here or "none")
+            return
+        state = self._state if how == mesh.RESTORE else None
+        self._hosted = hosted = Hosted(
+            self.experiment, [self.me], self._carry, incarnation=self.mesh.incarnation,
+            joining=how == mesh.JOIN, refuse=self._refuse,
+            states=None if state is None else {self.me: state["node"]},
+        )  # fmt: skip
+        if not self._watched:
+            if self._state is not None:
+                self.records.restore(self._state["records"])
+            else:
+                self.records.begin()
+        up = self.mesh.begin(how, now_s)
+        standing_s = self._state["time_s"] if self._state is not None else 0.0
+        apart = how == mesh.RESTORE and not self._exact  # from its neighbours, in time
+        hosted.begin(standing_s, 0 if apart else self._limit)
+        if how != mesh.JOIN:
+            for j in up:
+                hosted.tell("meet", j, mesh.incarnation(self.mesh.neighbours[j].theirs))
+        if apart:
+            for j in self.mesh.neighbours:
+                hosted.tell("down", j)
+                hosted.tell("forget", j)
+            for j in up:
+                hosted.tell("up", j)
+            hosted.tell("extend", self._limit)
+        elif how == mesh.RESTORE:
+            for j in set(self.mesh.neighbours) - set(up):
+                hosted.tell("down", j)
+        (self.folder / EXACT).unlink(missing_ok=True)
+        if not self._watched:
+            self._text("experiment.toml", self.experiment.toml())
+        self._began_s = self._save_s = now_s
+        log.info("%s begins (%s) with %d of its neighbours", self.seat.name, how, len(up))
+
+    def _carry(self, parcels: list[Parcel]) -> None:
+        """From the node's thread: messages for others."""
+        self._mail.append(parcels)
+        os.eventfd_write(self._wake, 1)
+
+    def _refuse(self, frm: int, error: PeerError) -> None:
+        """From the node's thread: what ``frm`` sent cannot be right."""
+        self._mail.append((frm, error))
+        os.eventfd_write(self._wake, 1)
+
+    def _from_node(self, now_s: float) -> None:
+        while self._mail:
+            item = self._mail.popleft()
+            if isinstance(item, tuple):
+                n = self.mesh.neighbours[item[0]]
+                self.mesh.offence(n.address, n, item[1])
+                continue
+            for parcel in item:
+                self.mesh.send(parcel, now_s)
+
+    def _to_node(self) -> None:
+        if self._hosted is None:
+            return
+        events, self.mesh.events = self.mesh.events, []
+        for what, j in events:
+            log.info("%s: %s is %s", self.seat.name, self._seats[j].name, what)
+            self._hosted.tell(what, j)
+            self.records.event({"event": what, "node": j}, self._hosted.now_s())
+        if self.mesh.mail:
+            mail, self.mesh.mail = self.mesh.mail, []
+            self._hosted.deliver(mail)
+
+    # -- Reports, records, checkpoints -----------------------------------------------------------
+
+    def _look(self, now_s: float) -> None:
+        """What is not urgent: reports, notes, refused handshakes, the checkpoint that is due."""
+        for note in self.mesh.notes:
+            log.info("%s: %s", self.seat.name, note)
+        self.mesh.notes.clear()
+        if now_s >= self._look_s:
+            self._look_s = now_s + self.liveness.heartbeat_s
+            self._knock()
+            if self._gate is not None:
+                self.mesh.revoked |= self._gate.revoked()
+        if self._hosted is None or self._watched:
+            return
+        self._keep(self._hosted.report(0.0))
+        if now_s - self._save_s >= self.experiment.record.save_every_s and not self._saving:
+            self._save_s = now_s
+            self._hosted.ask(0, "state")
+
+    def _keep(self, told: Report) -> None:
+        """Write down what happened."""
+        if told.error is not None:
+            kind, said = told.error
+            raise (kind or CrewError)(said)
+        self._report = told
+        self.mesh.round = told.rounds.get(self.me, 0)
+        self.records.rows += told.rows
+        if told.inputs and self.experiment.record.trace:
+            self.records.note({"inputs": told.inputs})
+        for future in (self._saving, self._evaluating):
+            if future is not None and future.done():
+                future.result()
+        if self._saving is not None and self._saving.done():
+            self._saving = None
+        if 0 in told.answers:
+            self._saving = self._side.submit(self._write, self._whole(told.answers[0]))
+        if self._evaluating is not None and self._evaluating.done():
+            self._last = self._evaluating.result()
+            self.records.add(self._last)
+            self._evaluating = None
+        if told.models and self._evaluating is None:
+            k, _, time_s, x = told.models[-1]  # those before it are too many for this machine
+            self._evaluating = self._side.submit(self._evaluate, k, time_s, x)
+
+    def _evaluate(self, k: int, time_s: float, x: Any) -> dict[str, Any]:
+        counts = self._report.counts.get(self.me, {})
+        row = {"time_s": time_s, "step": k, "gradients": k * self.experiment.work.steps}
+        return row | self.experiment.task.evaluate(x) | {"bytes": counts.get("bytes", 0)}
+
+    def _whole(self, answer: Any) -> dict[str, Any]:
+        assert self._hosted is not None
+        return {
+            "node": answer[self.me],
+            "step": self.mesh.round,
+            "gradients": self.mesh.round * self.experiment.work.steps,
+            "time_s": self._hosted.now_s(),
+            "records": self.records.state(),
+        }
+
+    def _write(self, state: dict[str, Any]) -> None:
+        node = gossip_node(self.experiment, self.me)
+        node.limit = 0  # it is only looked at
+        node.restore(state["node"]["node"])
+        state["x"] = self.experiment.task.initial(0) if node.joining else node.model
+        try:
+            checkpoint.write(self.folder / "checkpoint", state["records"]["flushed"], state)
+        except OSError as error:
+            raise StorageError(
+                f"{self.folder / 'checkpoint'}: cannot be written ({error.strerror}); the last "
+                "checkpoint is intact: make room or mend the rights, then start the peer again"
+            ) from None
+
+    def _knock(self) -> None:
+        """What sockets say of neighbours that do not let this peer in."""
+        for j, monitor in self._monitors.items():
+            for event, _ in sockets.told(monitor):
+                name = self._seats[j].name
+                self.mesh.counts["handshakes_refused"] += 1
+                if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and self._hosted is None:
+                    raise Refused(
+                        f"{name} does not let {self.seat.name} in: its key is not in the list "
+                        f"there; at {name}, run offbeat keys authorize {self.seat.name} KEY"
+                    )
+                self._handshakes += 1
+                if self._handshakes == 1:
+                    log.warning("%s: the handshake with %s fails; is its key right?",
+                                self.seat.name, name)  # fmt: skip
+
+    # -- Who asks --------------------------------------------------------------------------------
+
+    def _answer(self) -> None:
+        requests, self.mesh.requests = self.mesh.requests, []
+        for address, node, kind, body in requests:
+            if kind == "ask":
+                self._tell(address, "status", say.Status(json.dumps(self.status())), {})
+            elif not self._watched:
+                self.mesh.notes.append(f"{node} would watch this peer, which nobody does")
+            else:
+                self._watch(address, node, body)
+
+    def _watch(self, address: bytes, node: str, body: mesh.Watch) -> None:
+        last = self._replies.get(address)
+        if last is None or last[1] != body.question:
+            for what, *args in json.loads(body.commands):
+                if what == "extend":
+                    self._limit = args[0]
+                    if self._hosted is not None:
+                        self._hosted.tell("extend", args[0])
+                elif what == "ask" and self._hosted is not None:
+                    self._hosted.ask(*args)
+            if len(self._replies) >= MOST_WATCHERS:
+                self._replies.clear()
+            last = node, body.question, checkpoint.dumps(trees.dump(self._told()))
+            self._replies[address] = last
+        data = np.frombuffer(last[2], np.uint8)
+        for at in range(0, len(data), PIECE_BYTES):
+            part = data[at : at + PIECE_BYTES]
+            told = mesh.Told(body.question, at, at + len(part) == len(data))
+            self._tell(address, "told", told, {"part": part})
+
+    def _told(self) -> dict[str, Any]:
+        """What happened since the last report."""
+        told = Report() if self._hosted is None else self._hosted.report(0.0)
+        self.mesh.round = told.rounds.get(self.me, self.mesh.round)
+        fields = dict(vars(told))
+        error = fields.pop("error")
+        fields["error"] = None if error is None else [getattr(error[0], "__name__", ""), error[1]]
+        fields["rows"] = np.array(told.rows, float).reshape(-1, 7)
+        return fields | {"incarnation": self.mesh.incarnation, "began": self._hosted is not None}
+
+    def _tell(self, address: bytes, kind: str, body: Any, arrays: dict[str, Any]) -> None:
+        (parcel,) = parcels(kind, body, arrays)
+        frames = pack(parcel, run=self.mesh.run, node=self.seat.name, incarnation=0)
+        self._parts.append((address, frames))
+
+    def status(self) -> dict[str, Any]:
+        """How it goes, for ``offbeat status``."""
+        now_s = time.monotonic()
+        counts = self._report.counts.get(self.me, {})
+        standings = ["gathering", "gathering", "running", "done", "left"]
+        return {
+            "node": self.seat.name,
+            "state": standings[self.mesh.standing],
+            "round": self.mesh.round,
+            "incarnation": self.mesh.incarnation,
+            "loss": self._last.get("loss", math.nan),
+            "bytes": counts.get("bytes", 0),
+            "counts": dict(self.mesh.counts),
+            "neighbours": [
+                {
+                    "node": n.name,
+                    "where": self._seats[n.number].endpoint,
+                    "state": "up" if n.up else "down" if self._hosted else standings[n.standing],
+                    "round": n.round,
+                    "silent_s": min(now_s - n.heard_s, 1e9),
+                    "waiting": n.link.pending,
+                }
+                for n in self.mesh.neighbours.values()
+            ],
+        }
+
+    # -- Ends ------------------------------------------------------------------------------------
+
+    def _reached(self, now_s: float) -> str | None:
+        """Why the peer ends, if it does."""
+        stop = self.experiment.stop
+        if self._leaving:
+            return "interrupted"
+        if self._hosted is None or self._watched:
+            return None
+        if stop.wall_s is not None and now_s - self._began_s >= stop.wall_s:
+            return "wall time"
+        if stop.seconds is not None and self._hosted.now_s() >= stop.seconds:
+            return "seconds"
+        if self.mesh.standing == mesh.RUNNING and self._done():
+            self.mesh.leave(mesh.DONE, now_s)
+        if self.mesh.standing == mesh.DONE and self.mesh.finished(now_s) and not self._mail:
+            return "steps"
+        return None
+
+    def _done(self) -> bool:
+        """Whether the node has done all its rounds."""
+        return self._report.rests and self.mesh.round >= self._limit
+
+    def _part(self, reason: str) -> str:
+        """Save, say goodbye."""
+        now_s = time.monotonic()
+        if self._hosted is not None and not self._watched:
+            self._last_state()
+            self._summary(reason)
+        self.mesh.leave(mesh.DONE if reason == "steps" else mesh.LEFT, now_s)
+        end_s = now_s + FAREWELL_S
+        while time.monotonic() < end_s and (self.mesh.outbox or self._parts):
+            self._send()
+            time.sleep(0.01)
+        return reason
+
+    def _last_state(self) -> None:
+        """Write the last checkpoint."""
+        assert self._hosted is not None
+        if self._saving is not None:
+            self._saving.result()
+        self._saving = None
+        self._hosted.ask(1, "state")
+        end_s = time.monotonic() + LEAVE_S
+        while time.monotonic() < end_s:
+            told = self._hosted.report(0.1)
+            self._keep(told)
+            if 1 in told.answers:
+                self._write(self._whole(told.answers[1]))
+                return
+            self.mesh.tick(time.monotonic())
+            self._send()
+        log.warning("%s: its job takes too long; the checkpoint is an older one", self.seat.name)
+
+    def _summary(self, reason: str) -> None:
+        said = {"reason": reason, "round": self.mesh.round, **self._last}
+        said |= {"counts": {**self._report.counts.get(self.me, {}), **self.mesh.counts}}
+        self._text("summary.json", json.dumps(said, indent=1) + "\n")
+
+    def _text(self, name: str, text: str) -> None:
+        try:
+            checkpoint.write_whole(self.folder / name, text.encode())
+        except OSError as error:
+            path = self.folder / name
+            raise StorageError(f"{path}: cannot be written ({error.strerror})") from None
+
+    def close(self) -> None:
+        """Let go of everything; may be called twice."""
+        if self._context.closed:
+            return
+        if self._hosted is not None:
+            self._hosted.end(LEAVE_S)
+        self._side.shutdown()
+        if hasattr(self, "records"):
+            self.records.close()
+        if self._gate is not None:
+            self._gate.close()
+        self._context.destroy()
+        if hasattr(self, "_wake"):
+            os.close(self._wake)
+        self._claim.close()
+
+
+EXACT = "exact"  # a file that says that all peers go on from one moment
+
+
+def _prepare(experiment: Experiment, device: str) -> None:
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    task: Any = experiment.task
+    if device != "cpu":
+        if not hasattr(task, "to"):
+            raise ConfigError(f"this task cannot compute on device {device}")
+        task.to(device)
+
+
+def alone(experiment: Experiment) -> Experiment:
+    """``experiment`` as a peer runs it."""
+    from offbeat.runtime.backends import zmq as made
+
+    return replace(experiment, engine=made(), clock="real")

@@ -1,0 +1,207 @@
+"""Gossip among real processes: the virtual run, whoever is killed, stopped or not let in."""
+
+import json
+import signal
+
+import numpy as np
+import psutil
+import pytest
+from peering import LIMIT_S, SUSPECT_S, Ring, made
+from simulated import put_in
+
+import offbeat
+from offbeat.runtime import api
+from offbeat.runtime.net import keys
+from offbeat.runtime.node import OPEN
+from offbeat.runtime.records import Records
+from offbeat.runtime.replayed import Replayed, read_inputs
+
+MOTEF = "motef(lr=0.05, gamma=0.5, lam=0.5, compressor='topk(10)')"
+TASK = "quadratic(20, noise=0.1)"
+
+
+def table(steps, algorithm=MOTEF, topology="ring", seconds=0.002, **more):
+    return {
+        "task": TASK, "algorithm": algorithm, "topology": topology, "fleet": f"4 {seconds}",
+        "stop": {"steps": steps}, "evaluate": {"steps": 20}, "seed": 3, **more,
+    }  # fmt: skip
+
+
+def virtual(of):
+    return offbeat.run(**of)
+
+
+def keyring(folder, names):
+    """A folder of keys for each name, in which all others are listed."""
+    for name in names:
+        keys.new(folder / name, name)
+    for name in names:
+        for other in names:
+            keys.authorize(folder / name, other, keys.show(folder / other, other))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "topology"), [(MOTEF, "ring"), ("dsgt(lr=0.05)", "matching")]
+)
+def test_peers_end_where_the_virtual_run_does(tmp_path, algorithm, topology):
+    of = table(40, algorithm, topology)
+    with Ring(of, tmp_path) as ring:
+        assert ring.start().join() == [0] * 4
+    x = np.mean([ring.state(i)["x"] for i in range(4)], axis=0)
+    np.testing.assert_allclose(x, virtual(of).x, rtol=0, atol=1e-12)
+    rows = (tmp_path / "n2" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1])["step"] == 40
+
+
+def test_peers_with_keys_and_one_whose_key_nobody_knows(tmp_path):
+    of = table(20)
+    with Ring(of, tmp_path) as ring:
+        folder = tmp_path / "keys"
+        keyring(folder, ring.names)
+        keys.new(folder / "stranger", "n3")
+        for name in ring.names[:3]:
+            keys.authorize(folder / "stranger", name, keys.show(folder / name, name))
+        for i in range(3):
+            ring.start(i, keys_folder=folder / f"n{i}")
+        ring.start(3, keys_folder=folder / "stranger")
+        ring.processes[3].join(LIMIT_S)
+        assert ring.processes[3].exitcode == 4
+        assert "does not let n3 in" in ring.error(3)
+        ring.start(3, keys_folder=folder / "n3")
+        assert ring.join() == [0] * 4
+    x = np.mean([ring.state(i)["x"] for i in range(4)], axis=0)
+    np.testing.assert_allclose(x, virtual(of).x, rtol=0, atol=1e-12)
+
+
+def sound(ring, steps):
+    """All did their rounds; copies are equal, and sums are what was put in (I3, I4)."""
+    nodes = ring.nodes()
+    assert {node.round for node in nodes.values()} == {steps}
+    v = sum(node.node.v for node in nodes.values())
+    np.testing.assert_allclose(v, sum(map(put_in, nodes.values())), atol=1e-9)
+    compared = 0
+    for i, node in nodes.items():
+        for j, link in node.links.items():
+            if link.is_ == OPEN and not link.anew and not nodes[j].links[i].anew:
+                mine, theirs = node.node._ends["x"], nodes[j].node._ends["x"]
+                np.testing.assert_array_equal(theirs.copies[i], mine.h)
+                compared += 1
+    assert compared == 8
+
+
+def test_kill_9_of_a_peer_and_its_return(tmp_path):
+    steps = 300
+    with Ring(table(steps, seconds=0.02), tmp_path) as ring:
+        ring.start()
+        ring.await_(lambda: ring.round(1) > 20)
+        ring.signal(1, signal.SIGKILL)
+        assert ring.processes[1].exitcode == -signal.SIGKILL
+        ring.await_(lambda: all(ring.events(i, "down") for i in (0, 2)))
+        before = ring.round(3)
+        ring.await_(lambda: ring.round(3) > before + 10)  # the others go on
+        ring.start(1)
+        assert ring.join() == [0] * 4
+        assert json.loads((tmp_path / "n1" / "peer.json").read_text())["incarnation"] == 2
+        assert all(ring.events(i, "up") for i in (0, 2))
+        sound(ring, steps)
+
+
+def test_a_peer_that_is_stopped_is_mixed_around_and_comes_back(tmp_path):
+    steps = 200
+    with Ring(table(steps, seconds=0.02), tmp_path) as ring:
+        ring.start()
+        ring.await_(lambda: ring.round(1) > 20)
+        ring.signal(1, signal.SIGSTOP)
+        stopped = psutil.Process(ring.processes[1].pid)
+        ring.await_(lambda: stopped.status() == psutil.STATUS_STOPPED)
+        ring.await_(lambda: all(ring.events(i, "down") for i in (0, 2)))
+        ring.signal(1, signal.SIGCONT)
+        assert ring.join() == [0] * 4
+        assert all(ring.events(i, "up") for i in (0, 2))
+        sound(ring, steps)
+
+
+def test_all_leave_when_asked_and_go_on_from_their_checkpoints(tmp_path):
+    steps = 120
+    with Ring(table(steps, seconds=0.02), tmp_path) as ring:
+        ring.start()
+        ring.await_(lambda: min(ring.round(i) for i in range(4)) > 10)
+        for i in range(4):
+            ring.signal(i, signal.SIGTERM)
+        assert ring.join() == [0] * 4
+        assert all(10 < ring.state(i)["step"] < steps for i in range(4))
+        assert ring.start().join() == [0] * 4
+        sound(ring, steps)
+
+
+def test_another_experiment_is_refused_with_its_difference(tmp_path):
+    of = {**table(20, "dsgd(lr=0.1)"), "fleet": "2 0.002"}
+    with Ring(of, tmp_path, n=2) as ring:
+        ring.start(0)
+        ring.start(1, table={**of, "algorithm": "dsgd(lr=0.2)"})
+        assert ring.join() == [2, 2]
+        assert "here algorithm.lr = 0.1; there algorithm.lr = 0.2" in ring.error(0)
+        assert "here algorithm.lr = 0.2; there algorithm.lr = 0.1" in ring.error(1)
+
+
+def test_offbeat_run_watches_peers_of_its_own_and_goes_on_where_it_was(tmp_path):
+    of, longer = table(40), table(60)
+    here, there = virtual(of), offbeat.run(**of, engine="zmq", folder=tmp_path / "run")
+    np.testing.assert_allclose(there.x, here.x, rtol=0, atol=1e-12)
+    for row, other in zip(here.metrics, there.metrics, strict=True):
+        assert (row["step"], row["gradients"]) == (other["step"], other["gradients"])
+        for key in ("loss", "consensus"):
+            assert row[key] == pytest.approx(other[key], abs=1e-12)
+    assert there.facts["bytes"] == here.facts["bytes"]
+    assert not [
+        p
+        for p in psutil.Process().children(recursive=True)
+        if "offbeat.runtime.net.local" in p.cmdline()
+    ]
+    more = api.resume(tmp_path / "run", overrides=["stop.steps=60"])
+    np.testing.assert_allclose(more.x, virtual(longer).x, rtol=0, atol=1e-12)
+
+
+def test_what_asynchronous_peers_did_is_replayed_from_their_traces(tmp_path):
+    of = table(30, mode="asynchronous")
+    with Ring(of, tmp_path) as ring:
+        assert ring.start().join() == [0] * 4
+        inputs = {}
+        for i, name in enumerate(ring.names):
+            length = ring.state(i)["records"]["lengths"]["trace.jsonl"]
+            inputs |= read_inputs(tmp_path / name / "trace.jsonl", length)
+        again = Replayed(
+            made(of), inputs, Records(made(of).fleet, None),
+            stop=made(of).stop, evaluate=made(of).evaluate,
+        )  # fmt: skip
+        again.run()
+        for i in range(4):
+            np.testing.assert_array_equal(again.nodes[i].model, ring.state(i)["x"])
+
+
+def test_an_asynchronous_run_is_replayed_to_the_bit(tmp_path):
+    of = table(40, mode="asynchronous")
+    live = offbeat.run(**of, engine="zmq", folder=tmp_path / "run")
+    np.testing.assert_array_equal(api.replay(tmp_path / "run").x, live.x)
+    assert live.facts["messages"] > 40
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("algorithm", ["dsgd(lr=0.1)", "dsgt(lr=0.05)", MOTEF])
+def test_a_watched_peer_that_is_killed_is_begun_again(algorithm):
+    killed = []
+
+    def progress(fraction):
+        if fraction > 0.2 and not killed:
+            leaves = [p for p in psutil.Process().children(recursive=True) if not p.children()]
+            peers = [p for p in leaves if "offbeat.runtime.net.local" in p.cmdline()]
+            killed.append(peers[1].pid)
+            peers[1].kill()
+
+    result = offbeat.run(
+        **table(300, algorithm, seconds=0.02), engine=f"zmq(suspect_after_s={SUSPECT_S})",
+        progress=progress,
+    )  # fmt: skip
+    assert len(killed) == 1
+    assert result.facts["joined"] == result.facts["restarts"] == 1
+    assert result.final["loss"] < 0.05
