@@ -130,7 +130,7 @@ class RemoteWorkers(VirtualWorkers):
         self._submit(job)
 
     def _gone(self, event: Gone) -> None:
-        self._unaware.add(event.worker)
+        """A process is gone, and its orders: they are given to the next."""
 
     def _back(self, worker: int) -> None:
         """A new process: it is given again what its predecessor had."""
@@ -254,21 +254,16 @@ class LiveWorkers(RemoteWorkers):
     # -- Processes that come and go --------------------------------------------------------------
 
     def _gone(self, event: Gone) -> None:
-        super()._gone(event)
         self._without.add(event.worker)
         self._came.append(Note({"event": "gone", "worker": event.worker, "why": event.why}))
         if not self._waits:
             self._came.append(Left(event.worker, []))
 
     def _back(self, worker: int) -> None:
+        super()._back(worker)
         self._without.discard(worker)
-        if self._waits:
-            super()._back(worker)
-            self._came.append(Note({"event": "back", "worker": worker}))
-        else:
-            self.restarts += 1
-            self._unaware.add(worker)
-            self._came.append(Joined(worker))
+        back = Note({"event": "back", "worker": worker})
+        self._came.append(back if self._waits else Joined(worker))
 
     def _happen(self, event: Left | Joined | Note) -> Left | Joined | Note | None:
         if isinstance(event, Left):
