@@ -30,7 +30,7 @@ from offbeat.runtime.experiment import (
 from offbeat.runtime.farmed import FarmedWork
 from offbeat.runtime.loop import Loop
 from offbeat.runtime.pairs import Pairs
-from offbeat.runtime.records import TRACE_COLUMNS, Records, column, read_trace
+from offbeat.runtime.records import TRACE_COLUMNS, Records, column, read_timers, read_trace
 from offbeat.runtime.remote import LiveWorkers, RemoteWorkers
 from offbeat.runtime.replayed import Replayed, read_inputs
 from offbeat.runtime.rounds import Rounds
@@ -325,8 +325,9 @@ def replay(
         return _finish(loop, experiment, None)
     trace = read_trace(folder / "trace.jsonl")[: state["records"]["flushed"]]
     engine = _engine(experiment, None, None, trace)
-    if experiment.real and isinstance(engine, Engine):
-        engine.workers.follow(state["records"]["events"])
+    if isinstance(engine, Engine):
+        rung = read_timers(folder / "trace.jsonl") if experiment.real else None
+        engine.workers.follow(state["records"]["events"], rung)
     engine.stop = Stop(gradients=max(1, state["gradients"]))
     engine.run()
     if engine.step < state["step"]:  # steps that a timer made after the last arrival

@@ -201,7 +201,7 @@ class Engine(Loop):
                         self.algorithm.timer(server, event.token)
                         if workers.real:  # else a replay knows
                             rung = {"event": "timer", "token": event.token}
-                            records.event(rung, workers.now_s)
+                            records.note({"time_s": workers.now_s} | rung)
                     elif isinstance(event, Note):
                         records.event(event.row, workers.now_s)
                     elif event is not None:

@@ -272,6 +272,12 @@ def read_trace(path: Path) -> NDArray:
         ) from None
 
 
+def read_timers(path: Path) -> list[dict[str, Any]]:
+    """When timers of a run under a real clock rang, from its trace.jsonl."""
+    rows = [row for row in read_lines(path) if isinstance(row, dict)]
+    return [row for row in rows if row.get("event") == "timer"]
+
+
 def _table(rows: list[tuple[float, ...]]) -> NDArray:
     return np.fromiter(chain.from_iterable(rows), float).reshape(-1, len(TRACE_COLUMNS))
 

@@ -38,8 +38,10 @@ class RemoteWorkers(VirtualWorkers):
         self._sent: dict[int, Job] = {}  # serial -> job whose answer is awaited
         self._unaware = set(range(self.n))  # whose process may not have what the worker keeps
         self._report = getattr(task, "report", None)  # of losses that only workers know
-        self._failures: dict[int, int] = {}  # serial -> how often its computation raised
+        self._failures: dict[int, int] = {}  # serial of what is awaited -> how often it raised
         self.failures = self.restarts = 0
+
+    _COUNTERS = *VirtualWorkers._COUNTERS, "failures", "restarts"
 
     def facts(self) -> dict[str, int]:
         """See ``VirtualWorkers``; times that jobs raised, and that processes were replaced."""
@@ -68,9 +70,11 @@ class RemoteWorkers(VirtualWorkers):
         """Hand over what can be computed: of workers that keep something, only what runs."""
         waiting = []
         for job in self._missing:
+            if job.dropped:
+                continue
             if self._kept and job.order < 0:
                 waiting.append(job)
-            elif not job.dropped:
+            else:
                 self._submit(job)
         self._missing = waiting
 
@@ -87,6 +91,7 @@ class RemoteWorkers(VirtualWorkers):
     def _drop(self, job: Job) -> None:
         if self._sent.pop(job.serial, None) is not None:
             self.crew.cancel(job.serial)
+            self._failures.pop(job.serial, None)
         if self._kept:  # its process may have gone on from what was never accepted
             self._unaware.add(job.worker)
         super()._drop(job)
@@ -94,6 +99,7 @@ class RemoteWorkers(VirtualWorkers):
     def _hear(self, event: Event) -> None:
         if isinstance(event, Answer):
             if (job := self._sent.pop(event.serial, None)) is not None:  # else it was dropped
+                self._failures.pop(event.serial, None)
                 job.loss, job.payload, job.spent_s = event.loss, event.payload, event.spent_s
                 if event.kept:
                     job.kept = event.kept
@@ -127,7 +133,7 @@ class RemoteWorkers(VirtualWorkers):
         self._submit(job)
 
     def _gone(self, event: Gone) -> None:
-        self._unaware.add(event.worker)
+        """A process is gone, and its orders: they are given to the next."""
 
     def _back(self, worker: int) -> None:
         """A new process: it is given again what its predecessor had."""
@@ -178,8 +184,7 @@ class LiveWorkers(RemoteWorkers):
 
     def idle(self) -> bool:
         """See ``VirtualWorkers``."""
-        waits = self.outstanding or self._came or self._without
-        return not waits and self._change_s == math.inf
+        return super().idle() and not (self._sent or self._came or self._without)
 
     def pop(self, before_s: float) -> Job | Left | Joined | Timer | Note | None:
         """The next event, waiting for it for a little while; None where none came by then."""
@@ -221,7 +226,6 @@ class LiveWorkers(RemoteWorkers):
         self._free_s[worker] = job.end_s
         self.outstanding -= 1
         self._running[worker] = None
-        self._failures.pop(job.serial, None)
         if not self.plain:
             self._arrived(job)
         if queue := self._queues.get(worker):
@@ -253,28 +257,37 @@ class LiveWorkers(RemoteWorkers):
     # -- Processes that come and go --------------------------------------------------------------
 
     def _gone(self, event: Gone) -> None:
-        super()._gone(event)
         self._without.add(event.worker)
         self._came.append(Note({"event": "gone", "worker": event.worker, "why": event.why}))
-        if not self._waits and event.worker not in self._away:
+        if not self._waits:
             self._came.append(Left(event.worker, []))
 
     def _back(self, worker: int) -> None:
+        super()._back(worker)
         self._without.discard(worker)
-        if self._waits:
-            super()._back(worker)
-            self._came.append(Note({"event": "back", "worker": worker}))
-        else:
-            self.restarts += 1
-            self._unaware.add(worker)
-            self._came.append(Joined(worker))
+        back = Note({"event": "back", "worker": worker})
+        self._came.append(back if self._waits else Joined(worker))
 
-    def _happen(self, event: Left | Joined | Note) -> Left | Joined | Note:
+    def _happen(self, event: Left | Joined | Note) -> Left | Joined | Note | None:
         if isinstance(event, Left):
             return self._leave(event.worker)
         if isinstance(event, Joined):
             return self._return(event.worker)
         return event
+
+    def _leave(self, worker: int) -> Left | None:
+        """See ``VirtualWorkers``; its process may be gone and its outage go on, both at once."""
+        return None if worker in self._away else super()._leave(worker)
+
+    def _return(self, worker: int) -> Joined | None:
+        """See ``VirtualWorkers``; it is back when neither keeps it away."""
+        if worker not in self._away or worker in self._without or self._is_out(worker):
+            return None
+        return super()._return(worker)
+
+    def _is_out(self, worker: int) -> bool:
+        past = reversed(self._changes[: self._next_change])
+        return next((not back for _, back, whose in past if whose == worker), False)
 
     def _unfinished(self, worker: int) -> list[Job]:
         """See ``VirtualWorkers``; what was not answered in time is not on its way either."""
@@ -285,7 +298,7 @@ class LiveWorkers(RemoteWorkers):
     # -- Checkpoints ---------------------------------------------------------------------------
 
     def restore(self, state: dict[str, Any]) -> None:
-        """See ``VirtualWorkers``: what was being computed is computed again."""
+        """See ``VirtualWorkers``: what was being computed is computed again, by new processes."""
         super().restore(state)
         self._began_s, self._before_s = time.monotonic(), self.now_s
         self._heap.clear()
@@ -293,4 +306,7 @@ class LiveWorkers(RemoteWorkers):
             job.late = False
             if job.payload is not None:
                 self._answered(job)
+        for event in self.crew.collect(0.0):  # whose process is not there
+            self._hear(event)
+        self._came += [Joined(worker) for worker in sorted(self._away)]  # whose was not, but is
         self._send()

@@ -132,6 +132,7 @@ class VirtualWorkers:
         self._drawn: list[int] | None = None if self.plain else [0] * task.workers
         self._timers: list[tuple[float, int, int]] = []  # heap of (time, order, token)
         self._follows = False  # a trace, which says when timers rang
+        self._left: dict[tuple[float, int], list[int]] = {}  # what was not finished, says a trace
         self.now_s = 0.0
         self.outstanding = 0
         self.peak = 0  # most jobs outstanding at a time
@@ -274,13 +275,14 @@ class VirtualWorkers:
     def close(self) -> None:
         """The run is over."""
 
-    def follow(self, events: list[dict[str, Any]]) -> None:
-        """Have workers leave and return, and timers ring, when a trace's ``events`` say so."""
+    def follow(self, events: list[dict[str, Any]], rung: list[dict[str, Any]] | None) -> None:
+        """Have workers leave and return as ``events`` say, and timers ring as ``rung`` does."""
         told = [e for e in events if e["event"] in ("left", "joined")]
         self._changes = [(e["time_s"], int(e["event"] == "joined"), e["worker"]) for e in told]
-        rung = [e for e in events if e["event"] == "timer"]
-        self._timers = [(e["time_s"], order, e["token"]) for order, e in enumerate(rung)]
-        self._follows = True
+        self._left = {(e["time_s"], e["worker"]): e["jobs"] for e in told if "jobs" in e}
+        if rung is not None:
+            self._timers = [(e["time_s"], order, e["token"]) for order, e in enumerate(rung)]
+            self._follows = True
         self._await_change()
 
     def idle(self) -> bool:
@@ -396,7 +398,7 @@ class VirtualWorkers:
 
     # -- Outages ------------------------------------------------------------------------------
 
-    def _change(self) -> Left | Joined | Timer:
+    def _change(self) -> Left | Joined | Timer | None:
         """A worker leaves or returns, or a timer rings."""
         if self._timers and self._timers[0][0] <= self._change_s:
             self.now_s, _, token = heappop(self._timers)
@@ -408,7 +410,7 @@ class VirtualWorkers:
         self._await_change()
         return self._return(worker) if back else self._leave(worker)
 
-    def _leave(self, worker: int) -> Left:
+    def _leave(self, worker: int) -> Left | None:
         self._away.add(worker)
         self._spare = [w for w in self._spare if w != worker]
         jobs = self._unfinished(worker)
@@ -416,7 +418,7 @@ class VirtualWorkers:
             self._drop(job)
         return Left(worker, jobs)
 
-    def _return(self, worker: int) -> Joined:
+    def _return(self, worker: int) -> Joined | None:
         self._away.discard(worker)
         stranded, self._stranded = self._stranded, []
         self.outstanding -= len(stranded)
@@ -426,7 +428,10 @@ class VirtualWorkers:
 
     def _unfinished(self, worker: int) -> list[Job]:
         """What a worker that goes away leaves; what is computed and on its way still arrives."""
-        return [j for j in self._jobs_of(worker) if j.order < 0 or j.end_s > self.now_s]
+        jobs, left = self._jobs_of(worker), self._left.get((self.now_s, worker))
+        if left is not None:  # what was on its way when the run ended is not in its trace
+            return [j for j in jobs if j.number in left]
+        return [j for j in jobs if j.order < 0 or j.end_s > self.now_s]
 
     def _await_change(self) -> None:
         """Set when the next outage begins or ends, or the next timer rings."""
@@ -452,7 +457,7 @@ class VirtualWorkers:
 
     # -- Checkpoints ---------------------------------------------------------------------------
 
-    _COUNTERS = (
+    _COUNTERS: tuple[str, ...] = (
         *("now_s", "outstanding", "peak", "lost", "reassigned", "cancelled"),
         *("_serial", "_order", "_held", "_next_change", "_numbers", "_free_s"),
         *("extra", "most_steps", "_drawn", "_kept", "_spare"),

@@ -244,8 +244,8 @@ class RayCrew(Crew):
                 self._came(pings[answered])
             elif answered in self._calls:  # else its actor died, as another answer said
                 self._take(answered)
-        for seat in pings.values():
-            if seat.ready is not None and time.monotonic() > seat.limit_s:
+        for ping, seat in pings.items():
+            if seat.ready is ping and time.monotonic() > seat.limit_s:
                 self._lose(seat, "it did not start again", refill=False)
 
     def _take(self, answered: Any) -> None:
@@ -270,7 +270,9 @@ class RayCrew(Crew):
         for j, place in enumerate(reply.done):
             # A row of many is copied: one slow worker's would keep all of them in memory.
             payload = reply.payloads if alone else reply.payloads[j].copy()
-            kept = {name: held[j : j + 1] for name, held in reply.kept.items()}
+            kept = {
+                name: held if alone else held[j : j + 1].copy() for name, held in reply.kept.items()
+            }
             loss, spent_s = reply.losses[j], reply.spent_s[j]
             self._events.append(Answer(orders[place].serial, loss, payload, kept, spent_s))
         self._events += [Failed(orders[at].serial, said) for at, said in reply.failed.items()]
@@ -293,7 +295,7 @@ class RayCrew(Crew):
     def _await_all(self, limit_s: float) -> None:
         """Wait until every actor is there."""
         until_s = time.monotonic() + limit_s
-        while missing := [seat for seat in self._seats if seat.ready is not None]:
+        while missing := [seat for seat in self._seats if seat.ready is not None and seat.actor]:
             if time.monotonic() > until_s:
                 raise CrewError(
                     f"of {len(self._seats)} Ray actors {len(missing)} did not start within "
@@ -406,8 +408,8 @@ def why(error: Exception) -> str:
     said = str(error)
     known = {
         "ray.kill": "its Ray actor was killed",
+        "memory": "its Ray actor ran out of memory",  # its node's, Ray says
         "node": "its machine is gone",
-        "memory": "its Ray actor ran out of memory",
     }
     if "connection error code 2" in said:
         return "the process of its Ray actor died"

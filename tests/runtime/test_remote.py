@@ -8,9 +8,11 @@ from servers import METHODS, WORKS, N, make
 
 import offbeat
 from offbeat.runtime.backends import ENGINES, Virtual
-from offbeat.runtime.crew import Back, Crew, Failed, Gone, Runner
+from offbeat.runtime.crew import Answer, Back, Crew, Failed, Gone, Runner
 from offbeat.runtime.errors import CrewError
+from offbeat.runtime.remote import LiveWorkers
 from offbeat.workers.tasks import quadratic
+from offbeat.workers.work import WORK
 
 EVERY = pytest.mark.parametrize("name", METHODS)
 
@@ -167,6 +169,8 @@ def test_a_real_run_is_resumed_and_replayed(speeds, tmp_path):
     for steps in (61, 130):
         result = offbeat.resume(tmp_path / "run", overrides=[f"stop.steps={steps}"])
     assert result.final["step"] == 130
+    assert '"timer"' in (tmp_path / "run" / "trace.jsonl").read_text()
+    assert "timer" not in {event["event"] for event in result.events}  # checkpoints do not grow
     assert (np.diff(result.trace[:, 0]) > 0).all()
     again = offbeat.replay(tmp_path / "run")
     np.testing.assert_array_equal(again.x, result.x)
@@ -218,3 +222,115 @@ def test_a_run_may_go_on_with_another_engine(tmp_path):
         result = offbeat.resume(tmp_path / "run", engine=engine, overrides=ends)
     np.testing.assert_array_equal(result.x, whole.x)
     np.testing.assert_array_equal(result.trace, whole.trace)
+
+
+# -- Outages, and processes that die in them -------------------------------------------------------
+
+
+class Scripted(Crew):
+    """Says what a test has it say."""
+
+    def __init__(self):
+        self.events = []
+
+    def submit(self, order):
+        pass
+
+    def collect(self, timeout_s):
+        events, self.events = self.events, []
+        return events
+
+    def close(self):
+        pass
+
+
+def live(policy, *outages, work="gradient", n=1):
+    """Live workers, and the clock ``[seconds]`` they read."""
+    task, clock = quadratic(5, workers=n), [0.0]
+    spans = [offbeat.Outage(worker=0, from_s=begin, to_s=end) for begin, end in outages]
+    fleet = offbeat.Fleet(workers=n, outages=spans, on_outage=policy)
+    parts = task, fleet, fleet.timing(0, 0), WORK.parse(work), task.initial(0)
+    workers = LiveWorkers(*parts, Scripted())
+    workers.clock_s = lambda: clock[0]
+    return workers, clock
+
+
+def happens(workers, *events):
+    """What the run is told when its crew says ``events``: kinds, without notes."""
+    workers.crew.events += events
+    told = []
+    while (event := workers.pop(np.inf)) is not None or workers._came:
+        told.append(type(event).__name__)
+    return [name for name in told if name not in ("Note", "NoneType")]
+
+
+def test_a_worker_is_back_when_its_outage_is_over_and_its_process_is_there():
+    workers, clock = live("lose", (1.0, 2.0), (5.0, 6.0), (7.0, 8.0))
+    workers.take(0, workers.task.initial(0), 0)
+    gone, back = Gone(0, "the test killed it"), Back(0)
+    assert happens(workers, gone) == ["Left"]
+    for clock[0] in (1.5, 2.5):
+        assert happens(workers) == []
+    assert happens(workers, back) == ["Joined"]
+    clock[0] = 5.5
+    assert happens(workers) == ["Left"]
+    assert happens(workers, gone) == []
+    assert happens(workers, back) == []
+    clock[0] = 6.5
+    assert happens(workers) == ["Joined"]
+    assert happens(workers, gone, back, gone) == ["Left"]
+    assert happens(workers, back, gone) == []
+    assert happens(workers, back) == ["Joined"]
+    assert workers.restarts == 5
+
+
+def test_a_run_in_which_nothing_can_happen_any_more_is_idle():
+    workers, clock = live("pause", (0.5, None))
+    workers.take(0, workers.task.initial(0), 0)
+    assert happens(workers) == []
+    assert not workers.idle()  # an answer is awaited
+    clock[0] = 9.0
+    assert happens(workers, Answer(0, 1.0, np.zeros(5), {}, 0.1)) == []
+    assert workers.idle()
+
+
+def test_jobs_that_were_taken_back_leave_nothing():
+    workers, _ = live("lose", work="local-steps(momentum(lr=0.2), steps=3)")
+    for _ in range(3):
+        workers.take(0, workers.task.initial(0), 0)
+    workers._hear(Failed(0, "no traceback"))
+    assert workers.cancel(0) == 3
+    workers.take(0, workers.task.initial(0), 0)
+    assert workers._missing == []
+    assert workers._failures == {}
+
+
+class Leaving(HereCrew):
+    """The process of worker 3 is gone soon, and for good."""
+
+    def collect(self, timeout_s):
+        if not self.killed and 40 in self.pending:
+            self.killed, self.away = [3], [3]
+            self.pending = {s: o for s, o in self.pending.items() if o.worker != 3}
+            return [Gone(3, "the test killed it")]
+        self.away, away = [], self.away
+        events = super().collect(timeout_s)
+        self.away = away
+        return events
+
+
+@ENGINES.register("leaving")
+def leaving() -> Here:
+    """For tests: a process is gone soon, and for good."""
+    return Here(Leaving)
+
+
+@pytest.mark.parametrize("policy", ["pause", "lose", "reassign"])
+def test_a_run_that_ended_without_a_process_is_resumed_with_it(policy, tmp_path):
+    options = {"clock": "real", "pace": 1e-4, "folder": tmp_path / "run"}
+    fleet = f"{N} 1.0 on_outage={policy}"
+    first = run("pure", ENGINES["leaving"](), fleet, steps=200, **options)
+    assert 3 not in first.trace[100:, 1]
+    result = offbeat.resume(tmp_path / "run", engine="here", overrides=["stop.steps=400"])
+    assert 3 in result.trace[200:, 1]
+    np.testing.assert_array_equal(offbeat.replay(tmp_path / "run").x, result.x)

@@ -217,3 +217,18 @@ def test_who_comes_back_to_no_job_gets_the_next_that_would_wait(tmp_path):
     np.testing.assert_array_equal(
         result.x, offbeat.replay(tmp_path / "r", task=task, algorithm=Hoarding()).x
     )
+
+
+def test_what_was_on_its_way_when_a_run_ended_is_not_lost_in_its_replay(tmp_path):
+    """It is not in the trace, as little as what the worker that left had not finished."""
+    outages = [offbeat.Outage(worker=0, from_s=6.11, to_s=26.0)]
+    fleet = offbeat.Fleet(
+        workers=3, speeds=0.1, jitter_s=1.0, outages=outages, on_outage="reassign"
+    )
+    parts = "quadratic(5, noise=0.3)", "pure(lr=0.05)", fleet
+    result = offbeat.run(*parts, stop={"seconds": 8.343}, seed=40, folder=tmp_path / "run")
+    again = offbeat.replay(tmp_path / "run")
+    assert again.events == result.events
+    assert result.events[0]["jobs"] == []
+    np.testing.assert_array_equal(again.trace, result.trace)
+    np.testing.assert_array_equal(again.x, result.x)

@@ -13,10 +13,11 @@ from ray.cloudpickle import register_pickle_by_value
 from servers import METHODS, WORKS, N, make
 
 import offbeat
-from offbeat.runtime.actors.crew import Host, RayCrew
+from offbeat.runtime.actors.crew import Host, RayCrew, why
 from offbeat.runtime.actors.start import start
 from offbeat.runtime.backends import ENGINES
 from offbeat.runtime.errors import CrewError
+from offbeat.runtime.remote import RemoteWorkers
 from offbeat.workers.tasks import TASKS, quadratic
 
 pytestmark = pytest.mark.xdist_group("ray")  # one Ray for all
@@ -190,6 +191,46 @@ def test_others_take_over_when_an_actor_was_replaced_too_often(tmp_path):
     assert task.happened("die") == 1
     assert result.facts["restarts"] == N // 2
     same(result, run("local-sgd", "virtual"))
+
+
+def test_others_take_over_when_an_actor_does_not_live_to_begin():
+    class Stillborn(RayCrew):
+        def _fill(self, seat):
+            super()._fill(seat)
+            if seat is self._seats[0]:
+                self._kill(seat)
+
+    engine = Borrowed()
+    made = ENGINES["ray"](N // 2, restarts=0)
+    engine.crew = lambda experiment, folder: Stillborn(experiment, made)
+    result = run("pure", engine, clock="virtual")
+    assert result.facts["restarts"] == 0
+    same(result, run("pure", "virtual"))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("1 worker(s) were killed due to the node running low on memory.", "ran out of memory"),
+        ("The actor died because its node has died. Node Id: 4f2a", "its machine is gone"),
+        ("The actor is dead because it was killed by `ray.kill`.", "its Ray actor was killed"),
+    ],
+)
+def test_what_became_of_an_actor(error, said):
+    assert said in why(RuntimeError(error))
+
+
+def test_what_a_worker_keeps_does_not_keep_what_others_do(monkeypatch):
+    sizes, hear = [], RemoteWorkers._hear
+
+    def heard(self, event):
+        sizes.extend(row.base is None or row.base.size == row.size for row in event.kept.values())
+        hear(self, event)
+
+    monkeypatch.setattr(RemoteWorkers, "_hear", heard)
+    run("local-sgd", Borrowed(), clock="virtual")
+    assert len(sizes) > 100
+    assert all(sizes)
 
 
 def test_nobody_is_left(tmp_path):
