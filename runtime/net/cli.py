@@ -13,6 +13,7 @@ import typer
 import zmq
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from offbeat.algorithms.gossip import Gossip
@@ -292,6 +293,11 @@ class asking:
         )
 
 
+def _plain(text: str) -> str:
+    """What a node said of itself, without a meaning for the terminal."""
+    return escape("".join(letter if letter.isprintable() else "?" for letter in text))
+
+
 def shown(status: dict[str, Any]) -> Table:
     """A server's or a peer's answer as a table."""
     if "neighbours" in status:
@@ -305,9 +311,10 @@ def shown(status: dict[str, Any]) -> Table:
     for head in heads:
         table.add_column(head, justify="left" if head in heads[1:4] else "right")
     for row in status["workers"]:
+        loss = "" if row["loss"] is None else f"{row['loss']:.4g}"
         table.add_row(
-            str(row["worker"]), row["node"], row["where"], row["state"], f"{row['jobs']:,}",
-            f"{row['jobs_s']:.4g}", f"{row['staleness']:.0f}", f"{row['loss']:.4g}",
+            str(row["worker"]), _plain(row["node"]), _plain(row["where"]), row["state"],
+            f"{row['jobs']:,}", f"{row['jobs_s']:.4g}", f"{row['staleness']:.0f}", loss,
             f"{row['bytes_s'] / 1e6:.3g}",
         )  # fmt: skip
     return table

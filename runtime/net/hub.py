@@ -115,7 +115,8 @@ class Hub:
         self.counts: Counter[str] = Counter()
         self._opinions: dict[int, tuple[Answer, str]] = {}  # serial -> a result to be checked
         self._newest = 0  # step of the newest order
-        self.shapes = ""  # of the parameters of loops; see ``runtime.net.shapes``
+        self.dim: int | None = None  # of the model of loops, where workers are such
+        self.shapes = ""  # of its parameters; see ``runtime.net.shapes``
         self._rates_s = 0.0  # when rates were measured
 
     # -- What the run asks for -------------------------------------------------------------------
@@ -150,7 +151,7 @@ class Hub:
 
     def over(self, why: str, done: bool, now_s: float) -> None:
         """Tell every member that there is nothing more to do."""
-        for seat in self.seats.values():
+        for seat in list(self.seats.values()):  # one that takes nothing is let go
             self._tell(seat, "over", say.Over(why, done), now_s)
 
     def pending(self) -> int:
@@ -169,7 +170,9 @@ class Hub:
                 "jobs_s": seat.rates[0],
                 "bytes_s": seat.rates[1],
                 "staleness": seat.staleness,
-                "loss": seat.loss,
+                "loss": seat.loss
+                if math.isfinite(seat.loss)
+                else None,  # JSON has no other numbers
             }
             for seat in sorted(self.seats.values(), key=lambda seat: seat.member.slot)
         ]
@@ -224,6 +227,8 @@ class Hub:
             self._hello(address, head, message.body, now_s)
             return
         if head.kind == "ask":
+            if why := self.roster.quarantined.get(node or ""):
+                raise WrongNode(why)
             self._post(address, "status", say.Status(self.status(now_s)), 0)
             return
         if head.run != self.run:
@@ -239,7 +244,8 @@ class Hub:
         self.roster.heard(member, now_s)
         seat = self.seats[head.node]
         if head.kind == "pulse" and head.sequence == 0:
-            if head.acknowledged:
+            if head.acknowledged:  # of the connection that messages come over
+                seat.address = address
                 seat.link.acknowledge(head.acknowledged, now_s)
                 self._flush(seat, now_s)
             return
@@ -336,18 +342,19 @@ class Hub:
             raise BadHeader(f"a worker does not say {kind}")
 
     def _unlike(self, ready: say.Ready) -> str:
-        """What differs between a worker's task and the run's; the first loop says what a model is.
-
-        Raises:
-            BadHeader: its shapes are none.
-        """
+        """What differs between its task and the run's; the first loop says what a model is."""
         if ready.manifest != self._manifest:
             return f"its task has {ready.manifest}, the server's {self._manifest}"
-        if ready.shapes != self.shapes:
-            theirs, mine = shapes.read(ready.shapes), shapes.read(self.shapes)
-            if mine:
-                return f"its model is another than the run's: {shapes.difference(theirs, mine)}"
-            self.shapes = ready.shapes
+        if self.dim is None:
+            return "it says how a loop's model is made; here is none" if ready.shapes else ""
+        try:
+            theirs = shapes.read(ready.shapes, self.dim)
+        except BadHeader as error:
+            return str(error)
+        if self.shapes and ready.shapes != self.shapes:
+            difference = shapes.difference(theirs, shapes.read(self.shapes))
+            return f"its model is another than the run's: {difference}"
+        self.shapes = ready.shapes
         return ""
 
     def _result(self, seat: Seat, message: Message, now_s: float) -> None:

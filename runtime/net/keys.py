@@ -11,7 +11,9 @@ import re
 import stat
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from logging import getLogger
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,8 +23,10 @@ from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
+from offbeat.runtime.checkpoint import write_whole
 from offbeat.runtime.errors import ConfigError, Refused
 
+log = getLogger("offbeat.net")
 SERVER = "server"  # the name under which workers know the server's key
 DOMAIN = b"offbeat"
 AUTHORIZED = "authorized"
@@ -70,7 +74,7 @@ def authorize(folder: Path, name: str, key: str) -> Path:
         raise ConfigError(f"that key is authorized already, as {others[key]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f'curve\n    public-key = "{key}"\n')
+        write_whole(path, f'curve\n    public-key = "{key}"\n'.encode())  # servers look at it
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
     return path
@@ -79,6 +83,14 @@ def authorize(folder: Path, name: str, key: str) -> Path:
 def authorized(folder: Path) -> dict[bytes, str]:
     """Public key -> name, of who may take part."""
     return {_public(path): path.stem for path in sorted((folder / AUTHORIZED).glob("*.key"))}
+
+
+def _signature(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """What changes when the list of a folder does, without reading it."""
+    with suppress(FileNotFoundError), os.scandir(folder / AUTHORIZED) as entries:
+        known = [(entry.name, entry.stat()) for entry in entries]
+        return {name: (s.st_mtime_ns, s.st_size, s.st_ino) for name, s in known}
+    return {}
 
 
 def identity(folder: Path, name: str) -> Identity:
@@ -216,7 +228,7 @@ class _Names(ThreadAuthenticator):
 
     def curve_user_id(self, client_public_key: bytes) -> str:
         """What messages of this key carry as User-Id."""
-        return self.names[z85.encode(client_public_key)]
+        return self.names.get(z85.encode(client_public_key), "")  # "": taken off the list just now
 
 
 class Gate:
@@ -230,6 +242,7 @@ class Gate:
     def __init__(self, context: zmq.Context, folder: Path) -> None:
         self._folder, self._context = folder, context
         self._thread = _Names(context)
+        self._listed = _signature(folder)
         self._thread.names = authorized(folder)
         self._thread.start()
         self._thread.configure_curve_callback(DOMAIN.decode(), self._thread)
@@ -237,7 +250,15 @@ class Gate:
     def revoked(self) -> set[str]:
         """Names that are not in the list any more since this was asked last."""
         before = self._thread.names
-        self._thread.names = now = authorized(self._folder)
+        if (listed := _signature(self._folder)) == self._listed:
+            return set()
+        self._listed, now = listed, {}
+        for path in sorted((self._folder / AUTHORIZED).glob("*.key")):
+            try:
+                now[_public(path)] = path.stem
+            except ConfigError as error:  # being written, or removed; a run does not end for it
+                log.warning("%s; nobody comes in under that name", error)
+        self._thread.names = now
         return set(before.values()) - set(now.values()) | {
             name for key, name in before.items() if now.get(key) != name
         }

@@ -13,6 +13,7 @@ MOST_TEXT = 2**17
 KEPT = "kept."  # before the names of what a worker keeps between jobs
 
 Text = Annotated[str, Meta(max_length=MOST_TEXT)]
+Seconds = Annotated[float, Meta(ge=0, lt=1e9)]
 
 
 class Hello(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
@@ -82,7 +83,7 @@ class Result(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, g
     job: Counter
     loss: float | None
     """None: a loop that did not say."""
-    spent_s: float
+    spent_s: Seconds
 
 
 class Failure(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):

@@ -16,8 +16,10 @@ from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import zmq
 
+from offbeat.runtime import checkpoint
 from offbeat.runtime.checkpoint import write_whole
 from offbeat.runtime.crew import Answer, Back, Crew, Event, Gone, Order
 from offbeat.runtime.errors import ConfigError, CrewError, Fenced, StorageError
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 log = getLogger("offbeat.net")
 AT_ONCE = 256  # messages that are read before anything else is looked at
+LATE = 2  # ticks that the clock may wait for the end of what is there to be read
 WAIT_S = 0.5  # for the first loop, before signals are looked at
 FIRST = 2**52  # serial of the job that asks for a model; no run has so many
 START_S = 60.0  # for the workers of this machine to be there
@@ -70,9 +73,13 @@ class Claim:
         except OSError as error:
             raise StorageError(f"{folder}: cannot be written ({error.strerror})") from None
         self._path = folder / f"{role}.json"
-        if (before := self._read()) is not None:
-            self.run, self.incarnation = before["run"], before["incarnation"] + 1
-        self.take(self.incarnation)
+        try:
+            if (before := self._read()) is not None:
+                self.run, self.incarnation = before["run"], before["incarnation"] + 1
+            self.take(self.incarnation)
+        except BaseException:
+            self.close()
+            raise
 
     def take(self, incarnation: int) -> None:
         """Be this one from now on."""
@@ -186,25 +193,33 @@ class ZmqCrew(Crew):
     def _meet(self, experiment: "Experiment", folder: Path | None) -> None:
         """Let the run begin when it is known what the loops' model is, and where it begins."""
         hub, task, path = self._hub, experiment.task, folder and folder / shapes.FILE
+        hub.dim = len(task.initial(experiment.seed))
         known = task.start is not None if isinstance(task, External) else True
         if isinstance(task, External) and task.shapes:
             hub.shapes = shapes.write(task.shapes)
-        if path is not None and path.exists():
+        if path is not None and path.exists() and checkpoint.exist(path.parent / "checkpoint"):
             hub.shapes, known = path.read_text(), True
         absent, hub.events, here = hub.events, [], set[int]()
+        asked: int | None = None
         while not hub.shapes or not known:
             for event in self.collect(WAIT_S):
                 if isinstance(event, Back):
                     here.add(event.worker)
-                    if not known:  # a job of no steps asks for the model that is there
-                        x = task.initial(experiment.seed)
-                        self.submit(Order(FIRST, event.worker, event.worker, 0, 0, 0, x, None))
                 elif isinstance(event, Gone):
                     here.discard(event.worker)
+                    asked = None if asked == event.worker else asked
                 elif isinstance(event, Answer) and not known:
                     assert isinstance(task, External)
-                    task.begin(task.initial(experiment.seed) - event.payload)
-                    known = True
+                    if known := bool(np.isfinite(event.payload).all()):
+                        task.begin(task.initial(experiment.seed) - event.payload)
+                    else:
+                        log.warning(
+                            "the model of worker %s is not finite; waiting for another loop", asked
+                        )
+            if not known and asked is None and here:  # a job of no steps asks for its model
+                asked = min(here)
+                x = task.initial(experiment.seed)
+                self.submit(Order(FIRST, asked, asked, 0, 0, 0, x, None))
         hub.events = [event for event in absent if event.worker not in here]  # type: ignore[union-attr]
         if isinstance(task, External):
             task.arrange(shapes.read(hub.shapes))
@@ -229,8 +244,11 @@ class ZmqCrew(Crew):
         end_s = time.monotonic() + timeout_s
         while True:
             empty = self._drain()
-            # What was not acknowledged is sent again only once all that came has been read.
-            if (now_s := time.monotonic()) >= self._tick_s and empty:
+            # What was not acknowledged is sent again only once all that came has been read; but
+            # who never stops talking does not stop the clock.
+            if (now_s := time.monotonic()) >= self._tick_s + (
+                0 if empty else LATE * hub.liveness.tick_s
+            ):
                 self._tick(now_s)
             if hub.events:
                 self._send()

@@ -1,5 +1,6 @@
 """Names and shapes of a model's parameters, as text that travels and can be compared."""
 
+import math
 from collections.abc import Iterable
 from typing import Annotated
 
@@ -26,16 +27,26 @@ def write(shapes: Iterable[tuple[str, Iterable[int]]]) -> str:
     return msgspec.json.encode([(name, tuple(shape)) for name, shape in shapes]).decode()
 
 
-def read(text: str) -> Shapes:
+def read(text: str, dim: int | None = None) -> Shapes:
     """The shapes in ``text``; none in "".
+
+    Args:
+        text: that was written.
+        dim: entries that they have together, where that is known.
 
     Raises:
         BadHeader: it is no such text.
     """
     try:
-        return _decoder.decode(text) if text else []
+        found: Shapes = _decoder.decode(text) if text else []
     except msgspec.MsgspecError as error:
         raise BadHeader(f"the shapes of a model cannot be read: {error}") from None
+    if dim is not None:
+        if len({name for name, _ in found}) < len(found):
+            raise BadHeader("the shapes of a model name a parameter twice")
+        if (made := sum(math.prod(shape) for _, shape in found)) != dim:
+            raise BadHeader(f"the shapes of a model make {made} parameters, not {dim}")
+    return found
 
 
 def difference(here: Shapes, there: Shapes) -> str:

@@ -46,6 +46,7 @@ class Spoke:
         self.outbox: list[list[Any]] = []
         self.pulse: list[Any] | None = None  # frames that say that it is alive; for any thread
         self.counts: Counter[str] = Counter()
+        self._offences = 0  # messages of the server that could not be read
         self.last_said = ""  # why it waits
         self._kinds: Mapping[str, Kind] = say.GREETING
         self._reader = Reader("", self._kinds)
@@ -64,12 +65,14 @@ class Spoke:
             self._take(self._reader.read(frames), now_s)
         except PeerError as error:
             self.counts[error.name] += 1
-            if self.counts.total() >= MOST_OFFENCES:
+            self._offences += 1
+            if self._offences >= MOST_OFFENCES:
                 self._end(PeerError(f"the server's messages cannot be read: {error}"))
 
     def _take(self, message: Message, now_s: float) -> None:
         head, body = message.head, message.body
-        if head.incarnation < self.server or head.to not in (0, self.incarnation):
+        replaced = head.run == self.run and head.incarnation < self.server
+        if replaced or head.to not in (0, self.incarnation):
             return  # of a server that was replaced, or to a process that was this one
         if head.kind == "welcome":
             if body.nonce == self.nonce:
@@ -77,7 +80,7 @@ class Spoke:
         elif head.kind == "refusal":
             if body.nonce == self.nonce or (body.replaced and head.to == self.incarnation):
                 self._refused(body, now_s)
-        elif head.kind == "again" or head.incarnation > self.server:
+        elif head.kind == "again" or head.incarnation != self.server:
             if self.state in ("building", "working"):
                 self._call(now_s)
         elif self.state in ("building", "working"):
@@ -91,8 +94,11 @@ class Spoke:
 
     def _welcomed(self, message: Message, now_s: float) -> None:
         head, body = message.head, message.body
-        if (head.incarnation, body.incarnation) <= (self.server, self.incarnation):
-            return  # another answer to the same greeting, or to an older one
+        if head.run == self.run:
+            if (head.incarnation, body.incarnation) <= (self.server, self.incarnation):
+                return  # another answer to the same greeting, or to an older one
+        elif self.state != "calling":
+            return  # of a run that this one did not ask
         self.run, self.server, self.incarnation = head.run, head.incarnation, body.incarnation
         self.liveness = Liveness(body.suspect_after_s)
         self._reader = Reader(self.run, self._kinds)
@@ -245,6 +251,9 @@ class Spoke:
         return min(self._pulse_s, self._link.due_s())
 
     def _pulsate(self) -> None:
+        """Say that it is alive, and where: what acknowledges nothing could be of any connection."""
+        if not self._link.acknowledged and not self._link.pending:
+            self._link.send(parcels("pulse", say.Pulse())[0])
         self.outbox.append(self._unordered("pulse", say.Pulse(), self._link.acknowledged))
 
     def _say(

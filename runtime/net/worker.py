@@ -78,6 +78,7 @@ class Worker:
         self._built = ""  # the experiment that the runner is for
         self._kinds: Any = None
         self._handshakes = 0  # failed since one succeeded
+        self._unsent = False  # the last message found no connection
         self._stop = threading.Event()
         try:
             self._socket = self._connected()
@@ -129,7 +130,7 @@ class Worker:
                 tick_s = now_s + spoke.liveness.tick_s
                 self._socket.rcvtimeo = round(1000 * spoke.liveness.tick_s)
                 spoke.tick(now_s)
-                if spoke.state == "calling":
+                if self._alone:
                     self._listen()
                     self._await(now_s)
                 else:
@@ -148,6 +149,11 @@ class Worker:
             elif (order := spoke.take()) is not None:
                 self._compute(order)
                 self._send()
+
+    @property
+    def _alone(self) -> bool:
+        """Whether no server is there: none was found yet, it said that it stops, or it is gone."""
+        return self.spoke.state == "calling" or self._unsent
 
     def _await(self, now_s: float) -> None:
         """Say what is waited for, where there is no server, and give up in the end."""
@@ -181,8 +187,10 @@ class Worker:
         for frames in outbox:
             try:
                 sockets.send(self._socket, frames)
+                self._unsent = False
             except zmq.Again:
-                self.spoke.counts["unsent"] += 1  # no connection; the link sends it again
+                self._unsent = True  # no connection; the link sends it again
+                self.spoke.counts["unsent"] += 1
 
     def _build(self, welcome: Welcome) -> None:
         """Make the task that the server described."""

@@ -75,7 +75,7 @@ class Courier(Worker):
                 if (order := self.spoke.take()) is not None:
                     return order
                 now_s = time.monotonic()
-                alone_s = now_s - self._heard_s if self.spoke.state == "calling" else 0.0
+                alone_s = now_s - self._heard_s if self._alone else 0.0
                 said = f": {self.spoke.last_said}" if self.spoke.last_said else ""
                 if patience_s is not None and alone_s > patience_s:
                     raise CrewError(
@@ -149,7 +149,7 @@ class Courier(Worker):
                 with self._changed:
                     self._build(spoke.welcome)
                 continue
-            if spoke.state == "calling":
+            if self._alone:
                 self._listen()
             self._wait(due_s - time.monotonic())
 
@@ -159,9 +159,9 @@ class Courier(Worker):
         with self._changed:
             self._drain(wait=False)
             spoke.tick(now_s)
-            if spoke.state != "calling":
-                self._heard_s = now_s
             self._send()
+            if not self._alone:
+                self._heard_s = now_s
             self._changed.notify_all()
             return spoke.due_s()
 

@@ -4,11 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from offbeat.runtime.crew import Answer, Back, Failed, Gone, Order
 from offbeat.runtime.errors import ConfigError, Fenced, PeerError, Refused
 from offbeat.runtime.net import messages as say
 from offbeat.runtime.net import wire
+from offbeat.runtime.net.cli import shown
 from offbeat.runtime.net.hub import Hub
 from offbeat.runtime.net.jobs import MOST_OFFENCES, MOST_STRIKES, Liveness
 from offbeat.runtime.net.spoke import Spoke
@@ -17,6 +19,9 @@ D = 4
 X = np.arange(float(D))
 X.flags.writeable = False
 KINDS = say.kinds(X, {})
+
+
+(AGAIN,) = wire.parcels("again", say.Again())
 
 
 class Site:
@@ -260,10 +265,8 @@ def test_another_nodes_job():
 
 def test_what_a_worker_may_not_say():
     site = Site()
-    for sequence, (kind, body) in enumerate(
-        [("cancel", say.Cancel(1)), ("over", say.Over("", True))], 2
-    ):
-        forged(site, "a", kind, body, sequence=sequence)
+    for kind, body in (("cancel", say.Cancel(1)), ("over", say.Over("", True))):
+        forged(site, "a", kind, body, sequence=site.hub.seats["a"].link.acknowledged + 1)
     assert site.hub.counts["bad_header"] == 2
     assert site.spokes["b"].state == "working"
 
@@ -366,3 +369,95 @@ def test_status():
     rows = {row["node"]: row for row in status["workers"]}
     assert (rows["a"]["jobs"], rows["a"]["loss"], rows["a"]["state"]) == (1, 0.25, "here")
     assert rows["b"]["jobs"] == 0
+
+
+def test_a_worker_goes_on_with_another_run_at_the_same_address():
+    site = Site("a", 1)
+    spoke = site.spokes["a"]
+    site.order(1, 0)
+    assert (spoke.state, spoke.incarnation, spoke.server) == ("working", 1, 1)
+    site.hub = Hub("another", "text", KINDS, 1, 1, Liveness(1.0), "1")
+    spoke.receive(site.hub._packed(AGAIN, 0, 0), site.now_s)
+    site.now_s += 10
+    site.settle()
+    assert (spoke.state, spoke.run, spoke.incarnation) == ("working", "another", 1)
+    assert spoke.take() is None  # what it was to do is forgotten
+    site.order(7, 0)
+    site.answer("a")
+    assert [answer.serial for answer in site.heard(Answer)] == [7]
+
+
+def test_an_idle_worker_is_found_where_it_connected_anew():
+    site = Site("a", 1)
+    site.order(1, 0)
+    site.answer("a")  # and now it waits
+    site.spokes["elsewhere"] = site.spokes.pop("a")  # its connection broke, and is made again
+
+    def receive(name, frames):
+        site.hub.receive(name.encode(), "a", [bytes(frame) for frame in frames], site.now_s)
+
+    site.receive = receive
+    site.order(2, 0)
+    for _ in range(5):
+        site.settle()
+    assert [order.serial for order in site.spokes["elsewhere"].orders] == [2]
+
+
+def test_what_is_no_offence_does_not_count_as_one():
+    spoke = Site("a", 1).spokes["a"]
+    spoke.counts.update(rejoins=5, in_vain=5, unsent=50)
+    spoke.receive([b"x"], 0.0)
+    assert spoke.fate is None
+
+
+def test_in_a_run_without_loops_nobody_says_what_a_model_is():
+    site = Site("", 2)
+    site.spokes = {n: Spoke(n, i, "1", n, 0.0) for i, n in enumerate("ab", 1)}
+    liar = site.spokes["a"]
+    ready = liar.ready
+    liar.ready = lambda kinds, now_s: ready(kinds, now_s, '[["w",[7]]]')
+    site.settle()
+    assert site.spokes["b"].state == "working"
+    assert "here is none" in str(liar.fate)
+
+
+def test_the_shapes_of_a_loop_make_its_model():
+    for text in ("", '[["w",[7]]]', '[["w",[2]],["w",[2]]]', '[["w",[4]],'):
+        site = Site("", 1)
+        site.hub.dim = D
+        spoke = site.spokes["a"] = Spoke("a", 1, "1", "a", 0.0)
+        ready = spoke.ready
+        spoke.ready = lambda kinds, now_s, ready=ready, text=text: ready(kinds, now_s, text)
+        site.settle()
+        assert (site.hub.shapes, site.heard(Back)) == ("", [])
+
+
+@pytest.mark.parametrize("spent_s", [float("nan"), float("inf"), -1.0])
+def test_time_that_nobody_can_have_spent(spent_s):
+    site = Site("a", 1)
+    site.order(1, 0)
+    order = site.spokes["a"].take()
+    site.spokes["a"].answer(order, Answer(order.serial, 1.0, X, {}, spent_s), site.now_s)
+    site.settle()
+    assert not site.heard(Answer)
+
+
+def test_a_status_is_json_and_says_nothing_to_a_terminal():
+    site = Site(["a[/x]\x1b[2J"], 1)
+    text = site.hub.status(site.now_s)
+    (row,) = json.loads(text, parse_constant=pytest.fail)["workers"]
+    assert row["loss"] is None
+    table = shown(json.loads(text))
+    console = Console(width=200)
+    with console.capture() as said:
+        console.print(table)
+    assert "a[/x]?[2J" in said.get()
+
+
+def test_who_was_shut_out_is_told_nothing():
+    site = Site("a", 1)
+    site.hub.revoke("a")
+    site.hub.outbox.clear()
+    forged(site, "a", "ask", say.Ask(), run="", sequence=0)
+    assert site.hub.counts["wrong_node"] == 1
+    assert (b"a", "wrong_node") in site.hub.cuts

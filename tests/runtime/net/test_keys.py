@@ -148,3 +148,15 @@ def test_a_key_taken_off_the_list_is_told_once_and_not_let_in_again(folder, cont
     assert gate.revoked() == set()
     event = knock(context, endpoint, keys.identity(folder, "a"), server)
     assert event == zmq.EVENT_HANDSHAKE_FAILED_AUTH
+
+
+def test_a_list_that_cannot_be_read_lets_nobody_in_and_ends_nothing(folder, context, caplog):
+    gate, _, _, _ = serve(context, folder)
+    path = folder / keys.AUTHORIZED / "ann.key"
+    good = path.read_text()
+    path.write_text("half a ")
+    assert gate.revoked() == {"ann"}
+    assert "nobody comes in under that name" in caplog.text
+    path.write_text(good)
+    assert gate.revoked() == set()
+    assert gate._thread.names == keys.authorized(folder)
