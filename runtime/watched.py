@@ -289,15 +289,15 @@ class Watched(Loop, Generic[P]):
 
     def state(self) -> dict[str, Any]:
         """See ``Loop``; the nodes come to rest for it, and go on."""
-        going, now_s = self._frozen_s is None, self._clock_s()
-        if going:
+        if going := self._frozen_s is None:
             self._rest()
-        models, states = self._ask("model"), self._ask("state")
+        while len(models := self._ask("model")) + len(states := self._ask("state")) < 2 * self.n:
+            self._rest()  # a process has died: until its nodes are there again
         state = {
             "x": np.stack([models[i][1] for i in sorted(models)]).mean(axis=0),
             "gradients": self.gradients,
             "step": self.step,
-            "time_s": now_s if going else self.time_s,
+            "time_s": self.time_s,
             "nodes": [states[i] for i in range(self.n)],
             "totals": dict(self._totals()),
             "told": [[k, count] for k, count in self._told.items()],
@@ -316,6 +316,7 @@ class Watched(Loop, Generic[P]):
         for key, value in state["counters"].items():
             setattr(self, key, value)
         self.records.restore(state["records"])
+        self._ends.extend([-math.inf] * self.records.arrivals)
         for seat, replaced in zip(self._seats, state["replaced"], strict=True):
             seat.replaced = replaced
         self._told = Counter(dict(state["told"]))

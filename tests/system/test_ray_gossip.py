@@ -199,6 +199,32 @@ def test_an_actor_that_is_killed_joins_again(mode, tmp_path):
         replayed(result, tmp_path / "run")
 
 
+class DyingAsked(RayGossip):
+    """Kills an actor when it is asked for its state."""
+
+    killed = 0
+
+    def _ask(self, what):
+        if what == "state" and self.step >= 10 and not self.killed:
+            type(self).killed += 1
+            self._ray.kill(self._seats[1].actor)
+        return super()._ask(what)
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "asynchronous"])
+def test_an_actor_dies_while_a_checkpoint_is_taken(mode, tmp_path, monkeypatch):
+    monkeypatch.setattr(DyingAsked, "killed", 0)
+    engine = Deadly([])
+    engine.gossip = lambda e, records, **around: DyingAsked(e, engine.made, records, **around)
+    result = run(
+        dsgt(lr=0.05), engine, "random-regular", f"{N} 0.01", 100, canonical(), mode=mode,
+        record={"save_every_s": 0.3}, folder=tmp_path / "run",
+    )  # fmt: skip
+    assert DyingAsked.killed == result.facts["restarts"] == 1
+    assert result.reason == "steps"
+    assert offbeat.resume(tmp_path / "run", task=canonical()).final["step"] >= 100
+
+
 def test_what_cannot_go_on_says_so():
     with pytest.raises(CrewError, match="cannot go on without it here; resume"):
         run(METHODS["cedas"], Deadly([(2, 0)], N // 2), fleet=f"{N} 0.01", steps=200)
@@ -236,6 +262,9 @@ def test_a_driver_that_is_killed_is_resumed(method, mode, tmp_path):
         driver.kill()
         driver.wait()
     result = offbeat.resume(folder)
+    assert (np.diff(result.trace[:, 0]) >= 0).all()
+    if mode == "asynchronous":
+        np.testing.assert_array_equal(result.trace[:, 4], np.arange(len(result.trace)))
     assert result.reason == "steps"
     assert result.final["step"] >= 150
     assert result.final["loss"] < 0.05

@@ -7,6 +7,7 @@ import pytest
 
 import offbeat
 from offbeat.algorithms.server import ALGORITHMS
+from offbeat.workers.tasks import quadratic
 
 pytestmark = pytest.mark.soak
 LAWS = [
@@ -40,7 +41,7 @@ def test_cut_anywhere_replay_anything(seed, tmp_path):
     """Random method, fleet and cuts: resumed and replayed runs end with the same bits."""
     g = random.Random(seed)
     n = g.randrange(1, 9)
-    task = offbeat.workers.tasks.quadratic(6, workers=n, noise=0.3, seed=seed)
+    task = quadratic(6, workers=n, noise=0.3, seed=seed)
     method = ALGORITHMS[g.choice(list(ALGORITHMS))](lr=0.01)
     options = {"fleet": fleet(g, n), "seed": seed, "evaluate": {"seconds": g.uniform(0.3, 9)}}
     ends = sorted({g.randrange(1, 400) for _ in range(4)})
