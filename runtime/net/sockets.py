@@ -14,12 +14,14 @@ from offbeat.runtime.net.jobs import Liveness
 from offbeat.runtime.net.link import WINDOW
 
 QUEUED = 2 * WINDOW  # messages a peer, each way
+MOST_FRAMES = wire.MOST_ARRAYS + 3  # address, header, arrays, and one that is too many
 LINGER_MS = 1000
 HANDSHAKE_MS = 3000
 RECONNECT_MS = 100, 5000
 BACKLOG = 1024
 # As numbers: to combine ZeroMQ's own flags takes as long as to send.
 _NOW, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
+_send = zmq.backend.Socket.send  # without the questions that zmq.Socket.send asks of every frame
 FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -69,18 +71,21 @@ def send(socket: zmq.Socket, frames: list[Any]) -> None:
     """Send a message, or raise zmq.Again where it cannot be had at once."""
     *most, last = frames
     for frame in most:
-        socket.send(frame, _MORE, copy=False)
-    socket.send(last, _NOW, copy=False)
+        _send(socket, frame, _MORE, False)
+    _send(socket, last, _NOW, False)
 
 
 def receive(socket: zmq.Socket, flags: int = _NOW) -> list[zmq.Frame] | None:
     """The frames of a message, or None where there is none (in time, with ``flags`` of 0)."""
     try:
-        frames = [socket.recv(flags, copy=False)]
+        frame = socket.recv(flags, False)
     except zmq.Again:
         return None
-    while frames[-1].more:
-        frames.append(socket.recv(_NOW, copy=False))
+    frames = [frame]
+    while frame.more:
+        frame = socket.recv(_NOW, False)
+        if len(frames) < MOST_FRAMES:  # what is beyond is dropped, and the rest refused
+            frames.append(frame)
     return frames
 
 

@@ -274,8 +274,7 @@ def _arrays(
 def check(one: Array, spec: ArraySpec, kind: str) -> None:
     """Raise BadArray or TooLarge where ``one`` is not what ``spec`` says."""
     if one.codec == "coded":
-        factor, slack = CODED_SLACK
-        if not 0 < one.nbytes <= factor * spec.nbytes + slack:
+        if not 0 < one.nbytes <= _most_coded(spec):
             raise TooLarge(f"{kind}.{one.name} has {one.nbytes} coded bytes for {spec}")
         return
     if spec.loose and one.dtype in (spec.dtype, "<i8", "<f8") and len(one.shape) == 1:
@@ -286,6 +285,11 @@ def check(one: Array, spec: ArraySpec, kind: str) -> None:
         )
     if one.nbytes != spec.nbytes:
         raise BadArray(f"{kind}.{one.name} has {one.nbytes} bytes, not {spec.nbytes}")
+
+
+def _most_coded(spec: ArraySpec) -> int:
+    factor, slack = CODED_SLACK
+    return int(factor * spec.nbytes + slack)
 
 
 def opened(one: Array, spec: ArraySpec, flat: memoryview) -> NDArray:
@@ -383,5 +387,8 @@ class Assembly:
     def _open(self) -> None:
         assert self._message is not None
         one = self._missing[0]
-        self._buffer = self._pool.take(one.nbytes)
+        spec = self._kinds[self._message.head.kind].arrays[one.name]
+        # Of one size for all that are coded: the pool is not to keep a buffer of every length.
+        room = _most_coded(spec) if one.codec == "coded" else one.nbytes
+        self._buffer = self._pool.take(room)[: one.nbytes]
         self._filled = 0

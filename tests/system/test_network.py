@@ -299,18 +299,6 @@ def test_a_worker_gives_up_where_the_server_was_killed(tmp_path, stack):
     assert f"no server at {site.address} for 2 s" in done(worker, code=5, limit_s=20.0)
 
 
-def test_a_worker_goes_on_with_the_next_run(tmp_path, stack):
-    site = Site(tmp_path, stack)
-    first = site.serve()
-    worker = site.join("guest")
-    site.until(here(1), first)
-    first.kill()
-    first.wait()
-    site.out = tmp_path / "another"
-    site.until(here(1), site.serve(), limit_s=30.0)
-    assert worker.poll() is None
-
-
 def test_a_worker_is_asked_to_leave(tmp_path, stack):
     site = Site(tmp_path, stack)
     server = site.serve("--processes", "2")

@@ -371,11 +371,12 @@ def test_status():
     assert rows["b"]["jobs"] == 0
 
 
-def test_a_worker_goes_on_with_another_run_at_the_same_address():
-    site = Site("a", 1)
+@pytest.mark.parametrize("before", [1, 5])
+def test_a_worker_goes_on_with_another_run_at_the_same_address(before):
+    site = Site("a", 1, incarnation=before)
     spoke = site.spokes["a"]
     site.order(1, 0)
-    assert (spoke.state, spoke.incarnation, spoke.server) == ("working", 1, 1)
+    assert (spoke.state, spoke.incarnation, spoke.server) == ("working", 1, before)
     site.hub = Hub("another", "text", KINDS, 1, 1, Liveness(1.0), "1")
     spoke.receive(site.hub._packed(AGAIN, 0, 0), site.now_s)
     site.now_s += 10

@@ -7,6 +7,7 @@ import struct
 import msgspec
 import numpy as np
 import pytest
+import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +22,7 @@ from offbeat.runtime.errors import (
     WrongVersion,
 )
 from offbeat.runtime.net import messages as say
-from offbeat.runtime.net import wire
+from offbeat.runtime.net import sockets, wire
 from offbeat.runtime.net.hub import Hub
 from offbeat.runtime.net.jobs import Liveness
 from offbeat.runtime.net.spoke import Spoke
@@ -292,3 +293,34 @@ def test_a_message_cut_anywhere(data):
     whole[place] = whole[place][: data.draw(st.integers(0, len(whole[place]) - 1))]
     with pytest.raises(PeerError):
         reader().read(whole)
+
+
+def test_coded_arrays_of_all_lengths_share_a_buffer(monkeypatch):
+    monkeypatch.setattr(wire, "PIECE_BYTES", 16)
+    kinds = {"result": wire.Kind(wire.Piece, {"payload": wire.ArraySpec("<f8", (200,))})}
+    made, pool = [], wire.Pool()
+    pool.make = lambda nbytes: made.append(nbytes) or np.empty(nbytes, np.uint8)
+    assembly = wire.Assembly(kinds, pool)
+    reader = wire.Reader("r", kinds)
+    for k in (5, 9, 40, 3):
+        row = np.zeros(200)
+        row[:k] = 1.0
+        coded = COMPRESSORS.parse(f"topk({k})").compress(row, None).encode()[0]
+        found = None
+        for parcel in wire.parcels("result", wire.Piece(0), {"payload": bytes(coded)}):
+            frames = wire.pack(parcel, run="r", node="a", incarnation=1)
+            found = assembly.take(reader.read([bytes(frame) for frame in frames]))
+        np.testing.assert_array_equal(found.arrays["payload"], row)
+    assert made == [2000 + 2**16]
+
+
+def test_of_a_message_of_many_frames_few_are_kept():
+    context = zmq.Context()
+    one, other = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+    one.bind("inproc://frames")
+    other.connect("inproc://frames")
+    other.send_multipart([b"x"] * 900)
+    other.send_multipart([b"next"])
+    assert len(sockets.receive(one)) == sockets.MOST_FRAMES
+    assert [frame.bytes for frame in sockets.receive(one)] == [b"next"]
+    context.destroy(0)
