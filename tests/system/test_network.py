@@ -231,7 +231,7 @@ def test_a_worker_sleeps_for_longer_than_anyone_waits(tmp_path, stack):
 
 
 def test_the_server_is_killed_and_comes_back(tmp_path, stack):
-    site = Site(tmp_path, stack, steps=1500)
+    site = Site(tmp_path, stack, steps=6000)
     server = site.serve()
     workers = [site.join(f"w{i}") for i in range(2)]
     status = site.until(here(2), server)
@@ -251,7 +251,7 @@ def test_the_server_is_killed_and_comes_back(tmp_path, stack):
     for worker in workers:
         done(worker)  # they were told that it is over
     state = sound(site)
-    assert state["step"] == 1500 == state["gradients"] // 100
+    assert state["step"] == 6000 == state["gradients"] // 100
     assert step > 0
 
 
