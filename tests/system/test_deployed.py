@@ -283,7 +283,7 @@ def test_a_real_run_from_keys_to_its_end(shape, launch, machine, tmp_path):
     port = 20000 + os.getpid() % 10000
     (tmp_path / "hosts.toml").write_text(
         f'server = "a"\nport = {port}\n[[hosts]]\nname = "a"\naddress = "127.0.0.1"\n'
-        '[[hosts]]\nname = "b"\naddress = "127.0.0.2"\nslots = 2\n'
+        f'[[hosts]]\nname = "b"\naddress = "127.0.0.2"\nport = {port + 8}\nslots = 2\n'
     )
     call = launch(shape)
     assert [call(word)[0] for word in ("keys", "push", "start")] == [0, 0, 0]

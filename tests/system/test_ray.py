@@ -87,8 +87,11 @@ def test_every_method_under_the_virtual_clock_is_the_same_to_the_bit(name):
 def test_every_method_under_a_real_clock_converges_and_is_replayed(name, tmp_path):
     result = run(name, Borrowed(), clock="real", pace=1e-3, folder=tmp_path / "run")
     assert result.reason == "steps"
-    losses = result.column("loss")
-    assert losses[len(losses) // 2 :].mean() < losses[0] / 2
+    later, reference = (
+        r.column("loss")[len(r.metrics) // 2 :].mean() for r in (result, run(name, "virtual"))
+    )
+    # Half of where it began, or where its noise keeps it under the virtual clock.
+    assert later < max(result.column("loss")[0] / 2, 2 * reference)
     same(offbeat.replay(tmp_path / "run"), result)
 
 
