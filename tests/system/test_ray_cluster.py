@@ -72,10 +72,10 @@ def test_a_machine_is_lost(cluster, monkeypatch):
 
     monkeypatch.setattr(RayCrew, "collect", collected)
     parts = quadratic(5, workers=N, noise=0.3), "pure(lr=0.05)", f"{N} lognormal(1.0)"
-    result = offbeat.run(*parts, stop={"steps": 200}, engine="ray(4)", clock="virtual")
+    result = offbeat.run(*parts, stop={"steps": 6000}, engine="ray(4)", clock="virtual")
     assert len(lost) == 1
     assert result.facts["restarts"] == N // 2
-    whole = offbeat.run(*parts, stop={"steps": 200})
+    whole = offbeat.run(*parts, stop={"steps": 6000})
     np.testing.assert_array_equal(result.x, whole.x)
     np.testing.assert_array_equal(result.trace, whole.trace)
 
