@@ -7,7 +7,6 @@ import sys
 import time
 import types
 import uuid
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -108,7 +107,6 @@ def test_kill_9_then_resume_under_a_real_clock(tmp_path):
         kills += run.process.returncode == -signal.SIGKILL
         assert run.left() == []
         reached = api.checkpointed(folder)["step"]
-        folders = set(Path("/tmp").glob("offbeat-ray-*"))
         run.start("resume", str(folder), "--set", f"stop.steps={reached + 100}")
         code, out, err = run.end()
         assert (code, err) == (0, "")
@@ -116,7 +114,6 @@ def test_kill_9_then_resume_under_a_real_clock(tmp_path):
         assert "RAY_ADDRESS is not followed" in warning
         assert [line.split()[0] for line in (head, row, picture)] == ["method", "run", "picture:"]
         assert run.left(limit_s=5.0) == []
-    assert set(Path("/tmp").glob("offbeat-ray-*")) <= folders
     assert kills == 1
     recorded = api.checkpointed(folder)
     assert recorded["step"] == reached + 100
