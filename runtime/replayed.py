@@ -185,10 +185,12 @@ class Replayed(Loop):
     def _sound(self) -> bool:
         return True
 
+    # A replay has no folder, so nothing asks for these; whoever does learns why at once.
+
     def state(self) -> dict[str, Any]:
-        """A replay is not written anywhere."""
-        raise NotImplementedError
+        """See ``Loop``; there is none."""
+        raise TypeError("a replay is made from a run's trace, and is not saved itself")
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Nor read."""
-        raise NotImplementedError
+        """See ``Loop``; there is none."""
+        raise TypeError("a replay begins at the beginning of its trace, and is not resumed")
