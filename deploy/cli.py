@@ -1,5 +1,6 @@
 """`offbeat deploy` and `offbeat doctor`."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -229,4 +230,4 @@ def _write(
     for note in made.notes:
         console.print(f"note: {note}", soft_wrap=True)
     console.print(f"{made.about}: {len(files)} files in {folder}", soft_wrap=True)
-    console.print(f"next: cd {folder} && {then}", soft_wrap=True)
+    console.print(f"next: cd {shlex.quote(str(folder))} && {then}", soft_wrap=True)

@@ -56,9 +56,6 @@ def compose(plan: Plan, image: str) -> str:
         "security_opt": ["no-new-privileges:true"],
         "logging": {"driver": "json-file", "options": {"max-size": "10m", "max-file": "3"}},
     }
-    if plan.cuda:
-        gpu = {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
-        common["deploy"] = {"resources": {"reservations": {"devices": [gpu]}}}
     config = [{"source": "experiment", "target": EXPERIMENT}]
 
     def secrets(node: str, *others: str) -> list[dict[str, str]]:
@@ -69,12 +66,18 @@ def compose(plan: Plan, image: str) -> str:
             *({"source": key, "target": f"authorized/{key}"} for key in authorized),
         ]
 
+    def gpu(number: int) -> dict[str, Any]:
+        """One of its own: of a mere count, Docker gives every container the first."""
+        own = {"driver": "nvidia", "device_ids": [str(number)], "capabilities": ["gpu"]}
+        return {"deploy": {"resources": {"reservations": {"devices": [own]}}}} if plan.cuda else {}
+
     services: dict[str, Any] = {}
     if plan.peers:
         config.append({"source": "hosts", "target": f"{CONFIG}/hosts.toml"})
-        for node in plan.nodes:
+        for number, node in enumerate(plan.nodes):
             services[node] = {
                 **common,
+                **gpu(number),
                 "command": plan.peer(f"{CONFIG}/hosts.toml", node, "/run/secrets", f"{RUN}/{node}"),
                 "configs": config,
                 "secrets": secrets(node, *(n for n in plan.nodes if n != node)),
@@ -90,9 +93,10 @@ def compose(plan: Plan, image: str) -> str:
             "volumes": [f"./run:{RUN}"],
             "healthcheck": _healthcheck(listening(port)),
         }
-        for node in plan.participants:
+        for number, node in enumerate(plan.participants):
             services[node] = {
                 **common,
+                **gpu(number),
                 "command": plan.join(f"tcp://server:{port}", node, "/run/secrets"),
                 "secrets": secrets(node, SERVER),
                 "depends_on": {"server": {"condition": "service_healthy"}},
@@ -248,7 +252,7 @@ def _pod(
     node = {"name": "NODE", **({"value": "server"} if role == "server" else pod_name)}
     well = {"exec": {"command": ["sh", "-c", f"[ -e {DONE} ] || {shlex.join(ready)}"]}}
     probe = {**well, "periodSeconds": 10, "timeoutSeconds": 5}
-    gpu = {"nvidia.com/gpu": 1} if plan.cuda else {}
+    gpu = {"nvidia.com/gpu": 1} if plan.cuda and role != "server" else {}
     main: dict[str, Any] = {
         "name": "offbeat",
         "image": image,
@@ -273,10 +277,10 @@ def _pod(
         main["startupProbe"] = {**probe, "failureThreshold": 60}
         main["livenessProbe"] = {**probe, "failureThreshold": 6}
     # Files of secrets can be read by the pod's group; a copy of its own can not, and has of all
-    # the secrets in the role's only this pod's.
+    # the secrets in the role's only this pod's. It may be made again, over one that is read-only.
     copy = (
-        f"umask 077 && mkdir -p {KEYS}/own/authorized && cp /secret/$NODE.key_secret {KEYS}/own/ "
-        f"&& cp /secret/*.key {KEYS}/own/authorized/"
+        f"umask 077 && rm -rf {KEYS}/own && mkdir -p {KEYS}/own/authorized "
+        f"&& cp /secret/$NODE.key_secret {KEYS}/own/ && cp /secret/*.key {KEYS}/own/authorized/"
     )
     return {
         "automountServiceAccountToken": False,

@@ -78,7 +78,7 @@ class Plan:
 
     def serve(self, port: int | str, keys: str, out: str) -> list[str]:
         """Arguments of the server's command."""
-        bind = f"tcp://0.0.0.0:{port}"
+        bind = f"tcp://*:{port}"  # over IPv4 and IPv6
         return ["serve", self.experiment, "--bind", bind, "--keys", keys, "--out", out]
 
     def join(self, server: str, node: str, keys: str, device: str | None = None) -> list[str]:
@@ -128,7 +128,7 @@ def plan(
     what = experiments[0]
     own = str(what.engine.spec.name if what.engine.spec else "virtual")
     notes = _data_notes(file, what) + _engine_notes(file, what, own, engine)
-    called = name(run or _named(file))
+    called = _name(run or _named(file))
     peers = isinstance(what.algorithm, Gossip)
     size = what.fleet.workers
     if isinstance(nodes, Hosts):
@@ -142,6 +142,7 @@ def plan(
             raise ConfigError(f"--nodes must be from 1 to {MOST_HOSTS}, not {count}")
         stem = prefix[peers].format(run=called)
         names = tuple(f"{stem}{number}" for number in range(count))
+        _name(names[-1])
     if peers and own != "ray" and len(names) != size:
         raise ConfigError(
             f"{file}: the graph has {size} nodes, but {len(names)} are to take part; gossip needs "
@@ -214,7 +215,14 @@ def _named(file: Path) -> str:
     >>> _named(Path("examples/Async_Local.toml"))
     'async-local'
     """
-    return re.sub(r"[^a-z0-9]+", "-", file.stem.lower()).strip("-")[:MOST_NAME]
+    return re.sub(r"[^a-z0-9]+", "-", file.stem.lower()).strip("-")[:MOST_NAME].rstrip("-")
+
+
+def _name(text: str) -> str:
+    try:
+        return name(text)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; give --name") from None
 
 
 def word(text: str, option: str) -> str:
