@@ -7,6 +7,7 @@ from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 from offbeat.runtime.net.wire import ArraySpec, Counter, Kind, Name
+from offbeat.workers.compressed import SENT
 from offbeat.workers.work import Kept
 
 MOST_TEXT = 2**17
@@ -132,6 +133,7 @@ def kinds(x: NDArray, kept: Kept) -> dict[str, Kind]:
         KEPT + name: ArraySpec(row.dtype.str, (1, *row.shape[1:])) for name, row in kept.items()
     }
     maybe = {name: spec._replace(optional=True) for name, spec in rows.items()}
+    rows.pop(KEPT + SENT, None)  # the server knows it from the payload
     model = ArraySpec(x.dtype.str, x.shape)
     return GREETING | {
         "ready": Kind(Ready),

@@ -208,7 +208,7 @@ class Spoke:
         """Send what came of ``order``."""
         if not self._done(order):
             return
-        arrays = {"payload": answer.payload}
+        arrays: dict[str, Any] = {"payload": answer.payload}
         arrays |= {say.KEPT + name: row for name, row in answer.kept.items()}
         body = say.Result(answer.serial, answer.loss, answer.spent_s)
         self._say("result", body, arrays, now_s)
