@@ -141,7 +141,12 @@ class Runner:
         x = np.array([o.x for o in orders]) if len(orders) > 1 else orders[0].x[None]
         shard, draw, steps = np.array([(o.shard, o.draw, o.steps) for o in orders]).T
         mine = [self._keeps(order) for order in orders]
-        kept = {name: np.concatenate([row[name] for row in mine]) for name in mine[0]}
+        kept = {  # copies: of a job that fails nothing is kept
+            name: np.concatenate([row[name] for row in mine])
+            if name != SENT or len(mine) > 1
+            else mine[0][name]
+            for name in mine[0]
+        }
         losses, payloads, message = rows(self.task, self.work, x, shard, draw, steps, kept)
         sent = payloads if message is None else message.encode()
         spent_s = (time.perf_counter() - began_s) / len(orders)

@@ -401,7 +401,7 @@ class VirtualWorkers:
         if self.plain:
             return rows(self.task, self.work, x, shard, draw, draw, {})
         steps = np.array([job.steps for job in jobs])
-        if jobs[0].x.nbytes >= ALONE_BYTES and not self._byte_s:
+        if jobs[0].x.nbytes >= ALONE_BYTES and not self.coded:
             # It is due: its worker's rows may change in place.
             mine = slice(jobs[0].worker, jobs[0].worker + 1)
             kept = {name: held[mine] for name, held in self._kept.items()}

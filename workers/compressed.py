@@ -73,12 +73,13 @@ class Compressed:
     ) -> tuple[NDArray, NDArray, Message]:
         """``update``, and the message of k rows that travels.
 
-        What is not finite cannot be compressed: its loss is not a number, and tells.
+        The rows of h are not changed, but replaced in ``kept``, and are the updates.  What is not
+        finite cannot be compressed: its loss is not a number, and tells.
         """
         own = {name: rows for name, rows in kept.items() if name != SENT}
         losses, updates = self.work.update(task, x, worker, draw, steps, own)
         h = kept.get(SENT)
-        apart = updates if h is None else updates - h
+        apart = updates if h is None else np.subtract(updates, h, out=updates)
         if not np.isfinite(np.vecdot(apart, apart)).all():
             bad = ~np.isfinite(apart).all(axis=1)
             apart = np.where(bad[:, None], 0, apart)
@@ -88,10 +89,11 @@ class Compressed:
             jobs = zip(worker.tolist(), draw.tolist(), strict=True)
             generators = [rng(self.seed, "compress update", *job) for job in jobs]
         message = self.compressor.compress(apart, generators)
-        if h is None:
-            return losses, message.dense(), message
-        h += message.dense()
-        return losses, h.copy(), message
+        seen = message.dense()
+        if h is not None:
+            seen += h
+            kept[SENT] = seen
+        return losses, seen, message
 
 
 @WORK.register("compressed")
