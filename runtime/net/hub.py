@@ -312,7 +312,7 @@ class Hub:
             why = f"another process joined as {head.node}"
             self._post(address, "refusal", say.Refusal(0, why, -1.0, True), head.incarnation)
         else:
-            self._post(address, "again", say.Again(), head.incarnation)
+            self._post(address, "again", say.Again(head.to), head.incarnation)
 
     def _hear(self, seat: Seat, message: Message, now_s: float) -> None:
         """A message in its order, whole."""

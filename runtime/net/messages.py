@@ -50,6 +50,9 @@ class Refusal(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, 
 class Again(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
     """The server does not know who speaks: it is to say hello."""
 
+    server: Counter = 0
+    """The incarnation that was spoken to; 0: of another run."""
+
 
 class Ready(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
     """The task is built; ``manifest`` is what it found, ``shapes`` how a loop's model is made."""

@@ -459,6 +459,16 @@ def test_an_idle_worker_is_found_where_it_connected_anew():
     assert [order.serial for order in site.spokes["elsewhere"].orders] == [2]
 
 
+def test_who_was_welcomed_meanwhile_does_not_ask_again():
+    """What a server says of a message to the one before it may come after its welcome."""
+    spoke = Site("a", 1, incarnation=2).spokes["a"]
+    for server, state in ((1, "working"), (2, "calling")):
+        (parcel,) = wire.parcels("again", say.Again(server))
+        frames = wire.pack(parcel, run="r", node="server", incarnation=2, to=spoke.incarnation)
+        spoke.receive([bytes(frame) for frame in frames], 0.0)
+        assert spoke.state == state
+
+
 def test_what_is_no_offence_does_not_count_as_one():
     spoke = Site("a", 1).spokes["a"]
     spoke.counts.update(rejoins=5, in_vain=5, unsent=50)
