@@ -129,7 +129,8 @@ class VirtualWorkers:
         n = self.n = fleet.workers
         self.work, self.plain = work, type(work) is Gradient
         self.coded = isinstance(work, Compressed)
-        self.single = type(getattr(work, "work", work)) is Gradient  # one gradient a job
+        inner = work.work if isinstance(work, Compressed) else work
+        self.single = type(inner) is Gradient  # one gradient a job
         self.uploaded = 0  # bytes of the compressed updates that arrived
         self._byte_s = timing.byte_s
         self._kept = work.keep(n, x)

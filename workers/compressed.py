@@ -1,8 +1,8 @@
 """Work whose updates travel compressed, with error feedback in the form of EF21.
 
 Richtarik, Sokolov, Fatkhullin, EF21: A New, Simpler, Theoretically Better, and Practically Faster
-Error Feedback, NeurIPS 2021 (arXiv:2106.05203), Algorithm 2.  Worker i and the server both hold
-h_i, zero at the start.  For the update u of a job
+Error Feedback, NeurIPS 2021 (arXiv:2106.05203), for several nodes.  Worker i and the server both
+hold h_i, zero at the start.  For the update u of a job
 
     c = C(u - h_i)        the worker sends it
     h_i <- h_i + c        at both ends; what the method sees as the update is the new h_i

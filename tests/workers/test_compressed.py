@@ -38,7 +38,7 @@ def test_a_compressor_that_loses_nothing_changes_nothing(name):
 
 
 def test_ef21_is_the_papers():
-    """Algorithm 2 of arXiv:2106.05203 in five lines, where all workers answer in every round."""
+    """EF21 for several nodes in five lines, where all workers answer in every round."""
     task, lr, top = canonical(), 0.1 / L, COMPRESSORS.parse("topk(4)")
     x, h = task.initial(0), np.zeros((task.workers, task.dim))
     for _ in range(50):
