@@ -65,12 +65,7 @@ class Topology:
         """
         if self._graph is not None:
             return self._graph(self._place(k))
-        kind = nx.DiGraph if self.directed else nx.Graph
-        graph = nx.empty_graph(self.n, create_using=kind)
-        hears, heard = self.matrix(k).nonzero()
-        other = hears != heard
-        graph.add_edges_from(zip(heard[other].tolist(), hears[other].tolist(), strict=True))
-        return graph
+        return graph_of(self.matrix(k), self.directed)
 
     def _place(self, k: int) -> int:
         return k % self.period if self.period else k
@@ -82,3 +77,12 @@ def _finished(matrix: sparse.csr_array) -> sparse.csr_array:
     matrix.eliminate_zeros()
     matrix.data.flags.writeable = False  # it is shared by all who ask
     return matrix
+
+
+def graph_of(matrix: sparse.csr_array, directed: bool) -> nx.Graph:
+    """The networkx graph with an edge j -> i, j not i, where ``matrix [n, n]`` is not zero."""
+    graph = nx.empty_graph(matrix.shape[0], create_using=nx.DiGraph if directed else nx.Graph)
+    hears, heard = matrix.nonzero()
+    other = hears != heard
+    graph.add_edges_from(zip(heard[other].tolist(), hears[other].tolist(), strict=True))
+    return graph
