@@ -130,6 +130,7 @@ class Rounds(GossipLoop):
             return True
         now = self.network.round(k, present)
         self._send(now)
+        ready = self._ready(now)  # now: what it keeps must not take a piece of a freed [n, d]
         before = node.snapshot() if present is not None else None
         kept = {} if present is None else {name: held.copy() for name, held in self._kept.items()}
         try:
@@ -141,7 +142,7 @@ class Rounds(GossipLoop):
             raise Diverged(
                 f"a node's model is not finite after round {k}; take a smaller step size"
             ) from None
-        self._spend(k + 1, self._ready(now), present)
+        self._spend(k + 1, ready, present)
         if before is not None and present is not None:
             node.keep(before, ~present)
             for name, held in kept.items():
@@ -194,8 +195,9 @@ class Rounds(GossipLoop):
             end = np.where(present, end, self._ready(self.network.whole(self.round)))
         if self.method.overlap:
             end = np.maximum(end, ready)
-        self.end_s = end
-        self.free_s = end + (self.fleet.latency_s + self.timing.jitters(number))
+        # In place: what outlives a round must not take a piece of a freed [n, d].
+        self.end_s[:] = end
+        np.add(end, self.fleet.latency_s + self.timing.jitters(number), out=self.free_s)
 
     def _present(self, k: int) -> NDArray | None:
         """Who takes part in round ``k``, ``[n]``; None for all."""

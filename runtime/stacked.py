@@ -66,9 +66,11 @@ class Round:
     def _heard(self) -> NDArray:
         """``[most, n]``: whom each node hears; n stands for nobody."""
         n, count = self.matrix.shape[0], self._count
+        first = np.cumsum(count) - count
         heard = np.full((count.max(initial=0), n), n)
-        place = np.arange(len(self.dst)) - np.repeat(np.cumsum(count) - count, count)
-        heard[place, self.dst] = self.src
+        for place, row in enumerate(heard):
+            more = count > place
+            row[more] = self.src[first[more] + place]
         return heard
 
     def latest(self, time_s: NDArray, sent_s: NDArray) -> NDArray:
@@ -99,7 +101,9 @@ class Product:
     def __call__(self, matrix: sparse.csr_array, x: NDArray) -> NDArray:
         """``[n, d]``, new."""
         if self._of is not matrix or self._as.dtype != x.dtype:
-            self._of, self._as = matrix, matrix.astype(x.dtype)
+            data = matrix.data.astype(x.dtype)
+            self._of = matrix  # which shares its indices: they are as large as its numbers
+            self._as = sparse.csr_array((data, matrix.indices, matrix.indptr), matrix.shape)
             if matrix.shape[0] <= DENSE:
                 self._as = self._as.toarray()
         return self._as @ x

@@ -42,7 +42,7 @@ class Topology:
         self.n, self.period, self.directed = n, period, directed
         self._graph, self._made = graph, matrix
         kept = min(period or 1, KEPT_ROUNDS)
-        self._matrix = lru_cache(maxsize=kept)(lambda k: _finished(matrix(k)))
+        self._matrix = lru_cache(maxsize=kept)(lambda k: finished(matrix(k)))
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the matrices that are kept."""
@@ -71,7 +71,10 @@ class Topology:
         return k % self.period if self.period else k
 
 
-def _finished(matrix: sparse.csr_array) -> sparse.csr_array:
+def finished(matrix: sparse.csr_array) -> sparse.csr_array:
+    """A copy in canonical form, without stored zeros, its numbers read-only; or ``matrix`` itself."""
+    if not matrix.data.flags.writeable and matrix.has_canonical_format and matrix.data.all():
+        return matrix  # which has been here before
     matrix = sparse.csr_array(matrix, dtype=np.float64, copy=True)
     matrix.sum_duplicates()
     matrix.eliminate_zeros()

@@ -17,7 +17,7 @@ from scipy import sparse
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.registry import Count, Natural, Positive, Seed
-from offbeat.topologies.contract import TOPOLOGIES, Topology
+from offbeat.topologies.contract import TOPOLOGIES, Topology, finished
 from offbeat.topologies.weights import Edges, Weights, check, weigh
 
 MAX_DRAWS = 100  # of a random graph, until one is connected
@@ -70,7 +70,7 @@ def _fixed(
     allow_disconnected: bool = False,
 ) -> Topology:
     """The topology of ``edges``; ``graph`` where a graph says more than they do."""
-    matrix = weigh(edges, weights, allow_disconnected=allow_disconnected)
+    matrix = finished(weigh(edges, weights, allow_disconnected=allow_disconnected))
     if graph is None and matrix.nnz - np.count_nonzero(matrix.diagonal()) < edges.hears.nnz:
         graph = lambda k: edges.graph  # noqa: E731 - which has edges without weight
     return Topology(edges.n, lambda k: matrix, graph=graph, directed=edges.directed)
