@@ -63,7 +63,6 @@ class Rounds(GossipLoop):
             task, method, topology, fleet, timing, records,
             seed=seed, work=work, asynchronous=False, **around,
         )  # fmt: skip
-        keep_freed()
         self._windows = fleet.windows() if self.network.dropping else {}
         self._reach: NDArray | None = None  # [n], who must hear every message
         if replicas == "global" and not self.network.fixed and not method.exact:
@@ -92,7 +91,7 @@ class Rounds(GossipLoop):
             return Shares(n, lossy=self.network.loss > 0)
         still = self.network.fixed or self._reach is not None or not channel.memory
         if method.exact or still:
-            return Broadcast(method.compressor, channel, method.exact, seed, name)
+            return Broadcast(method.compressor, channel, method.exact, n, seed, name)
         return Links(method.compressor, n, seed, name)
 
     @property
@@ -148,6 +147,8 @@ class Rounds(GossipLoop):
             for name, held in kept.items():
                 self._kept[name][~present] = held[~present]
         self.round += 1
+        if self.round == 1:  # what is made once is there: nothing will take a piece of an [n, d]
+            keep_freed()
         return True
 
     def _gradients(self, wanted: Points, draw: int) -> Any:
@@ -195,9 +196,8 @@ class Rounds(GossipLoop):
             end = np.where(present, end, self._ready(self.network.whole(self.round)))
         if self.method.overlap:
             end = np.maximum(end, ready)
-        # In place: what outlives a round must not take a piece of a freed [n, d].
-        self.end_s[:] = end
-        np.add(end, self.fleet.latency_s + self.timing.jitters(number), out=self.free_s)
+        self.end_s = end
+        self.free_s = end + (self.fleet.latency_s + self.timing.jitters(number))
 
     def _present(self, k: int) -> NDArray | None:
         """Who takes part in round ``k``, ``[n]``; None for all."""

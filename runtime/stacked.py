@@ -179,21 +179,20 @@ class Broadcast(Wire):
     """See the module; ``exact`` channels are not compressed."""
 
     def __init__(
-        self, compressor: Compressor, channel: Channel, exact: bool, seed: int, name: str
+        self, compressor: Compressor, channel: Channel, exact: bool, n: int, seed: int, name: str
     ) -> None:
         self._compressor, self._channel, self._exact = compressor, channel, exact
         self._seed, self._name, self._product = seed, f"compress {name}", Product()
         self.count = 0  # of what was published
         self.value: Any = None  # [n, d], the public copies that neighbours mix with
         self.h: Any = None  # [n, d], where differences are taken to others: damped copies
-        self.sizes = 0
+        self.sizes = 0 if exact else np.zeros(n, np.int64)
         self._now: Any = None
 
     def start(self, value: NDArray) -> None:
         """See ``Wire``."""
         if self._channel.memory or self._exact:
             self.value = value if self._exact else value.copy()
-            self.sizes = 0
             if self._channel.damping < 1:
                 self.h = value
         else:
@@ -210,7 +209,7 @@ class Broadcast(Wire):
         if h is None:
             h = np.zeros_like(value)
         apart = value - h if self._channel.memory else value
-        q, self.sizes = compress(
+        q, self.sizes[:] = compress(
             self._compressor, apart, self._seed, self._name, np.arange(len(value)), self.count,
             own=len(value) <= OWN_STREAM,
         )  # fmt: skip
@@ -419,7 +418,7 @@ class Stacked:
 
     def snapshot(self) -> tuple[dict[str, Any], list[Any]]:
         """What ``keep`` can put back."""
-        return self.fields(), [(wire.value, wire.sizes) for wire in self._wires.values()]
+        return self.fields(), [(wire.value, np.copy(wire.sizes)) for wire in self._wires.values()]
 
     def keep(self, snapshot: tuple[dict[str, Any], list[Any]], nodes: NDArray) -> None:
         """Put ``nodes [n]`` (a mask) back to where they were: they have sat a round out."""

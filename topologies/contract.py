@@ -72,9 +72,9 @@ class Topology:
 
 
 def finished(matrix: sparse.csr_array) -> sparse.csr_array:
-    """A copy in canonical form, without stored zeros, its numbers read-only; or ``matrix`` itself."""
+    """A read-only copy in canonical form, without stored zeros; ``matrix`` itself if it is one."""
     if not matrix.data.flags.writeable and matrix.has_canonical_format and matrix.data.all():
-        return matrix  # which has been here before
+        return matrix
     matrix = sparse.csr_array(matrix, dtype=np.float64, copy=True)
     matrix.sum_duplicates()
     matrix.eliminate_zeros()

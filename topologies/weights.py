@@ -44,7 +44,7 @@ class Edges:
         graph: nx.Graph | None = None,
     ) -> None:
         self.n, self.directed, self._graph = n, directed, graph
-        src, dst = np.ravel(src), np.ravel(dst)
+        src, dst = np.ravel(src).astype(np.int32), np.ravel(dst).astype(np.int32)  # as scipy's own
         if not directed:
             src, dst = np.concatenate([src, dst]), np.concatenate([dst, src])
         other = src != dst
