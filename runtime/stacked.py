@@ -82,9 +82,8 @@ class Round:
             return latest
         if most * len(time_s) > len(self.dst):
             sent_s = np.append(sent_s, -np.inf)
-        for heard in self._heard:
-            time_s = np.maximum(time_s, sent_s[heard])
-        return time_s
+        latest = np.maximum.reduce(sent_s.take(self._heard), axis=0, initial=-np.inf)
+        return np.maximum(time_s, latest)
 
     def received(self, x: NDArray) -> NDArray:
         """``x [m, ...]`` of the messages that are received."""
