@@ -37,6 +37,7 @@ from offbeat.runtime.rounds import Rounds
 from offbeat.runtime.settings import DEFAULT_STEPS, Evaluate, Stop
 from offbeat.runtime.virtual import VirtualWorkers
 from offbeat.topologies import TOPOLOGIES, Topology
+from offbeat.workers.compressed import Compressed
 from offbeat.workers.fleet import Fleet, Timing
 from offbeat.workers.speeds import Clock
 from offbeat.workers.tasks import TASKS, Task
@@ -220,7 +221,7 @@ def run(
         topology=made_topology,
         mode=mode,
         replicas=replicas,
-        work=make_part(WORK, work),
+        work=make_part(WORK, work, seed=seed),
         stop=made_stop,
         evaluate=make_settings(Evaluate, evaluate)
         if evaluate is not None
@@ -423,7 +424,8 @@ def _loop(
     if trace is not None:
         workers = VirtualWorkers(e.task, e.fleet, RecordedTiming(trace), e.work, x)
         return Engine(e.task, algorithm, workers, records, **around)
-    jobs = e.task, e.fleet, e.fleet.timing(e.seed, int(x.nbytes)), e.work, x
+    sized = isinstance(e.work, Compressed)
+    jobs = e.task, e.fleet, e.fleet.timing(e.seed, int(x.nbytes), sized), e.work, x
     if (crew := e.engine.crew(e, folder)) is None:
         return Engine(e.task, algorithm, VirtualWorkers(*jobs), records, **around)
     try:

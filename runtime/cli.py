@@ -393,7 +393,7 @@ def _report(results: dict[str, api.Result], folder: Path) -> None:
     """The table, the picture, and where things are."""
     from offbeat.runtime.plots import picture
 
-    gossip = any("bytes" in result.final for result in results.values())
+    gossip = any(result.experiment.topology is not None for result in results.values())
     columns = [key for key in COLUMNS if any(key in r.final for r in results.values())]
     if gossip:
         columns = [key for key in columns if key not in ("grad_norm", "staleness_max")]

@@ -18,6 +18,7 @@ from offbeat.runtime.network import Network
 from offbeat.runtime.registry import MADE_BY_HAND, MOST_SEEDS, Positive, Registry, settings
 from offbeat.runtime.settings import DEFAULT_STEPS, Evaluate, Stop
 from offbeat.topologies import TOPOLOGIES, Topology
+from offbeat.workers.compressed import Compressed
 from offbeat.workers.fleet import Fleet, Outage
 from offbeat.workers.tasks import TASKS, Task
 from offbeat.workers.work import WORK, Work, gradient
@@ -133,6 +134,11 @@ class Experiment:
         name = method.spec.name if method.spec else type(method).__name__
         if self.topology is None:
             raise ConfigError(f'{name} is a gossip method: give a topology, as topology = "ring"')
+        if isinstance(self.work, Compressed):
+            raise ConfigError(
+                f"{name}: gossip compresses what it sends by the method's own compressor; give "
+                "the work that is compressed alone"
+            )
         elsewhere = not isinstance(self.engine, Virtual)
         if elsewhere and self.work.keep(1, self.task.initial(self.seed)):
             raise ConfigError(
@@ -276,7 +282,7 @@ def from_table(table: Mapping[str, Any]) -> list[Experiment]:
     stop = attempt(make_settings, Stop, table.get("stop", {"steps": DEFAULT_STEPS}))
     evaluate = attempt(make_settings, Evaluate, table["evaluate"]) if "evaluate" in table else None
     record = attempt(make_settings, Record, table.get("record", {}))
-    work = attempt(make_part, WORK, table.get("work", "gradient"))
+    work = attempt(make_part, WORK, table.get("work", "gradient"), seed=seed)
     engine = attempt(make_part, ENGINES, table.get("engine", "virtual"))
     for key in ("algorithm", "topology", "mode"):
         if table.get(key) == []:

@@ -141,6 +141,8 @@ class Records:
         self.flush()
         gradients = self.flushed + workers.extra
         row = {"time_s": workers.now_s, "step": step, "gradients": gradients}
+        if workers.coded:
+            row["bytes"] = workers.uploaded
         busy, outstanding = self.busy(workers), workers.outstanding
         return row | facts | self.staleness() | {"busy": busy, "outstanding": outstanding}
 

@@ -104,6 +104,7 @@ class Hub:
         self._experiment, self._kinds, self._package = experiment, kinds, package
         self._manifest = say.manifest(kinds)
         self._reader, self._pool = Reader(run, kinds), Pool()
+        self._keeping = any(name.startswith(say.KEPT) for name in kinds["work"].arrays)
         self.roster, self.jobs = Roster(slots, liveness), Jobs()
         self.seats: dict[str, Seat] = {}
         self._slots: list[Seat | None] = [None] * slots  # who is ready
@@ -311,7 +312,7 @@ class Hub:
             why = f"another process joined as {head.node}"
             self._post(address, "refusal", say.Refusal(0, why, -1.0, True), head.incarnation)
         else:
-            self._post(address, "again", say.Again(), head.incarnation)
+            self._post(address, "again", say.Again(head.to), head.incarnation)
 
     def _hear(self, seat: Seat, message: Message, now_s: float) -> None:
         """A message in its order, whole."""
@@ -367,7 +368,9 @@ class Hub:
             if name.startswith(say.KEPT)
         }
         finite = (body.loss is None or math.isfinite(body.loss)) and _finite(payload)
-        answer = Answer(serial, body.loss if finite else np.nan, payload, kept, body.spent_s)
+        nbytes = sum(one.nbytes for one in message.head.arrays if one.name == "payload")
+        loss = body.loss if finite else np.nan
+        answer = Answer(serial, loss, payload, kept, body.spent_s, nbytes)
         order = self._orders.pop(serial)
         seat.jobs += 1
         seat.loss = np.nan if body.loss is None else body.loss
@@ -392,7 +395,7 @@ class Hub:
             s for s in self._slots if s is not None and s is not seat
             and not self.roster.suspects(s.member, now_s)
         ]  # fmt: skip
-        if answer.kept or not others:  # nobody else could
+        if self._keeping or not others:  # nobody else could
             self.events.append(answer)
             return
         self._opinions[answer.serial] = answer, seat.member.node

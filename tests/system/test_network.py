@@ -21,11 +21,12 @@ from offbeat.runtime import api, checkpoint
 from offbeat.runtime.net import keys, wire
 from offbeat.runtime.net import messages as say
 from offbeat.runtime.net.cli import asking
+from offbeat.runtime.net.hub import Hub
 
 FILE = """
 task = "quadratic(20, noise=0.3)"
 algorithm = "pure(lr=0.01)"
-work = "local-steps(sgd(lr=0.01), steps=100)"
+work = "{work}"
 fleet = "3 real"
 seed = 5
 [stop]
@@ -36,6 +37,8 @@ steps = 100
 save_every_s = 0.1
 """
 LIMIT_S = 90.0  # of anything that is waited for
+PLAIN = "local-steps(sgd(lr=0.01), steps=100)"
+COMPRESSED = "compressed(topk(3), local-steps(momentum(lr=0.001), steps=100))"
 
 
 def free_port():
@@ -47,10 +50,10 @@ def free_port():
 class Site:
     """A server, its workers, and a way to ask how they are."""
 
-    def __init__(self, folder, stack, steps=100_000, secure=False):
+    def __init__(self, folder, stack, steps=100_000, secure=False, work=PLAIN):
         self.folder, self.stack, self.out = folder, stack, folder / "run"
         self.file = folder / "run.toml"
-        self.file.write_text(FILE.format(steps=steps))
+        self.file.write_text(FILE.format(steps=steps, work=work))
         self.address = f"tcp://127.0.0.1:{free_port()}"
         self.keys = folder / "keys" if secure else None
         self.processes = []
@@ -230,8 +233,9 @@ def test_a_worker_sleeps_for_longer_than_anyone_waits(tmp_path, stack):
     sound(site)
 
 
-def test_the_server_is_killed_and_comes_back(tmp_path, stack):
-    site = Site(tmp_path, stack, steps=6000)
+@pytest.mark.parametrize("work", [PLAIN, COMPRESSED])
+def test_the_server_is_killed_and_comes_back(tmp_path, stack, work):
+    site = Site(tmp_path, stack, steps=6000, work=work)
     server = site.serve()
     workers = [site.join(f"w{i}") for i in range(2)]
     status = site.until(here(2), server)
@@ -313,9 +317,12 @@ def test_a_worker_is_asked_to_leave(tmp_path, stack):
     assert len(status["workers"]) == 2
 
 
-def test_the_virtual_clock_does_not_notice(tmp_path, stack):
+@pytest.mark.parametrize("compressor", [None, "randk(0.3)"])
+def test_the_virtual_clock_does_not_notice(tmp_path, stack, compressor):
     """A worker killed in mid-run: the same bits as in one process."""
-    options = {"stop": {"steps": 400}, "seed": 4, "work": "local-steps(momentum, steps=100)"}
+    work = "local-steps(momentum, steps=100)"
+    work = f"compressed({compressor}, {work})" if compressor else work
+    options = {"stop": {"steps": 400}, "seed": 4, "work": work}
     parts = "quadratic(20, noise=0.3)", "shuffled(lr=0.01)", "3 lognormal(1.0)"
     plain = offbeat.run(*parts, **options)
     port = free_port()
@@ -342,6 +349,25 @@ offbeat.run(*{parts!r}, **{options!r}, folder={str(tmp_path / "run")!r}, clock="
     np.testing.assert_array_equal(api.checkpointed(tmp_path / "run")["x"], plain.x)
     facts = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert facts["restarts"] >= 1
+
+
+def test_the_bytes_that_are_told_are_those_on_the_wire(monkeypatch):
+    sizes, receive = {}, Hub.receive
+
+    def received(self, address, node, frames, now_s):
+        if len(frames) == 2:  # a header and an update; of one that is sent again, one counts
+            sizes[bytes(frames[1])] = len(frames[1])
+        receive(self, address, node, frames, now_s)
+
+    monkeypatch.setattr(Hub, "receive", received)
+    result = offbeat.run(
+        "quadratic(1000, noise=0.3)", "pure(lr=0.01)", "3 real", engine="zmq",
+        work="compressed(topk(10))", stop={"steps": 200}, evaluate={"steps": 200},
+    )  # fmt: skip
+    raw = 8 * 1000
+    assert max(sizes.values()) < raw / 60
+    assert 0 <= sum(sizes.values()) - result.final["bytes"] <= 3 * max(sizes.values())
+    assert result.final["bytes"] < 200 * raw / 60
 
 
 # -- What lies between them -----------------------------------------------------------------------
