@@ -13,7 +13,7 @@ import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -250,28 +250,31 @@ def _resolves(found: Found, host: Host) -> bool:
 
 @contextmanager
 def listening(found: Found, ear: Address) -> Iterator[socket.socket | None]:
-    """Listens at an own address, and says whether that can be done."""
+    """Listens as nodes with keys do, at all addresses, and says whether that can be done."""
     where = endpoint(*ear)
     with ExitStack() as stack:
         server = None
         try:
             family, _, _, _, to = socket.getaddrinfo(*ear, type=socket.SOCK_STREAM)[0]
-            server = stack.enter_context(closing(socket.socket(family, socket.SOCK_STREAM)))
-            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            server.bind(to)
-            server.listen()
+            both = socket.has_dualstack_ipv6()
+            everywhere = socket.AF_INET6 if both else socket.AF_INET
+            server = stack.enter_context(
+                socket.create_server(("", ear[1]), family=everywhere, dualstack_ipv6=both)
+            )
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.bind((to[0], 0))
             found.good("bind", f"{where} can be bound")
         except OSError as error:
-            server = None
             if error.errno == errno.EADDRINUSE:
                 found.note(
                     "bind", f"{where} is in use",
                     "fine if it is the run; else stop what listens there, or give another port",
                 )  # fmt: skip
             elif error.errno == errno.EADDRNOTAVAIL:
-                found.wrong(
+                found.note(
                     "bind", f"{where} is no address of this machine",
-                    "give the address at which the others reach it (ip address shows its own)",
+                    "fine if it is forwarded here; else give the address at which the others "
+                    "reach it (ip address shows its own)",
                 )  # fmt: skip
             elif error.errno == errno.EACCES:
                 found.wrong("bind", f"{where} is not allowed", "give a port above 1023")
@@ -334,6 +337,9 @@ def _tell(found: Found, reached: Reached, keys: bool) -> None:
     if greeting.startswith(DOCTOR):
         said = f"{where} in {ms:.1f} ms, {_bandwidth(reached.ear) / 1e6:,.0f} MB/s"
         return found.good("reach", said)
+    if not greeting:
+        said = f"{where} takes connections, but says nothing in {CONNECT_S:g} s"
+        return found.wrong("reach", said, "see what listens there, and whether it hangs: ss -ltnp")
     if len(greeting) < 32 or greeting[0] != 0xFF:
         said = f"{where} is taken by something that is not offbeat"
         return found.wrong("reach", said, "stop it, or give the host another port")

@@ -51,7 +51,7 @@ def compose(plan: Plan, image: str) -> str:
         "stop_grace_period": f"{GRACE_S}s",
         "read_only": True,
         "tmpfs": ["/tmp"],
-        "environment": {"HOME": "/tmp"},
+        "environment": {"HOME": "/tmp", "USER": "offbeat"},  # its number has no name there
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges:true"],
         "logging": {"driver": "json-file", "options": {"max-size": "10m", "max-file": "3"}},

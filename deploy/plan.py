@@ -222,7 +222,7 @@ def _name(text: str) -> str:
     try:
         return name(text)
     except ConfigError as error:
-        raise ConfigError(f"{error}; give --name") from None
+        raise ConfigError(f"{error}; give another, with --name") from None
 
 
 def word(text: str, option: str) -> str:

@@ -169,8 +169,9 @@ def mount(
             typer.Option(help="Where a torch task computes, if not as in the host file."),
         ] = None,
         suspect_after_s: Annotated[
-            float, typer.Option(help="Silence after which a neighbour is suspected.")
-        ] = 1.0,
+            float | None,
+            typer.Option(help="Silence after which a neighbour is suspected; alike at all."),
+        ] = None,
         overrides: Annotated[
             list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As for run.")
         ] = None,
@@ -185,6 +186,8 @@ def mount(
         found = read(file, {}, overrides or [])
         if len(found) > 1:
             raise ConfigError(f"{file}: is a comparison of {len(found)} runs; take one at a time")
+        if suspect_after_s is None:  # as the experiment says, if its engine is this one
+            suspect_after_s = getattr(found[0].engine, "suspect_after_s", Liveness.suspect_after_s)
         if not bind:
             bind = own.endpoint if folder is None else f"tcp://*:{own.port}"
         reason = PeerProcess(

@@ -159,7 +159,7 @@ class PeerProcess:
         self.experiment, self.me, self.folder, self._watched = experiment, me, folder, watched
         self.seat, self._seats, self._device = seats[me], seats, device
         self.liveness = Liveness(suspect_after_s)
-        text = lines(experiment, seats)
+        text = f"{lines(experiment, seats)}\nsuspect_after_s = {suspect_after_s:g}"
         _prepare(experiment, device)
         bind = bind or self.seat.endpoint
         keys.check_bind(bind, keys_folder)

@@ -4,6 +4,7 @@ import os
 import re
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -103,8 +104,16 @@ def test_a_port_that_is_taken(tmp_path):
 def test_an_address_of_another_machine(tmp_path):
     path = host_file(tmp_path, ("a", "192.0.2.1", 5555))
     ((state, said, mend),) = of(look(path, "a"), "bind")
-    assert (state, said) == ("wrong", "tcp://192.0.2.1:5555 is no address of this machine")
-    assert mend.startswith("give the address at which the others reach it")
+    assert (state, said) == ("note", "tcp://192.0.2.1:5555 is no address of this machine")
+    assert mend.startswith("fine if it is forwarded here; else give the address")
+
+
+def test_it_listens_at_all_addresses_as_nodes_do():
+    """A name that is 127.0.1.1 on its own machine, as Debian has it, is another elsewhere."""
+    found = doctor.Found("a")
+    with doctor.listening(found, ("127.0.1.1", free())) as server:
+        socket.create_connection(("127.0.0.1", server.getsockname()[1]), 5).close()
+    assert [one.state for one in found.all] == ["good"]
 
 
 def test_a_firewall_that_swallows(tmp_path, monkeypatch):
@@ -172,14 +181,27 @@ def test_what_zeromq_says_first(curve, keys, state, said, router, tmp_path):
     assert re.search(said, words)
 
 
-def test_a_port_that_another_program_has(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("first", "said"),
+    [
+        (b"SSH-2.0-OpenSSH\r\n", "is taken by something that is not offbeat"),
+        (b"", "takes connections, but says nothing in 0.3 s"),
+    ],
+)
+def test_a_port_that_another_program_has(first, said, tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "CONNECT_S", 0.3)
-    with listener() as port:
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        port = server.getsockname()[1]
         path = host_file(tmp_path, ("a", "127.0.0.2", free("127.0.0.2")), ("b", "127.0.0.1", port))
-        ((state, said, _),) = of(look(path, "a"), "reach")
-    assert (state, said) == (
-        "wrong", f"tcp://127.0.0.1:{port} is taken by something that is not offbeat"
-    )  # fmt: skip
+        with ThreadPoolExecutor(1) as pool:
+            found = pool.submit(look, path, "a")
+            kept = [server.accept()[0] for _ in range(doctor.TRIES)]
+            kept[-1].sendall(first)
+            ((state, got, mend),) = of(found.result(), "reach")
+        for one in kept:
+            one.close()
+    assert (state, got) == ("wrong", f"tcp://127.0.0.1:{port} {said}")
+    assert mend
 
 
 def test_which_host_this_is(tmp_path):
