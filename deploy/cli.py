@@ -92,7 +92,14 @@ def compose(
         file, nodes=nodes, run=name, device=device, port=port, experiment="/config/experiment.toml"
     )
     files = render.compose(made, image=image(image_))
-    _write(made, "compose", files, out, overwrite, "./prepare.sh && docker compose up --build")
+    _write(
+        made,
+        "compose",
+        files,
+        out,
+        overwrite,
+        "./prepare.sh && docker compose build && docker compose up",
+    )
 
 
 @deploy.command()

@@ -42,8 +42,8 @@ def compose(plan: Plan, image: str) -> str:
     """compose.yaml: every node a container of one machine."""
     port = plan.port
     common: dict[str, Any] = {
-        "build": {"context": ".", "target": f"offbeat-{plan.device}"},
         "image": image,
+        "pull_policy": "never",
         # Keys are readable by their owner alone, so nodes run as whoever made them.
         "user": "${OFFBEAT_UID:?run ./prepare.sh first}:${OFFBEAT_GID:?run ./prepare.sh first}",
         "init": True,
@@ -71,6 +71,10 @@ def compose(plan: Plan, image: str) -> str:
         own = {"driver": "nvidia", "device_ids": [str(number)], "capabilities": ["gpu"]}
         return {"deploy": {"resources": {"reservations": {"devices": [own]}}}} if plan.cuda else {}
 
+    data = [
+        {"type": "bind", "source": path, "target": path, "read_only": True}
+        for path in (str(path).replace("$", "$$") for path in plan.data)
+    ]
     services: dict[str, Any] = {}
     if plan.peers:
         config.append({"source": "hosts", "target": f"{CONFIG}/hosts.toml"})
@@ -81,7 +85,7 @@ def compose(plan: Plan, image: str) -> str:
                 "command": plan.peer(f"{CONFIG}/hosts.toml", node, "/run/secrets", f"{RUN}/{node}"),
                 "configs": config,
                 "secrets": secrets(node, *(n for n in plan.nodes if n != node)),
-                "volumes": [f"./run:{RUN}"],
+                "volumes": [f"./run:{RUN}", *data],
                 "healthcheck": _healthcheck(listening(port)),
             }
     else:
@@ -90,7 +94,7 @@ def compose(plan: Plan, image: str) -> str:
             "command": plan.serve(port, "/run/secrets", f"{RUN}/server"),
             "configs": config,
             "secrets": secrets(SERVER, SERVER, *plan.participants),
-            "volumes": [f"./run:{RUN}"],
+            "volumes": [f"./run:{RUN}", *data],
             "healthcheck": _healthcheck(listening(port)),
         }
         for number, node in enumerate(plan.participants):
@@ -99,9 +103,14 @@ def compose(plan: Plan, image: str) -> str:
                 **gpu(number),
                 "command": plan.join(f"tcp://server:{port}", node, "/run/secrets"),
                 "secrets": secrets(node, SERVER),
+                **({"volumes": data} if data else {}),
                 "depends_on": {"server": {"condition": "service_healthy"}},
                 "healthcheck": _healthcheck(connected(port)),
             }
+    # Only one of them: several that build the same image at once fail as they tag it.
+    first = services[plan.nodes[0]]
+    del first["pull_policy"]
+    first["build"] = {"context": ".", "target": f"offbeat-{plan.device}"}
     document = {
         "name": plan.name,
         "services": services,

@@ -36,6 +36,7 @@ class Plan:
         offbeat: the program, as a name or path.
         experiment: where nodes find the experiment's file.
         hosts: the machines, where they are known beforehand.
+        data: files that every node needs, at these paths.
         notes: what its user has to see to.
     """
 
@@ -49,6 +50,7 @@ class Plan:
     offbeat: str = "offbeat"
     experiment: str = "experiment.toml"
     hosts: Hosts | None = None
+    data: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -127,7 +129,9 @@ def plan(
         )
     what = experiments[0]
     own = str(what.engine.spec.name if what.engine.spec else "virtual")
-    notes = _data_notes(file, what) + _engine_notes(file, what, own, engine)
+    data = _data(file, what)
+    notes = [f"every node needs {path} at that path" for path in data]
+    notes += _engine_notes(file, what, own, engine, device)
     called = _name(run or _named(file))
     peers = isinstance(what.algorithm, Gossip)
     size = what.fleet.workers
@@ -170,14 +174,15 @@ def plan(
         offbeat=word(offbeat, "--offbeat"),
         experiment=experiment,
         hosts=nodes if isinstance(nodes, Hosts) else None,
+        data=tuple(data),
         notes=tuple(notes),
     )
 
 
-def _data_notes(file: Path, what: Experiment) -> list[str]:
+def _data(file: Path, what: Experiment) -> list[Path]:
     """What nodes need besides the experiment's file."""
     spec = what.task.spec
-    notes = []
+    found = []
     for key in FILES & dict(spec.options if spec else {}).keys():
         given = Path(str(spec.options[key])).expanduser()  # type: ignore[union-attr]
         if not given.is_file():
@@ -187,11 +192,11 @@ def _data_notes(file: Path, what: Experiment) -> list[str]:
                 f'{file}: task.{key} = "{given}" is another file on every machine; give the whole '
                 "path at which all of them have it"
             )
-        notes.append(f"every node needs {given} at that path")
-    return notes
+        found.append(given)
+    return found
 
 
-def _engine_notes(file: Path, what: Experiment, own: str, wanted: str) -> list[str]:
+def _engine_notes(file: Path, what: Experiment, own: str, wanted: str, device: str) -> list[str]:
     if wanted != "ray":
         if own == "ray":
             raise ConfigError(f'{file}: has engine = "ray"; deploy it with kuberay, or take "zmq"')
@@ -203,6 +208,11 @@ def _engine_notes(file: Path, what: Experiment, own: str, wanted: str) -> list[s
         raise ConfigError(
             f"{file}: the engine begins a Ray of its own; to join the cluster, give [engine] "
             'address = "auto"'
+        )
+    if device != "cpu" and not (options["num_gpus"] and options["device"] != "cpu"):
+        raise ConfigError(
+            f"{file}: for actors to compute on the GPUs of --device {device}, give [engine] "
+            'num_gpus = 1 and device = "cuda"'
         )
     if not options["num_cpus"]:
         return ["engine.num_cpus is 0, so actors may be put on the head too; give it 1"]

@@ -96,11 +96,12 @@ def systemd(plan: Plan, *, user: str = "offbeat") -> Files:
         raise ConfigError(
             f'--offbeat: units need the whole path of the program, not "{plan.offbeat}"'
         )
-    if plan.offbeat.startswith(HIDDEN):
-        raise ConfigError(
-            f"--offbeat: units see nothing of {', '.join(HIDDEN)}, so not {plan.offbeat}; install "
-            "it elsewhere, as in /opt/offbeat"
-        )
+    for path in (plan.offbeat, *map(str, plan.data)):
+        if path.startswith(HIDDEN):
+            raise ConfigError(
+                f"units see nothing of {', '.join(HIDDEN)}, so not {path}; put it elsewhere, as "
+                "in /opt/offbeat"
+            )
     if not re.fullmatch(r"[a-z_][a-z0-9_-]{0,30}", user):
         raise ConfigError(f'--user: "{user}" is no name of a user')
     machines, hosts, nodes_of = _by_host(plan)

@@ -195,7 +195,9 @@ def test_kubernetes_objects_fit_together(shape, tmp_path):
 
 
 def test_rayjob(tmp_path):
-    out = rayjob(tmp_path, "--device", "cuda", "--image", "registry:5000/us/offbeat:1")
+    text = RAY.replace("num_cpus = 1", 'num_cpus = 1, num_gpus = 1, device = "cuda"')
+    image = ["--image", "registry:5000/us/offbeat:1"]
+    out = deploying.deploy(tmp_path, "kuberay", "server", "--device", "cuda", *image, text=text)
     _, claim, job = yaml.safe_load_all((out / "rayjob.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     cluster = job["spec"]["rayClusterSpec"]
@@ -246,7 +248,7 @@ def test_compose_fits_together(shape, device, tmp_path):
     for service in document["services"].values():
         assert {s["source"] for s in service["secrets"]} <= document["secrets"].keys()
         assert {c["source"] for c in service.get("configs", [])} <= document["configs"].keys()
-        assert f"AS {service['build']['target']}\n" in dockerfile
+        assert ("build" in service) == (service.get("pull_policy") != "never")
         own = [s["source"] for s in service["secrets"] if s["source"].endswith("_secret")]
         assert len(own) == 1
         assert service["healthcheck"]["test"][0] == "CMD"
@@ -265,6 +267,26 @@ def test_compose_fits_together(shape, device, tmp_path):
     )
     for config in document["configs"].values():
         assert (out / config["file"]).is_file()
+    (build,) = [s["build"] for s in document["services"].values() if "build" in s]
+    assert f"AS {build['target']}\n" in dockerfile
+
+
+@each_shape
+def test_files_of_data_are_brought_or_asked_for(shape, tmp_path, capsys, monkeypatch):
+    data = tmp_path / "a $x.svm"
+    data.write_text("".join(f"{i % 2} 1:{i} 2:1\n" for i in range(12)))
+    quadratic = 'name = "quadratic"\ndim = 4\n'
+    text = deploying.SHAPES[shape].replace(quadratic, f'name = "logistic"\ndata = "{data}"\n')
+    out = deploying.deploy(tmp_path, "compose", shape, text=text)
+    path = str(data).replace("$", "$$")  # else Compose takes it for a variable
+    mount = {"type": "bind", "source": path, "target": path, "read_only": True}
+    services = yaml.safe_load((out / "compose.yaml").read_text())["services"]
+    assert all(mount in service["volumes"] for service in services.values())
+    deploying.deploy(tmp_path, "slurm", shape, text=text)
+    assert capsys.readouterr().out.count(f"note: every node needs {data} at that path") == 2
+    monkeypatch.setattr(render, "HIDDEN", (f"{tmp_path}/",))
+    with pytest.raises(ConfigError, match=r"units see nothing of .*\.svm; put it elsewhere"):
+        deploying.deploy(tmp_path, "systemd", shape, text=text)
 
 
 @each_shape
@@ -410,7 +432,7 @@ def test_keys_are_made_where_the_script_runs(recipe, shape, tmp_path):
         ("slurm", ["--partition", "a b"], '"a b" is no name of a partition'),
         ("slurm", ["--name", "My run"], '"My run" is no name; take lower-case'),
         ("kubernetes", ["--name", "a" * 40], 'a-worker-2" is no name; take lower-case'),
-        ("systemd", ["--offbeat", "/home/me/offbeat"], "so not /home/me/offbeat; install it"),
+        ("systemd", ["--offbeat", "/home/me/offbeat"], "so not /home/me/offbeat; put it"),
         ("slurm", ["--offbeat", "a; rm b"], "characters that scripts would have to quote"),
         ("slurm", ["--device", "tpu"], '--device must be cpu or cuda, not "tpu"'),
         ("systemd", ["--offbeat", "offbeat"], "units need the whole path of the program"),
@@ -447,6 +469,11 @@ def test_gossip_on_ray_has_pods_for_its_actors(tmp_path):
     config, _, job = yaml.safe_load_all((out / "rayjob.yaml").read_text())
     assert config["data"].keys() == {"experiment.toml", "entry.sh"}
     assert job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] == 1
+
+
+def test_a_rayjob_with_gpus_has_actors_that_use_them(tmp_path):
+    with pytest.raises(ConfigError, match=r'give \[engine\] num_gpus = 1 and device = "cuda"'):
+        deploying.deploy(tmp_path, "kuberay", "server", "--device", "cuda", text=RAY)
 
 
 def test_a_rayjob_joins_its_cluster(tmp_path, capsys):
