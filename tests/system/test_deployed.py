@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import deploying
+import psutil
 import pytest
 
 from offbeat.deploy import render
@@ -58,9 +59,9 @@ class Machine:
 def machine(tmp_path):
     made = Machine(tmp_path)
     yield made
-    for path in made.home.rglob("*.pid"):  # only what a test left running
-        if (pid := path.read_text().strip()) and Path(f"/proc/{pid}").exists():
-            os.kill(int(pid), signal.SIGTERM)
+    for process in psutil.process_iter(["cwd"]):  # only what a test left running
+        if (process.info["cwd"] or "").startswith(f"{made.home}/"):
+            process.terminate()
 
 
 # -- keep.sh ---------------------------------------------------------------------------------------
@@ -199,7 +200,8 @@ def test_a_launch_from_keys_to_stop(launch, machine):
 
 def test_what_is_pushed_again_replaces_what_was(launch, machine, tmp_path):
     call = launch()
-    assert [call(word)[0] for word in ("keys", "push")] == [0, 0]
+    assert call("keys")[0] == 0
+    assert call("push")[::2] == (0, "")
     (tmp_path / "ssh" / "keys" / "server" / "authorized" / "cpu1.key").unlink()
     (tmp_path / "ssh" / "experiment.toml").write_text("new")
     run = machine.home / "10.0.0.1" / "offbeat-run"
@@ -259,12 +261,25 @@ def _words(process):
         return []
 
 
-def test_a_pid_that_is_somebody_elses_is_left_alone(launch, machine):
+def test_what_a_killed_keeper_left_is_found_and_stopped(launch, machine):
+    call = launch()
+    assert [call(word)[0] for word in ("keys", "push", "start")] == [0, 0, 0]
+    until(lambda: len(machine.lines("started: ")) == 4)
+    (keeper,) = re.findall(r"runs on fd00::3, as (\d+)", call("status", "cpu1")[1])
+    os.kill(int(keeper), signal.SIGKILL)
+    until(lambda: f"as {keeper}" not in call("status", "cpu1")[1])
+    assert "cpu1: runs already, as" in call("start", "cpu1")[1]
+    assert "cpu1: stopped" in call("stop", "cpu1")[1]
+    assert machine.lines("^cpu1 stopped") == ["cpu1 stopped"]
+    assert call("stop")[0] == 0
+
+
+def test_a_process_that_is_somebody_elses_is_left_alone(launch, machine):
     call = launch()
     assert [call(word)[0] for word in ("keys", "push")] == [0, 0]
-    other = subprocess.Popen(["sleep", "60"])
+    there = machine.home / "fd00::3" / "offbeat-run"
+    other = subprocess.Popen(["sleep", "60"], cwd=there)
     try:
-        (machine.home / "fd00::3" / "offbeat-run" / "cpu1.pid").write_text(str(other.pid))
         assert "cpu1: is not running" in call("stop", "cpu1")[1]
         assert "started" in call("start", "cpu1")[1]
         assert other.poll() is None

@@ -60,7 +60,7 @@ push() {
                 mkdir -p .new-$node keys/$node/authorized
                 tar -xpf - -C .new-$node
                 for known in keys/$node/authorized/*.key; do  # whom it shall not know any more
-                    [ -e .new-$node/\$known ] || rm -f \$known
+                    [ -e \".new-$node/\$known\" ] || rm -f \"\$known\"
                 done
                 mv -f .new-$node/keys/$node/authorized/* keys/$node/authorized/
                 mv -f .new-$node/keys/$node/*.* keys/$node/
@@ -70,13 +70,19 @@ push() {
     echo "$node: pushed to ${remote[$node]}"
 }
 
-# What the machine knows of a node: $pid, if its keep.sh runs.
+# What the machine knows of a node: $pid of its keep.sh, or of what a keep.sh that was killed left.
 # shellcheck disable=SC2016  # expanded there
 find_it='
     pid=
-    if [ -s "$node.pid" ] && tr "\\0" " " <"/proc/$(cat "$node.pid")/cmdline" 2>/dev/null | grep "keep\.sh .*keys/$node " >/dev/null; then
-        pid=$(cat "$node.pid")
-    fi
+    for process in /proc/[0-9]*; do
+        [ "$process/cwd" -ef . ] || continue
+        { words=$(tr "\\0" " " <"$process/cmdline"); } 2>/dev/null || continue
+        case $words in
+            *" status tcp://"*) ;;  # who only asks
+            *"keep.sh "*"--keys keys/$node "*) pid=${process#/proc/}; break ;;
+            *"--keys keys/$node "*) pid=${process#/proc/} ;;
+        esac
+    done
 '
 
 start() {
@@ -92,7 +98,6 @@ if [ -n "\$pid" ]; then
 fi
 command -v {{ plan.offbeat }} >/dev/null || { echo "$1: ${remote[$1]} has no {{ plan.offbeat }}; install offbeat there, or deploy with --offbeat PATH" >&2; exit 2; }
 nohup ./keep.sh $(command_of "$1") </dev/null >>"$1.log" 2>&1 &
-echo \$! >"$1.pid"
 echo "$1: started, as \$!"
 END
 }
@@ -110,7 +115,6 @@ fi
 kill -TERM "\$pid"
 for ((left = $stop_s * 10; left > 0; left--)); do
     if ! kill -0 "\$pid" 2>/dev/null; then
-        rm -f "$1.pid"
         echo "$1: stopped"
         exit 0
     fi
