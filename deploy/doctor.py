@@ -13,7 +13,7 @@ import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from offbeat.deploy.hosts import Host, Hosts, endpoint
 from offbeat.deploy.plan import SERVER
 from offbeat.runtime.errors import ConfigError, nearest
 from offbeat.runtime.experiment import read
+from offbeat.runtime.net import keys as keyring
 
 CONNECT_S = 3.0  # for a host to answer
 TRIES = 3  # of which the fastest is the latency
@@ -191,14 +192,26 @@ def _experiment(found: Found, experiment: Path) -> None:
         found.wrong("experiment", str(error), "mend the file, and bring it to all hosts")
 
 
+def _folders(hosts: Hosts, here: Host, folder: Path) -> dict[str, Path]:
+    """Where the keys of each node of ``here`` are."""
+    mine = [node.name for node in here.nodes()] + [SERVER] * (here is hosts.server)
+    return {node: folder / node if (folder / node).is_dir() else folder for node in mine}
+
+
+def public_keys(hosts: Hosts, here: Host, folder: Path) -> dict[str, dict[str, str]]:
+    """For each node of ``here``: its own public key, and those it lists, by whose they are."""
+    found = {}
+    for node, inner in _folders(hosts, here, folder).items():
+        with suppress(ConfigError):  # what cannot be read is a finding
+            listed = {name: key.decode() for key, name in keyring.authorized(inner).items()}
+            found[node] = listed | {node: keyring.show(inner, node)}
+    return found
+
+
 def _keys(found: Found, hosts: Hosts, here: Host, folder: Path) -> None:
     """The own secret, that nobody else can read it, and the public keys of who is spoken to."""
     names = [node.name for node in hosts.nodes()]
-    mine = [node.name for node in here.nodes()]
-    if here is hosts.server:
-        mine.append(SERVER)
-    for node in mine:
-        inner = folder / node if (folder / node).is_dir() else folder
+    for node, inner in _folders(hosts, here, folder).items():
         if hosts.server is None:
             needed = [name for name in names if name != node]
         else:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from offbeat.deploy import doctor, everywhere
 from offbeat.deploy.hosts import read_hosts
 from offbeat.runtime.cli import app
 from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.net import keys
 
 # Runs the command here, for each target in a home folder of its own.
 SSH = """#!/usr/bin/env bash
@@ -376,7 +378,7 @@ def test_what_tells_hosts_apart(examine):
 def test_versions_have_to_agree():
     same = {"offbeat": "1.0", "numpy": "2.0"}
     told = {
-        name: {"versions": same | other, "settings": {}}
+        name: {"versions": same | other, "keys": {}, "settings": {}}
         for name, other in {"a": {}, "b": {"offbeat": "0.9"}, "c": {"numpy": "1.9"}}.items()
     }
     found = []
@@ -386,6 +388,34 @@ def test_versions_have_to_agree():
         ("c", "note", "numpy 1.9; others have 2.0"),
     ]
     assert found[0].mend == "pip install offbeat==1.0"
+
+
+def test_keys_have_to_be_those_of_whom_they_are_listed_for(tmp_path):
+    hosts = read_hosts(
+        host_file(tmp_path, *((name, "127.0.0.1", i) for i, name in enumerate("ab", 1)))
+    )
+    for name in "ab":
+        (tmp_path / name / "authorized").mkdir(parents=True)
+        create_certificates(tmp_path / name, name)
+    for name, other in ("ab", "ba"):
+        shutil.copy(tmp_path / other / f"{other}.key", tmp_path / name / "authorized")
+
+    def compared():
+        told = {
+            host.name: {
+                "versions": {}, "settings": {}, "keys": doctor.public_keys(hosts, host, tmp_path),
+            }
+            for host in hosts.hosts
+        }  # fmt: skip
+        everywhere.compare(found := [], told)
+        return found
+
+    assert compared() == []
+    create_certificates(tmp_path / "b", "b")  # anew, and a was not told
+    ((host, check, state, said, mend),) = compared()
+    assert (host, check, state) == ("a", "keys", "wrong")
+    assert said == "a lists another public key of b than it has"
+    assert keys.show(tmp_path / "b", "b") in mend
 
 
 def test_peers_have_no_server_to_be_reached(tmp_path):
