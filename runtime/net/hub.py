@@ -221,6 +221,8 @@ class Hub:
 
     def _take(self, address: bytes, node: str | None, message: Message, now_s: float) -> None:
         head = message.head
+        if node == "":
+            raise WrongNode(f"the key of who says that it is {head.node} is not in the list")
         if node is not None and head.node != node:
             raise WrongNode(f"{node} says that it is {head.node}")
         if head.kind == "hello":
@@ -443,16 +445,19 @@ class Hub:
         return next((seat for seat in self.seats.values() if seat.address == address), None)
 
     def _shut_out(self, seat: Seat, why: str) -> None:
+        self.roster.quarantine(seat.member, why)
+        self._dismiss(seat, why)
+
+    def _dismiss(self, seat: Seat, why: str) -> None:
         refusal = say.Refusal(seat.member.nonce, why, -1.0)
         self._post(seat.address, "refusal", refusal, seat.member.incarnation)
         self.cuts.append((seat.address, why))
-        self.roster.quarantine(seat.member, why)
         self._lose(seat.member, why)
 
     def revoke(self, node: str) -> None:
-        """``node`` may not take part any more."""
+        """The key of ``node`` is not listed any more: until one is, it is nobody."""
         if (seat := self.seats.get(node)) is not None:
-            self._shut_out(seat, f"the key of {node} is not in the run's list any more")
+            self._dismiss(seat, f"the key of {node} is not in the run's list any more")
 
     def _lose(self, member: Member, why: str) -> None:
         """``member`` is not here any more: its jobs are the run's again."""

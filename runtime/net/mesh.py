@@ -229,7 +229,6 @@ class Mesh:
         self.cuts: list[tuple[bytes, str]] = []  # addresses to be cut off, and why
         self.notes: list[str] = []
         self.counts: Counter[str] = Counter()
-        self.revoked: set[str] = set()  # names whose keys may not take part any more
         self.fate: OffbeatError | None = None
         self._become(incarnation)
 
@@ -361,6 +360,9 @@ class Mesh:
 
     def _take(self, address: bytes, node: str | None, message: Message, now_s: float) -> None:
         head = message.head
+        if node == "":
+            self.cuts.append((address, f"the key of {head.node} is not in the list any more"))
+            raise OldIncarnation(f"{head.node} may not take part any more")
         if node is not None and head.node != node:
             raise WrongNode(f"{node} says that it is {head.node}")
         if head.kind in ("ask", "watch"):
@@ -369,9 +371,6 @@ class Mesh:
         n = self._by_name.get(head.node)
         if n is None:
             raise WrongNode(f"{head.node} is no neighbour of {self.name}")
-        if n.name in self.revoked:
-            self.cuts.append((address, f"the key of {n.name} is not in the list any more"))
-            raise OldIncarnation(f"{n.name} may not take part any more")
         if head.kind == "config":
             self._other(n, head, message.body, now_s)
             return

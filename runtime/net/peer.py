@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from logging import getLogger
@@ -58,6 +59,7 @@ AT_ONCE = 256  # messages that are read before anything else is looked at
 LEAVE_S = 10.0  # for the node's state, once the process is asked to end
 FAREWELL_S = 0.5  # for the last words to be on their way
 RECONNECT_MS = 100, 1000
+KNOCK_S = 2.0  # after a neighbour has refused this peer's key, before it knocks again
 REMIND_S = 30.0
 MOST_WATCHERS = 16  # whose reports are on their way at a time
 
@@ -205,6 +207,7 @@ class PeerProcess:
         self._remind_s = self._began_s + REMIND_S
         self._last: dict[str, Any] = {}  # metrics
         self._handshakes = 0
+        self._knocks: dict[int, float] = {}  # neighbour -> when to knock again
 
     def _saved(self) -> tuple[dict[str, Any] | None, list[str]]:
         if not checkpoint.exist(self.folder / "checkpoint"):
@@ -301,7 +304,7 @@ class PeerProcess:
             except zmq.Again:
                 return
             frames = self._router.recv_multipart(copy=False)
-            node = None if self._gate is None else str(frames[0].get("User-Id"))
+            node = None if self._gate is None else self._gate.who(frames[0])
             self.mesh.receive(address, node, [frame.buffer for frame in frames], now_s)
             for whose, why in self.mesh.cuts:
                 if whose == address and sockets.cut(frames[0]):
@@ -414,9 +417,10 @@ class PeerProcess:
         self.mesh.notes.clear()
         if now_s >= self._look_s:
             self._look_s = now_s + self.liveness.heartbeat_s
-            self._knock()
+            self._knock(now_s)
             if self._gate is not None:
-                self.mesh.revoked |= self._gate.revoked()
+                for name in self._gate.revoked():
+                    log.warning("the key of %s is not in the list any more", name)
         if self._hosted is None or self._watched:
             return
         self._keep(self._hosted.report(0.0))
@@ -477,8 +481,13 @@ class PeerProcess:
                 "checkpoint is intact: make room or mend the rights, then start the peer again"
             ) from None
 
-    def _knock(self) -> None:
+    def _knock(self, now_s: float) -> None:
         """What sockets say of neighbours that do not let this peer in."""
+        for j in [j for j, when_s in self._knocks.items() if now_s >= when_s]:
+            del self._knocks[j]
+            with suppress(zmq.ZMQError):  # where ZeroMQ has given it up altogether
+                self._dealers[j].disconnect(self._seats[j].endpoint)
+            sockets.connected(self._dealers[j], self._seats[j].endpoint)
         for j, monitor in self._monitors.items():
             for event, _ in sockets.told(monitor):
                 name = self._seats[j].name
@@ -488,6 +497,8 @@ class PeerProcess:
                         f"{name} does not let {self.seat.name} in: its key is not in the list "
                         f"there; at {name}, run offbeat keys authorize {self.seat.name} KEY"
                     )
+                if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:  # after which ZeroMQ does not
+                    self._knocks.setdefault(j, now_s + KNOCK_S)
                 self._handshakes += 1
                 if self._handshakes == 1:
                     log.warning("%s: the handshake with %s fails; is its key right?",

@@ -299,7 +299,7 @@ class ZmqCrew(Crew):
             if (message := sockets.receive(socket)) is None:
                 return True
             address, *frames = message
-            node = None if self._gate is None else str(address.get("User-Id"))
+            node = None if self._gate is None else self._gate.who(address)
             hub.receive(address.bytes, node, [frame.buffer for frame in frames], time.monotonic())
             if hub.outbox:
                 self._send()  # acknowledgements keep the other side's window open

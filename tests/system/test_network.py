@@ -508,14 +508,50 @@ def test_a_node_is_who_its_key_says(guarded):
     assert worker.poll() is None
 
 
-def test_a_key_is_revoked(guarded):
-    site, _, worker = guarded
+def test_a_key_is_revoked_and_authorized_again(guarded):
+    site, server, worker = guarded
     (site.keys / "authorized" / "good.key").unlink()
     cut_s = time.monotonic()
-    out = done(worker, code=4)
-    assert "not in the run's list any more" in out
+    assert "not in the run's list" in done(worker, code=4)
     assert time.monotonic() - cut_s < 10.0  # a process that ends takes its time
     assert "this node's key is not in the run's list" in done(site.join("good"), code=4)
+    assert site.ask()["workers"] == []
+    keys.authorize(site.keys, "good", keys.show(site.keys, "good"))
+    time.sleep(0.5)  # the server reads its list anew every quarter of a second
+    worker = site.join("good")
+    status = site.until(here(1), server)
+    assert [row["node"] for row in status["workers"]] == ["good"]
+    assert worker.poll() is None
+
+
+UNGUARDED = """
+import sys, threading
+from offbeat.runtime import cli
+from offbeat.runtime.net import keys
+def end(gate):
+    sys.stdin.readline()
+    gate._thread.pipe.send(b"TERMINATE")
+made = keys.Gate.__init__
+def make(gate, *args):
+    made(gate, *args)
+    threading.Thread(target=end, args=(gate,), daemon=True).start()
+keys.Gate.__init__ = make
+cli.main()
+"""
+
+
+def test_the_thread_that_checks_keys_dies(tmp_path, stack):
+    site = Site(tmp_path, stack, secure=True)
+    words = ("serve", str(site.file), "--out", str(site.out), "--bind", site.address)
+    server = subprocess.Popen(
+        [sys.executable, "-c", UNGUARDED, *words, "--keys", str(site.keys)], text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    stack.callback(finish, server)
+    site.until(lambda s: True, server)
+    out, err = server.communicate("now\n", timeout=LIMIT_S)
+    assert server.returncode == 4, out + err
+    assert "the thread that checks keys has ended" in err
 
 
 def test_garbage_costs_who_sends_it_its_connection(tmp_path, stack):

@@ -73,6 +73,25 @@ def test_peers_with_keys_and_one_whose_key_nobody_knows(tmp_path):
     np.testing.assert_allclose(x, virtual(of).x, rtol=0, atol=1e-12)
 
 
+def test_a_peer_whose_key_is_revoked_is_mixed_around_until_it_is_listed_again(tmp_path):
+    with Ring(table(100_000, seconds=0.02), tmp_path) as ring:
+        folder = tmp_path / "keys"
+        keyring(folder, ring.names)
+        for i, name in enumerate(ring.names):
+            ring.start(i, keys_folder=folder / name)
+        rows = [tmp_path / name / "metrics.jsonl" for name in ring.names]
+        ring.await_(lambda: all(path.exists() and path.stat().st_size for path in rows))
+        for i in (0, 2):
+            (folder / f"n{i}" / keys.AUTHORIZED / "n1.key").unlink()
+        ring.await_(lambda: all(ring.events(i, "down") for i in (0, 2)))
+        for i in (0, 2):
+            keys.authorize(folder / f"n{i}", "n1", keys.show(folder / "n1", "n1"))
+        ring.await_(lambda: all(ring.events(i, "up") for i in (0, 2)))
+        for i in range(4):
+            ring.signal(i, signal.SIGTERM)
+        assert ring.join() == [0] * 4
+
+
 def sound(ring, steps):
     """All did their rounds; copies are equal, and sums are what was put in (I3, I4)."""
     nodes = ring.nodes()

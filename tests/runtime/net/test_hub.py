@@ -457,8 +457,22 @@ def test_a_status_is_json_and_says_nothing_to_a_terminal():
 
 def test_who_was_shut_out_is_told_nothing():
     site = Site("a", 1)
-    site.hub.revoke("a")
+    site.hub._shut_out(site.hub.seats["a"], "it misbehaves")
     site.hub.outbox.clear()
     forged(site, "a", "ask", say.Ask(), run="", sequence=0)
     assert site.hub.counts["wrong_node"] == 1
     assert (b"a", "wrong_node") in site.hub.cuts
+
+
+def test_who_is_not_listed_any_more_is_nobody_until_it_is_again():
+    site = Site("ab", 2)
+    site.hub.revoke("a")
+    assert list(site.hub.seats) == ["b"]
+    (parcel,) = wire.parcels("hello", say.Hello(7, "1", "there"))
+    hello = [bytes(frame) for frame in wire.pack(parcel, run="", node="a", incarnation=0)]
+    site.hub.cuts.clear()
+    site.hub.receive(b"anew", "", hello, site.now_s)  # its key is not in the list
+    assert list(site.hub.seats) == ["b"]
+    assert site.hub.cuts == [(b"anew", "wrong_node")]
+    site.hub.receive(b"anew", "a", hello, site.now_s)  # it is again
+    assert sorted(site.hub.seats) == ["a", "b"]
