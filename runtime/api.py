@@ -28,6 +28,7 @@ from offbeat.runtime.experiment import (
     with_more,
 )
 from offbeat.runtime.farmed import FarmedWork
+from offbeat.runtime.logs import tell
 from offbeat.runtime.loop import Loop
 from offbeat.runtime.pairs import Pairs
 from offbeat.runtime.records import TRACE_COLUMNS, Records, column, read_timers, read_trace
@@ -374,6 +375,7 @@ def _engine(
         assert folder is not None
         try:
             checkpoint.write(folder / "checkpoint", state["records"]["flushed"], state)
+            tell("saved", f"saved a checkpoint of step {state['step']}", step=state["step"])
         except OSError as error:
             kept = checkpoint.exist(folder / "checkpoint")
             raise StorageError(
@@ -389,6 +391,7 @@ def _engine(
         "seed": e.seed,
         "save": None if folder is None else save,
         "save_every_s": e.record.save_every_s,
+        "max_failed_saves": e.record.max_failed_saves,
         "progress": progress,
     }
     try:
@@ -466,9 +469,12 @@ def _finish(
     try:
         if state is not None:
             engine.restore(state)
+            text = f"goes on from the checkpoint of step {engine.step}"
+            tell("resumed", text, step=engine.step, skipped=notes or [])
         elif folder is not None:
             records.begin()
         reason, final = engine.run()
+        tell("ended", f"the run is over ({reason})", reason=reason)
     finally:
         records.close()
         engine.close()

@@ -7,6 +7,9 @@ Loading takes the newest whose digest is right and says which it skipped.
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging import ERROR
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
 from offbeat.runtime.errors import StorageError
+from offbeat.runtime.logs import tell
 
 FORMAT = "offbeat checkpoint 1"
 KEPT = 2
@@ -54,6 +58,31 @@ def write_whole(path: Path, data: bytes) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+class Attempts:
+    """Failed saves in a row, of which a run bears so many.
+
+    Args:
+        most: with how many it ends.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.failed = most, 0
+
+    @contextmanager
+    def bear(self) -> Iterator[None]:
+        """Save in this; raises StorageError where it was the last attempt."""
+        try:
+            yield
+        except StorageError as error:
+            self.failed += 1
+            if self.failed >= self.most:
+                raise
+            text = f"failed save {self.failed} of {self.most} in a row, the run goes on: {error}"
+            tell("save_failed", text, ERROR, failed=self.failed, most=self.most, why=str(error))
+        else:
+            self.failed = 0
 
 
 def exist(folder: Path) -> bool:

@@ -25,6 +25,7 @@ from offbeat.runtime.errors import (
     WrongRun,
     WrongVersion,
 )
+from offbeat.runtime.logs import Note
 from offbeat.runtime.net import messages as say
 from offbeat.runtime.net import shapes
 from offbeat.runtime.net.jobs import (
@@ -111,7 +112,7 @@ class Hub:
         self.events: list[Event] = [Gone(slot, "nobody has joined yet") for slot in range(slots)]
         self.outbox: list[Post] = []
         self.cuts: list[tuple[bytes, str]] = []  # addresses to be cut off, and why
-        self.notes: list[str] = []  # sentences for the log
+        self.notes: list[Note] = []  # for the log
         self.counts: Counter[str] = Counter()
         self._opinions: dict[int, tuple[Answer, str]] = {}  # serial -> a result to be checked
         self._newest = 0  # step of the newest order
@@ -281,13 +282,15 @@ class Hub:
     def _hello(self, address: bytes, head: Header, hello: say.Hello, now_s: float) -> None:
         if hello.package != self._package:
             why = f"it runs offbeat {hello.package}, the server {self._package}"
-            self.notes.append(f"{head.node} was refused: {why}")
+            self._refuse(head.node, why)
             self._post(address, "refusal", say.Refusal(hello.nonce, why, -1.0), 0)
             return
         try:
             member = self.roster.hello(head.node, hello.nonce, now_s)
         except NotNow as refusal:
             retry_s = -1.0 if refusal.retry_s is None else refusal.retry_s
+            if retry_s < 0:
+                self._refuse(head.node, refusal.why)
             answer = say.Refusal(hello.nonce, refusal.why, retry_s, refusal.replaced)
             self._post(address, "refusal", answer, 0)
             return
@@ -306,6 +309,11 @@ class Hub:
             self._experiment, self._manifest,
         )  # fmt: skip
         self._post(address, "welcome", welcome, 0)
+
+    def _refuse(self, node: str, why: str) -> None:
+        self.notes.append(
+            Note("refused", f"{node} was refused: {why}", {"member": node, "why": why})
+        )
 
     def _again(self, address: bytes, head: Header) -> None:
         """Tell who speaks that it is not known: after a restart, a partition, a long sleep."""
@@ -329,17 +337,20 @@ class Hub:
                 member.ready = True
                 self._slots[member.slot] = seat
                 self.events.append(Back(member.slot))
-                self.notes.append(f"{member.node} ({seat.where}) is worker {member.slot}")
+                fields = {"member": member.node, "worker": member.slot, "where": seat.where}
+                text = f"{member.node} ({seat.where}) is worker {member.slot}"
+                self.notes.append(Note("joined", text, fields))
         elif kind == "failure":
             serial = self.jobs.accept(member, body.job)
             self._orders.pop(serial, None)
             self.counts["failures"] += 1
-            self.notes.append(f"{member.node}, job {body.job}: {body.why}")
+            fields = {"member": member.node, "job": body.job, "why": body.why}
+            self.notes.append(Note("raised", f"{member.node}, job {body.job}: {body.why}", fields))
             self.events.append(Failed(serial, body.why))
         elif kind == "leave":
             link = seat.link
             self._post(seat.address, "pulse", say.Pulse(), member.incarnation, link.acknowledged)
-            self._lose(member, body.why)
+            self._lose(member, body.why, "left")
         elif kind != "pulse":
             raise BadHeader(f"a worker does not say {kind}")
 
@@ -424,7 +435,9 @@ class Hub:
             if seat is not None:
                 self._flush(seat, now_s)
             return
-        self.notes.append(f"{node or 'a peer'}: {error.name}: {error}")
+        text = f"{node or 'a peer'}: {error.name}: {error}"
+        fields = {"member": node or None, "reason": error.name, "why": str(error)}
+        self.notes.append(Note("rejected", text, fields))
         if isinstance(error, WrongRun):
             self._post(address, "again", say.Again(), 0)
         elif isinstance(error, WrongVersion):
@@ -459,7 +472,7 @@ class Hub:
         if (seat := self.seats.get(node)) is not None:
             self._dismiss(seat, f"the key of {node} is not in the run's list any more")
 
-    def _lose(self, member: Member, why: str) -> None:
+    def _lose(self, member: Member, why: str, event: str = "gone") -> None:
         """``member`` is not here any more: its jobs are the run's again."""
         self.roster.drop(member)
         del self.seats[member.node]
@@ -475,7 +488,9 @@ class Hub:
         if was_ready:
             self._slots[member.slot] = None
             self.events.append(Gone(member.slot, why))
-            self.notes.append(f"{member.node} (worker {member.slot}) is gone: {why}")
+            text = f"{member.node} (worker {member.slot}) is gone: {why}"
+            fields = {"member": member.node, "worker": member.slot, "jobs": len(serials)}
+            self.notes.append(Note(event, text, {**fields, "why": why}))
 
     # -- Time ------------------------------------------------------------------------------------
 

@@ -37,6 +37,7 @@ from offbeat.runtime.errors import (
     WrongRun,
 )
 from offbeat.runtime.hosted import Parcel
+from offbeat.runtime.logs import Note
 from offbeat.runtime.net import messages as say
 from offbeat.runtime.net.jobs import MOST_OFFENCES, Liveness
 from offbeat.runtime.net.link import Full, Link
@@ -227,7 +228,7 @@ class Mesh:
         self.mail: list[Parcel] = []  # for the node
         self.requests: list[Request] = []
         self.cuts: list[tuple[bytes, str]] = []  # addresses to be cut off, and why
-        self.notes: list[str] = []
+        self.notes: list[Note] = []  # for the log
         self.counts: Counter[str] = Counter()
         self.fate: OffbeatError | None = None
         self._become(incarnation)
@@ -305,7 +306,9 @@ class Mesh:
             for part in parcels("said", body, arrays):
                 n.link.send(part)
         except Full:
-            self.notes.append(f"{n.name} takes nothing any more")
+            self.notes.append(
+                Note("cut", f"{n.name} takes nothing any more", {"address": n.name, "why": "full"})
+            )
             self._down(n)
             return
         self._flush(n, now_s)
@@ -344,14 +347,14 @@ class Mesh:
         if isinstance(error, OldIncarnation | WrongRun):
             return
         who = n.name if n else "somebody"
-        self.notes.append(f"{who}: {error.name}: {error}")
+        fields = {"member": n and n.name, "reason": error.name, "why": str(error)}
+        self.notes.append(Note("rejected", f"{who}: {error.name}: {error}", fields))
         if n is None:
             self.cuts.append((address, error.name))
             return
         n.offences += 1
         if n.offences % MOST_OFFENCES == 0:
-            self.notes.append(f"{n.name} is cut off: {n.offences} wrong messages")
-            self.cuts.append((address, error.name))
+            self.cuts.append((address, f"{n.offences} wrong messages of {n.name}"))
             self._down(n)
 
     def at(self, address: bytes) -> Neighbour | None:
@@ -469,7 +472,7 @@ class Mesh:
         self._difference = f"{n.name} runs another experiment: {said[:MOST_SAID]}"
         if self._differs_s is None:
             self._differs_s = now_s
-            self.notes.append(self._difference)
+            self.notes.append(Note("differs", self._difference, {"why": said[:MOST_SAID]}))
 
     # -- Time and what goes out ------------------------------------------------------------------
 

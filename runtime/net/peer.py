@@ -24,7 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
-from logging import getLogger
+from logging import INFO, WARNING
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -44,6 +44,7 @@ from offbeat.runtime.errors import (
 )
 from offbeat.runtime.experiment import FILES, Experiment
 from offbeat.runtime.hosted import Hosted, Parcel, Report
+from offbeat.runtime.logs import Note, identify, tell
 from offbeat.runtime.net import keys, mesh, sockets
 from offbeat.runtime.net import messages as say
 from offbeat.runtime.net.jobs import Liveness
@@ -54,7 +55,6 @@ from offbeat.runtime.node import gossip_node
 from offbeat.runtime.records import Records
 from offbeat.runtime.registry import MADE_BY_HAND
 
-log = getLogger("offbeat.net")
 AT_ONCE = 256  # messages that are read before anything else is looked at
 LEAVE_S = 10.0  # for the node's state, once the process is asked to end
 FAREWELL_S = 0.5  # for the last words to be on their way
@@ -201,6 +201,7 @@ class PeerProcess:
         self._leaving = False
         self._limit: float = 0 if watched else experiment.stop.steps or math.inf
         self._saving: Future[None] | None = None
+        self._saves = checkpoint.Attempts(experiment.record.max_failed_saves)
         self._evaluating: Future[dict[str, Any]] | None = None
         self._began_s = time.monotonic()
         self._save_s = self._look_s = self._began_s
@@ -265,9 +266,13 @@ class PeerProcess:
         self._leaving = True
 
     def _work(self) -> str:
-        for note in self._notes:
-            log.warning(note)
-        log.info("%s listens at %s", self.seat.name, self.endpoint)
+        name = self.seat.name
+        identify(run=self.mesh.run, node=name, incarnation=self.mesh.incarnation)
+        tell("listens", f"{name} listens at {self.endpoint}", endpoint=self.endpoint)
+        if self._state is not None:
+            step, skipped = self._state["step"], self._notes
+            text = "; ".join([f"{name} has a checkpoint of round {step}", *skipped])
+            tell("resumed", text, WARNING if skipped else INFO, step=step, skipped=skipped)
         tick_s = 0.0
         while True:
             now_s = time.monotonic()
@@ -308,12 +313,14 @@ class PeerProcess:
             self.mesh.receive(address, node, [frame.buffer for frame in frames], now_s)
             for whose, why in self.mesh.cuts:
                 if whose == address and sockets.cut(frames[0]):
-                    log.warning("a connection is ended: %s", why)
+                    peer = str(frames[0].get("Peer-Address"))
+                    tell("cut", f"a connection is ended: {why}", WARNING, address=peer, why=why)
             self.mesh.cuts.clear()
 
     def _send(self) -> None:
         if self.mesh.incarnation != self._claim.incarnation:
             self._claim.take(self.mesh.incarnation)  # before anybody hears of it
+            identify(incarnation=self.mesh.incarnation)
         posts, self.mesh.outbox = self.mesh.outbox, []
         for j, frames in posts:
             try:
@@ -340,7 +347,8 @@ class PeerProcess:
             if now_s >= self._remind_s:
                 self._remind_s = now_s + REMIND_S
                 here = [n.name for n in self.mesh.neighbours.values() if n.knows]
-                log.warning("%s waits for its neighbours; here: %s", self.seat.name, here or "none")
+                text = f"{self.seat.name} waits for its neighbours; here: {here or 'none'}"
+                tell("waiting", text, WARNING, here=here)
             return
         state = self._state if how == mesh.RESTORE else None
         self._hosted = hosted = Hosted(
@@ -374,7 +382,8 @@ class PeerProcess:
         if not self._watched:
             self._text("experiment.toml", self.experiment.toml())
         self._began_s = self._save_s = now_s
-        log.info("%s begins (%s) with %d of its neighbours", self.seat.name, how, len(up))
+        text = f"{self.seat.name} begins ({how}) with {len(up)} of its neighbours"
+        tell("begins", text, how=how, neighbours=[self._seats[j].name for j in up])
 
     def _carry(self, parcels: list[Parcel]) -> None:
         """From the node's thread: messages for others."""
@@ -401,7 +410,8 @@ class PeerProcess:
             return
         events, self.mesh.events = self.mesh.events, []
         for what, j in events:
-            log.info("%s: %s is %s", self.seat.name, self._seats[j].name, what)
+            name = self._seats[j].name
+            tell(what, f"{self.seat.name}: {name} is {what}", neighbour=name)
             self._hosted.tell(what, j)
             self.records.event({"event": what, "node": j}, self._hosted.now_s())
         if self.mesh.mail:
@@ -413,14 +423,15 @@ class PeerProcess:
     def _look(self, now_s: float) -> None:
         """What is not urgent: reports, notes, refused handshakes, the checkpoint that is due."""
         for note in self.mesh.notes:
-            log.info("%s: %s", self.seat.name, note)
+            tell(note.event, f"{self.seat.name}: {note.text}", note.level, **note.fields)
         self.mesh.notes.clear()
         if now_s >= self._look_s:
             self._look_s = now_s + self.liveness.heartbeat_s
             self._knock(now_s)
             if self._gate is not None:
                 for name in self._gate.revoked():
-                    log.warning("the key of %s is not in the list any more", name)
+                    text = f"the key of {name} is not in the list any more"
+                    tell("key_revoked", text, WARNING, member=name)
         if self._hosted is None or self._watched:
             return
         self._keep(self._hosted.report(0.0))
@@ -438,13 +449,16 @@ class PeerProcess:
         self.records.rows += told.rows
         if told.inputs and self.experiment.record.trace:
             self.records.note({"inputs": told.inputs})
-        for future in (self._saving, self._evaluating):
-            if future is not None and future.done():
-                future.result()
         if self._saving is not None and self._saving.done():
-            self._saving = None
+            saved, self._saving = self._saving, None
+            with self._saves.bear():
+                saved.result()
         if 0 in told.answers:
-            self._saving = self._side.submit(self._write, self._whole(told.answers[0]))
+            try:
+                self._saving = self._side.submit(self._write, self._whole(told.answers[0]))
+            except StorageError as error:
+                self._saving = Future()
+                self._saving.set_exception(error)
         if self._evaluating is not None and self._evaluating.done():
             self._last = self._evaluating.result()
             self.records.add(self._last)
@@ -475,6 +489,8 @@ class PeerProcess:
         state["x"] = self.experiment.task.initial(0) if node.joining else node.model
         try:
             checkpoint.write(self.folder / "checkpoint", state["records"]["flushed"], state)
+            step = state["step"]
+            tell("saved", f"{self.seat.name} saved a checkpoint of round {step}", step=step)
         except OSError as error:
             raise StorageError(
                 f"{self.folder / 'checkpoint'}: cannot be written ({error.strerror}); the last "
@@ -501,8 +517,8 @@ class PeerProcess:
                     self._knocks.setdefault(j, now_s + KNOCK_S)
                 self._handshakes += 1
                 if self._handshakes == 1:
-                    log.warning("%s: the handshake with %s fails; is its key right?",
-                                self.seat.name, name)  # fmt: skip
+                    text = f"{self.seat.name}: the handshake with {name} fails; is its key right?"
+                    tell("key_refused", text, WARNING, count=1, neighbour=name)
 
     # -- Who asks --------------------------------------------------------------------------------
 
@@ -512,7 +528,9 @@ class PeerProcess:
             if kind == "ask":
                 self._tell(address, "status", say.Status(json.dumps(self.status())), {})
             elif not self._watched:
-                self.mesh.notes.append(f"{node} would watch this peer, which nobody does")
+                why = f"{node} would watch this peer, which nobody does"
+                fields = {"member": node, "reason": "unknown_kind", "why": why}
+                self.mesh.notes.append(Note("rejected", why, fields))
             else:
                 self._watch(address, node, body)
 
@@ -606,6 +624,7 @@ class PeerProcess:
         if self._hosted is not None and not self._watched:
             self._last_state()
             self._summary(reason)
+        tell("ended", f"{self.seat.name} is done ({reason})", reason=reason)
         self.mesh.leave(mesh.DONE if reason == "steps" else mesh.LEFT, now_s)
         end_s = now_s + FAREWELL_S
         while time.monotonic() < end_s and (self.mesh.outbox or self._parts):
@@ -617,7 +636,7 @@ class PeerProcess:
         """Write the last checkpoint."""
         assert self._hosted is not None
         if self._saving is not None:
-            self._saving.result()
+            self._saving.exception()  # whatever came of it: the state is saved once more
         self._saving = None
         self._hosted.ask(1, "state")
         end_s = time.monotonic() + LEAVE_S
@@ -629,7 +648,9 @@ class PeerProcess:
                 return
             self.mesh.tick(time.monotonic())
             self._send()
-        log.warning("%s: its job takes too long; the checkpoint is an older one", self.seat.name)
+        why = "its job takes too long; the checkpoint is an older one"
+        text = f"{self.seat.name}: {why}"
+        tell("save_failed", text, WARNING, failed=1, most=1, why=why)
 
     def _summary(self, reason: str) -> None:
         said = {"reason": reason, "round": self.mesh.round, **self._last}

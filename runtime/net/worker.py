@@ -15,7 +15,7 @@ import time
 import tomllib
 import traceback
 from importlib.metadata import version
-from logging import getLogger
+from logging import WARNING
 from pathlib import Path
 from shlex import quote
 from types import FrameType
@@ -25,12 +25,12 @@ import zmq
 
 from offbeat.runtime.crew import Order, Runner
 from offbeat.runtime.errors import ConfigError, CrewError, OffbeatError, Refused
+from offbeat.runtime.logs import identify, tell
 from offbeat.runtime.net import keys, sockets
 from offbeat.runtime.net.jobs import Liveness
 from offbeat.runtime.net.messages import Welcome, kinds
 from offbeat.runtime.net.spoke import Spoke
 
-log = getLogger("offbeat.net")
 LEAVE_S = 10.0  # for the job at hand, once the process is asked to end
 FAREWELL_S = 2.0  # for the server to hear that it leaves
 MOST_HANDSHAKES = 5  # that fail in a row without a word of why
@@ -103,6 +103,7 @@ class Worker:
             Refused: the server does not let it in; Fenced: another process took its place;
             ConfigError: it cannot build the task, or builds another one than the server's.
         """
+        identify(node=self.name)
         before = {n: signal.signal(n, self._asked) for n in (signal.SIGTERM, signal.SIGINT)}
         before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._alarm)
         self._pulse.start()
@@ -139,7 +140,7 @@ class Worker:
             if spoke.fate is not None:
                 raise spoke.fate
             if spoke.state == "over":
-                log.info("%s", spoke.why)
+                tell("ended", spoke.why, reason=spoke.why)
                 return
             if self._leaving:
                 self._leave()
@@ -166,7 +167,7 @@ class Worker:
             )
         if now_s >= self._remind_s:
             self._remind_s = now_s + REMIND_S
-            log.warning("waiting for the server at %s%s", self.endpoint, why)
+            tell("waiting", f"waiting for the server at {self.endpoint}{why}", WARNING, here=[])
 
     def _drain(self, wait: bool) -> None:
         """Read what is there, or ``wait`` for it until the next tick."""
@@ -200,7 +201,9 @@ class Worker:
         now_s = time.monotonic()
         if self.spoke.welcome is welcome:
             self.spoke.ready(self._kinds, now_s)
-            log.info("%s is worker %d of %s", self.name, welcome.slot, self.endpoint)
+            identify(run=self.spoke.run, incarnation=self.spoke.incarnation)
+            text = f"{self.name} is worker {welcome.slot} of {self.endpoint}"
+            tell("joined", text, server=self.endpoint, worker=welcome.slot)
 
     def _compute(self, order: Order) -> None:
         assert self._runner is not None
@@ -232,6 +235,7 @@ class Worker:
     def _leave(self) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         end_s = time.monotonic() + FAREWELL_S
+        tell("ended", "it was asked to leave", reason="interrupted")
         self.spoke.leave("it was asked to leave", time.monotonic())
         while self.spoke.pending and time.monotonic() < end_s:
             self.spoke.tick(time.monotonic())
