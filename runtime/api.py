@@ -474,7 +474,7 @@ def _finish(
         elif folder is not None:
             records.begin()
         reason, final = engine.run()
-        tell("ended", f"the run is over ({reason})", reason=reason)
+        tell("ended", f"the run has ended ({reason})", reason=reason)
     finally:
         records.close()
         engine.close()

@@ -37,6 +37,9 @@ Form = Annotated[
 Saves = Annotated[
     int | None, typer.Option(help="Saves that fail in a row, on a full disk, before it ends.")
 ]
+Metrics = Annotated[
+    str, typer.Option(help="Where Prometheus can read: a port of this machine, or host:port.")
+]
 Address = Annotated[str, typer.Argument(help="Of the server, as tcp://host:5555.")]
 Folder = Annotated[
     Path, typer.Option("--keys", envvar="OFFBEAT_KEYS", help="The folder of the keys.")
@@ -129,6 +132,7 @@ def mount(
             Path | None, typer.Option(help="The run's folder; a run that is there goes on.")
         ] = None,
         max_failed_saves: Saves = None,
+        metrics: Metrics = "",
         form: Form = "text",
     ) -> None:
         """Serve an experiment to workers that join, or go on with one that was stopped."""
@@ -138,6 +142,7 @@ def mount(
             "processes": processes,
             "suspect_after_s": suspect_after_s,
             "most_idle_s": max_idle_s,
+            "metrics": metrics or None,
         }
         given = {key: value for key, value in options.items() if value is not None}
         with telling(form):
@@ -159,13 +164,14 @@ def mount(
         max_wait_s: Annotated[
             float | None, typer.Option(help="Without a server for so long, give up.")
         ] = None,
+        metrics: Metrics = "",
         form: Form = "text",
     ) -> None:
         """Work for a server until its run is over; it is waited for, and found again."""
         from offbeat.runtime.net.worker import Worker
 
         with telling(form):
-            Worker(address, name, folder, device, max_wait_s).run()
+            Worker(address, name, folder, device, max_wait_s, metrics).run()
 
     @app.command()
     def peer(
@@ -190,6 +196,7 @@ def mount(
             list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As for run.")
         ] = None,
         max_failed_saves: Saves = None,
+        metrics: Metrics = "",
         form: Form = "text",
     ) -> None:
         """Be one node of a gossip run; started again, it returns to the run."""
@@ -215,6 +222,7 @@ def mount(
                 keys_folder=folder,
                 device=device or own.device,
                 suspect_after_s=suspect_after_s,
+                metrics=metrics,
             ).run()
         typer.echo(f"{node}: the run is over ({reason})")
         if reason == "interrupted":

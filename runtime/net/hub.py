@@ -119,6 +119,8 @@ class Hub:
         self.dim: int | None = None  # of the model of loops, where workers are such
         self.shapes = ""  # of its parameters; see ``runtime.net.shapes``
         self._rates_s = 0.0  # when rates were measured
+        self.bytes_in = self.bytes_out = 0  # of whole messages
+        self._spent_s, self._staleness = 0.0, 0  # of all results
 
     # -- What the run asks for -------------------------------------------------------------------
 
@@ -159,8 +161,8 @@ class Hub:
         """Messages that members have not acknowledged."""
         return sum(seat.link.pending for seat in self.seats.values())
 
-    def status(self, now_s: float) -> str:
-        """How the run is, as JSON."""
+    def status(self, now_s: float) -> dict[str, Any]:
+        """How the run is."""
         rows = [
             {
                 "worker": seat.member.slot,
@@ -174,22 +176,27 @@ class Hub:
                 "loss": seat.loss
                 if math.isfinite(seat.loss)
                 else None,  # JSON has no other numbers
+                "waiting": seat.link.pending,
             }
             for seat in sorted(self.seats.values(), key=lambda seat: seat.member.slot)
         ]
-        whole = {
+        results = self.jobs.counts["accepted"]
+        return {
             "run": self.run,
             "incarnation": self.incarnation,
             "slots": self.roster.slots,
-            "jobs": self.jobs.counts["accepted"],
+            "jobs": results,
+            "spent_s": [self._spent_s, results],
+            "staleness": [self._staleness, results],
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
             "out": len(self.jobs.outstanding),
             "step": self._newest,
             "resends": sum(seat.link.resends for seat in self.seats.values()),
             "duplicates": sum(seat.link.duplicates for seat in self.seats.values()),
             "workers": rows[:MOST_SHOWN],
-            "counts": self.counts,
+            "counts": dict(self.counts),
         }
-        return json.dumps(whole)
 
     def _state(self, member: Member, now_s: float) -> str:
         if not member.ready:
@@ -232,7 +239,7 @@ class Hub:
         if head.kind == "ask":
             if why := self.roster.quarantined.get(node or ""):
                 raise WrongNode(why)
-            self._post(address, "status", say.Status(self.status(now_s)), 0)
+            self._post(address, "status", say.Status(json.dumps(self.status(now_s))), 0)
             return
         if head.run != self.run:
             raise BadHeader(f"a {head.kind} of a stranger")
@@ -385,6 +392,8 @@ class Hub:
         seat.jobs += 1
         seat.loss = np.nan if body.loss is None else body.loss
         seat.staleness = self._newest - order.step
+        self._staleness += seat.staleness
+        self._spent_s += body.spent_s
         if finite:
             member.strikes = 0
             self._settle(serial, now_s)

@@ -49,6 +49,7 @@ from offbeat.runtime.net import keys, mesh, sockets
 from offbeat.runtime.net import messages as say
 from offbeat.runtime.net.jobs import Liveness
 from offbeat.runtime.net.mesh import Mesh
+from offbeat.runtime.net.metrics import Exporter
 from offbeat.runtime.net.server import Claim
 from offbeat.runtime.net.wire import PIECE_BYTES, pack, parcels
 from offbeat.runtime.node import gossip_node
@@ -133,6 +134,7 @@ class PeerProcess:
         device: where a torch task computes.
         watched: whether it does what a watcher says, which also keeps the records.
         descriptor: of a socket that listens already, or None.
+        metrics: where they are served; see ``metrics.address``; "": nowhere.
 
     Raises:
         ConfigError, Fenced, Refused, StorageError.
@@ -151,6 +153,7 @@ class PeerProcess:
         device: str = "cpu",
         watched: bool = False,
         descriptor: int | None = None,
+        metrics: str = "",
     ) -> None:
         if len(seats) != experiment.fleet.workers:
             raise ConfigError(
@@ -176,6 +179,9 @@ class PeerProcess:
         self._gate: keys.Gate | None = None
         self._side = ThreadPoolExecutor(1)  # evaluates and saves
         self._hosted: Hosted | None = None
+        self._exporter: Exporter | None = None
+        self._bytes_in = self._bytes_out = 0  # of whole messages
+        self._spent = 0.0, 0  # seconds, jobs
         try:
             self._exact = (folder / EXACT).exists()
             self._state, self._notes = self._saved()
@@ -186,7 +192,11 @@ class PeerProcess:
                 nonce=random.SystemRandom().randrange(1, mesh.PROCESS),
                 saved=self._state is not None, joins=node.bears, now_s=time.monotonic(),
             )  # fmt: skip
+            run, incarnation = self.mesh.run, self.mesh.incarnation
+            identify(run=run, node=self.seat.name, incarnation=incarnation)
             self._open(bind, keys_folder, descriptor)
+            if metrics:
+                self._exporter = Exporter(metrics, "peer")
         except BaseException:
             self.close()
             raise
@@ -267,7 +277,6 @@ class PeerProcess:
 
     def _work(self) -> str:
         name = self.seat.name
-        identify(run=self.mesh.run, node=name, incarnation=self.mesh.incarnation)
         tell("listens", f"{name} listens at {self.endpoint}", endpoint=self.endpoint)
         if self._state is not None:
             step, skipped = self._state["step"], self._notes
@@ -309,6 +318,7 @@ class PeerProcess:
             except zmq.Again:
                 return
             frames = self._router.recv_multipart(copy=False)
+            self._bytes_in += sockets.size(frames)
             node = None if self._gate is None else self._gate.who(frames[0])
             self.mesh.receive(address, node, [frame.buffer for frame in frames], now_s)
             for whose, why in self.mesh.cuts:
@@ -325,6 +335,7 @@ class PeerProcess:
         for j, frames in posts:
             try:
                 self._dealers[j].send_multipart(frames, zmq.NOBLOCK, copy=False)
+                self._bytes_out += sockets.size(frames)
             except zmq.Again:
                 self.mesh.counts["unreachable"] += 1  # the link sends it again
         while self._parts:
@@ -428,6 +439,8 @@ class PeerProcess:
         if now_s >= self._look_s:
             self._look_s = now_s + self.liveness.heartbeat_s
             self._knock(now_s)
+            if self._exporter is not None:
+                self._exporter.show(self.status())
             if self._gate is not None:
                 for name in self._gate.revoked():
                     text = f"the key of {name} is not in the list any more"
@@ -447,6 +460,8 @@ class PeerProcess:
         self._report = told
         self.mesh.round = told.rounds.get(self.me, 0)
         self.records.rows += told.rows
+        spent_s, jobs = self._spent
+        self._spent = spent_s + sum(row[6] - row[5] for row in told.rows), jobs + len(told.rows)
         if told.inputs and self.experiment.record.trace:
             self.records.note({"inputs": told.inputs})
         if self._saving is not None and self._saving.done():
@@ -581,6 +596,11 @@ class PeerProcess:
             "incarnation": self.mesh.incarnation,
             "loss": self._last.get("loss", math.nan),
             "bytes": counts.get("bytes", 0),
+            "run": self.mesh.run,
+            "jobs": self._spent[1],
+            "spent_s": list(self._spent),
+            "bytes_in": self._bytes_in,
+            "bytes_out": self._bytes_out,
             "counts": dict(self.mesh.counts),
             "neighbours": [
                 {
@@ -673,6 +693,8 @@ class PeerProcess:
         self._side.shutdown()
         if hasattr(self, "records"):
             self.records.close()
+        if self._exporter is not None:
+            self._exporter.close()
         if self._gate is not None:
             self._gate.close()
         self._context.destroy()

@@ -29,6 +29,7 @@ from offbeat.runtime.net.hub import SERVER, Hub
 from offbeat.runtime.net.jobs import Liveness
 from offbeat.runtime.net.local import Nursery
 from offbeat.runtime.net.messages import kinds
+from offbeat.runtime.net.metrics import Exporter
 from offbeat.runtime.registry import MADE_BY_HAND
 from offbeat.workers.tasks.external import ELSEWHERE, External
 from offbeat.workers.work import OwnLoop
@@ -142,8 +143,10 @@ class ZmqCrew(Crew):
         spoken = kinds(x, experiment.work.keep(1, x))
         self._nursery: Nursery | None = None
         self._gate: keys.Gate | None = None
+        self._exporter: Exporter | None = None
         self._done = False
         self._claim = Claim(folder)
+        identify(run=self._claim.run, node=SERVER, incarnation=self._claim.incarnation)
         self._context = zmq.Context()
         try:
             self._socket = sockets.limited(self._context, zmq.ROUTER, liveness)
@@ -159,12 +162,13 @@ class ZmqCrew(Crew):
                 self._claim.run, text, spoken, experiment.fleet.workers,
                 self._claim.incarnation, liveness, version("offbeat"),
             )  # fmt: skip
+            if options.metrics:
+                self._exporter = Exporter(options.metrics, SERVER)
             now_s = time.monotonic()
             self._tick_s = self._look_s = now_s
             self._alone_s = self._remind_s = now_s  # since when nobody is here
             self._most_idle_s = options.most_idle_s
             self._frames: list[Any] = []  # of the message that is being read
-            identify(run=self._claim.run, node=SERVER, incarnation=self._claim.incarnation)
             text = f"server {self._claim.incarnation} listens at {self.endpoint}"
             tell("listens", text, endpoint=self.endpoint)
             slots = experiment.fleet.workers
@@ -277,6 +281,8 @@ class ZmqCrew(Crew):
             self._part()
         if self._nursery is not None:
             self._nursery.close()
+        if self._exporter is not None:
+            self._exporter.close()
         if self._gate is not None:
             self._gate.close()
         self._context.destroy(sockets.LINGER_MS)
@@ -302,6 +308,7 @@ class ZmqCrew(Crew):
             if (message := sockets.receive(socket)) is None:
                 return True
             address, *frames = message
+            hub.bytes_in += sockets.size(frames)
             node = None if self._gate is None else self._gate.who(address)
             hub.receive(address.bytes, node, [frame.buffer for frame in frames], time.monotonic())
             if hub.outbox:
@@ -326,6 +333,7 @@ class ZmqCrew(Crew):
         for address, frames in posts:
             try:
                 sockets.send(socket, [address, *frames])
+                hub.bytes_out += sockets.size(frames)
             except zmq.Again:
                 hub.counts["slow"] += 1  # its queue is full; the link sends it again
             except zmq.ZMQError as error:
@@ -349,6 +357,8 @@ class ZmqCrew(Crew):
         if count := len(sockets.told(self._monitor)):
             hub.counts["handshakes_refused"] += count
             tell("key_refused", f"{count} handshakes were refused", count=count)
+        if self._exporter is not None:
+            self._exporter.show(hub.status(now_s))
         self._claim.check()
         if self._gate is not None:
             for node in self._gate.revoked():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -10,14 +11,17 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from contextlib import ExitStack, suppress
+from importlib.metadata import version
 
 import numpy as np
 import pytest
 import zmq
+from prometheus_client.parser import text_string_to_metric_families
 
 import offbeat
-from offbeat.runtime import api, checkpoint
+from offbeat.runtime import api, checkpoint, logs
 from offbeat.runtime.net import keys, wire
 from offbeat.runtime.net import messages as say
 from offbeat.runtime.net.cli import asking
@@ -135,6 +139,52 @@ def done(process, code=0, limit_s=LIMIT_S):
     assert process.returncode == code, out + err
     assert "Traceback" not in out + err
     return out + err
+
+
+class Told:
+    """What a process logs with ``--log json``, as it comes; other lines are an error."""
+
+    def __init__(self, process):
+        self.process, self.rows = process, []
+        self.thread = threading.Thread(target=self._read, daemon=True)
+        self.thread.start()
+
+    def _read(self):
+        for line in self.process.stderr:
+            self.rows.append(json.loads(line))
+
+    def of(self, event):
+        return [row for row in self.rows if row["event"] == event]
+
+    def until(self, event, count=1):
+        end_s = time.monotonic() + LIMIT_S
+        while len(self.of(event)) < count:
+            assert self.process.poll() is None, self.rows
+            assert time.monotonic() < end_s, f"no {event} in time: {self.rows}"
+            time.sleep(0.02)
+        return self.of(event)[-1]
+
+    def end(self, code):
+        """All that was told, once the process has ended."""
+        self.process.stdout.read()
+        assert self.process.wait(LIMIT_S) == code, self.rows
+        self.thread.join(LIMIT_S)
+        for row in self.rows:
+            assert row.keys() >= {"time", "level", "event", "run", "node", "incarnation", "message"}
+            assert row["event"] in logs.EVENTS or row["event"] == "log"
+        return self.rows
+
+
+def metrics(endpoint):
+    """Sample name -> labels -> value."""
+    with urllib.request.urlopen(endpoint, timeout=10) as answer:
+        assert answer.headers["Content-Type"].startswith("text/plain")
+        text = answer.read().decode()
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found.setdefault(sample.name, {})[tuple(sample.labels.values())] = sample.value
+    return found
 
 
 def sound(site):
@@ -600,3 +650,87 @@ def test_five_hundred_silent_connections(tmp_path, stack):
     status = site.until(here(2), server)
     assert status["jobs"] > jobs
     assert status["counts"].get("gone", 0) == 0
+
+
+# -- Operations ----------------------------------------------------------------------------------
+
+
+def test_logs_and_metrics_tell_of_a_worker_that_is_killed(tmp_path, stack):
+    site = Site(tmp_path, stack)
+    server = site.serve("--processes", "2", "--log", "json", "--metrics", "0")
+    told = Told(server)
+    guest = site.start(
+        "join", site.address, "--name", "guest", "--log", "json", "--metrics", "127.0.0.1:0"
+    )
+    heard = Told(guest)
+    status = site.until(here(3), server)
+    told.until("joined", 3)
+    assert {row["member"] for row in told.of("joined")} == {"local-0", "local-1", "guest"}
+    endpoint = told.of("metrics")[0]["endpoint"]
+    assert endpoint.startswith("http://127.0.0.1:")
+    own = heard.of("metrics")[0]["endpoint"]
+    site.until(lambda s: metrics(own)["offbeat_updates_total"][()] > 0, guest)
+    victim = next(row for row in status["workers"] if row["node"] == "local-0")
+    os.kill(pid(victim), signal.SIGKILL)
+    gone = told.until("gone")
+    assert (gone["member"], gone["worker"]) == ("local-0", victim["worker"])
+    assert (gone["run"], gone["node"], gone["incarnation"]) == (status["run"], "server", 1)
+    told.until("joined", 4)  # it is begun again
+    before = site.until(here(3), server)
+    time.sleep(2 * 0.25)  # as often as metrics are renewed
+    found, after = metrics(endpoint), site.ask()
+    assert before["jobs"] <= found["offbeat_updates_total"][()] <= after["jobs"]
+    assert found["offbeat_job_seconds_count"][()] == found["offbeat_updates_total"][()]
+    assert found["offbeat_job_seconds_sum"][()] > 0
+    assert before["bytes_in"] <= found["offbeat_bytes_total"]["in",] <= after["bytes_in"]
+    assert found["offbeat_workers_here"][()] == 3
+    assert found["offbeat_events_total"]["gone",] == after["counts"]["gone"] == 1
+    assert found["offbeat_events_total"]["jobs_released",] == after["counts"]["jobs_released"]
+    assert {name for (name,) in found["offbeat_worker_loss"]} == {"local-0", "local-1", "guest"}
+    assert found["offbeat_run_info"]["server", status["run"], version("offbeat")] == 1
+    guest.send_signal(signal.SIGTERM)
+    assert {row["event"] for row in heard.end(0)} == {"metrics", "joined", "ended"}
+    assert told.until("left")["member"] == "guest"
+    server.send_signal(signal.SIGTERM)
+    rows = told.end(130)
+    assert {"listens", "metrics", "joined", "saved", "gone", "left", "ended"} <= {
+        row["event"] for row in rows
+    }
+    server = site.serve("--processes", "1", "--log", "json")
+    again = Told(server)
+    assert again.until("resumed")["step"] == told.of("saved")[-1]["step"]
+    assert again.until("joined")["incarnation"] == 2
+    server.send_signal(signal.SIGTERM)
+    again.end(130)
+
+
+def test_a_full_disk_is_borne_until_there_is_room_again(tmp_path, stack):
+    """A limit on file size stands in for a full disk; not a line of the trace is lost."""
+    site = Site(tmp_path, stack)
+    server = site.serve("--processes", "2", "--log", "json", "--max-failed-saves", "1000")
+    told = Told(server)
+    site.until(here(2), server)
+    trace = site.out / "trace.jsonl"
+    full = trace.stat().st_size + 20_000
+    _, hard = resource.prlimit(server.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (full, hard))
+    failed = told.until("save_failed", 3)
+    assert (failed["failed"], failed["most"]) == (3, 1000)
+    assert "cannot be written (File too large)" in failed["why"]
+    assert trace.stat().st_size == full
+    kept = checkpoint.read(site.out / "checkpoint")[0]["step"]
+    site.until(lambda s: s["step"] > kept + 50, server)  # training goes on
+    saves = len(told.of("saved"))
+    resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (hard, hard))
+    assert told.until("saved", saves + 1)["step"] > kept + 50
+    server.send_signal(signal.SIGTERM)
+    told.end(130)
+    sound(site)
+    server = site.serve("--processes", "2", "--log", "json", "--max-failed-saves", "2")
+    told = Told(server)
+    told.until("resumed")
+    resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (full, hard))
+    rows = told.end(6)
+    assert [row["failed"] for row in told.of("save_failed")] == [1]
+    assert (rows[-1]["event"], rows[-1]["exit_code"]) == ("failed", 6)
+    assert "the last checkpoint is intact" in rows[-1]["message"]
