@@ -15,6 +15,9 @@ an older one of its own incarnation before it has begun takes the next.
 
 Beginning.  A peer waits for its neighbours, and begins with them.  Where some run already, and do
 not count on it from their start, it takes their models and joins them.
+
+Ending.  A peer that is done stays until its neighbours are.  For one that is gone it stays a while:
+who comes back then learns from it that the run is over, and what came of it.
 """
 
 from collections import Counter
@@ -68,7 +71,8 @@ LEAST_ENTRIES = 4  # of an item that is no vector of the model
 GATHERING, SAVED, RUNNING, DONE, LEFT = range(5)
 WAIT_S = 600.0  # for neighbours that were never heard, before a run begins without them
 DIFFER_S = 3.0  # for a neighbour of the same run to be heard, where another's run differs
-START, RESTORE, JOIN = "start", "restore", "join"
+LATE_S = 20.0  # that a peer which is done stays for a neighbour that is being started again
+START, RESTORE, JOIN, OVER = "start", "restore", "join", "over"
 
 
 class Beat(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
@@ -221,6 +225,7 @@ class Mesh:
         }
         self._by_name = {n.name: n for n in self.neighbours.values()}
         self._began_s = self._looked_s = now_s
+        self._left_s = now_s  # when it was done
         self._differs_s: float | None = None  # since when another run was heard of
         self._difference = ""
         self.outbox: list[tuple[int, list[Any]]] = []  # neighbour, frames
@@ -257,11 +262,13 @@ class Mesh:
     # -- What the node does ----------------------------------------------------------------------
 
     def decide(self, now_s: float) -> str | None:
-        """How the node is to begin, or None: not yet."""
+        """How the node is to begin, if it is not ``OVER`` already; None: not yet."""
         here = [n for n in self.neighbours.values() if self._mutual(n, now_s)]
         running = [n for n in here if n.standing in (RUNNING, DONE)]
         counted_on = any(n.counts for n in running)
         if running and not counted_on:
+            if not self._joins and all(n.standing == DONE for n in running):
+                return OVER
             if not self._joins:
                 raise ConfigError(
                     f"{running[0].name} is in the middle of the run, and this method cannot take "
@@ -315,14 +322,15 @@ class Mesh:
 
     def leave(self, standing: int, now_s: float) -> None:
         """Tell all neighbours that this peer is done, or has left."""
-        self.standing = standing
+        self.standing, self._left_s = standing, now_s
         for n in self.neighbours.values():
             self._beat(n, now_s)
 
     def finished(self, now_s: float) -> bool:
         """Whether nobody waits for this peer any more, once it is done."""
+        late_s = self._left_s + LATE_S
         return all(
-            n.standing in (DONE, LEFT) or not self._hears(n, now_s)
+            n.standing in (DONE, LEFT) or (now_s >= late_s and not self._hears(n, now_s))
             for n in self.neighbours.values()
         ) and not any(
             n.link.pending and self._hears(n, now_s) and n.standing != LEFT

@@ -208,7 +208,7 @@ class PeerProcess:
         self._replies: dict[bytes, tuple[str, int, bytes]] = {}  # watcher -> its last answer
         self._parts: deque[tuple[bytes, list[Any]]] = deque()  # of reports on their way
         self._report = Report()
-        self._leaving = False
+        self._leaving = self._late = False
         self._limit: float = 0 if watched else experiment.stop.steps or math.inf
         self._saving: Future[None] | None = None
         self._saves = checkpoint.Attempts(experiment.record.max_failed_saves)
@@ -360,6 +360,9 @@ class PeerProcess:
                 here = [n.name for n in self.mesh.neighbours.values() if n.knows]
                 text = f"{self.seat.name} waits for its neighbours; here: {here or 'none'}"
                 tell("waiting", text, WARNING, here=here)
+            return
+        if how == mesh.OVER:
+            self._late = True
             return
         state = self._state if how == mesh.RESTORE else None
         self._hosted = hosted = Hosted(
@@ -622,6 +625,8 @@ class PeerProcess:
         stop = self.experiment.stop
         if self._leaving:
             return "interrupted"
+        if self._late:
+            return "it came too late"
         if self._hosted is None or self._watched:
             return None
         if stop.wall_s is not None and now_s - self._began_s >= stop.wall_s:

@@ -125,6 +125,20 @@ def test_kill_9_of_a_peer_and_its_return(tmp_path):
         sound(ring, steps)
 
 
+def test_a_peer_that_comes_back_after_the_run_learns_what_came_of_it(tmp_path):
+    with Ring(table(60, seconds=0.02), tmp_path) as ring:
+        ring.start()
+        ring.await_(lambda: ring.round(1) > 10)
+        ring.signal(1, signal.SIGKILL)
+        ring.await_(lambda: all(ring.ask(i)["state"] == "done" for i in (0, 2)))
+        ring.start(1)
+        assert ring.join() == [0] * 4
+        said = json.loads((tmp_path / "n1" / "summary.json").read_text())
+        assert (said["reason"], said["round"]) == ("steps", 60)
+        distances = [np.linalg.norm(ring.state(1)["x"] - ring.state(i)["x"]) for i in (0, 2, 3)]
+        assert max(distances) < 0.5 * np.linalg.norm(ring.state(0)["x"])
+
+
 def test_a_peer_that_is_stopped_is_mixed_around_and_comes_back(tmp_path):
     steps = 200
     with Ring(table(steps, seconds=0.02), tmp_path) as ring:
