@@ -33,7 +33,7 @@ from offbeat.runtime.loop import Loop
 from offbeat.runtime.pairs import Pairs
 from offbeat.runtime.records import TRACE_COLUMNS, Records, column, read_timers, read_trace
 from offbeat.runtime.remote import LiveWorkers, RemoteWorkers
-from offbeat.runtime.replayed import Replayed, read_inputs
+from offbeat.runtime.replayed import Replayed, of_peers, peers, read_inputs
 from offbeat.runtime.rounds import Rounds
 from offbeat.runtime.settings import DEFAULT_STEPS, Evaluate, Stop
 from offbeat.runtime.virtual import VirtualWorkers
@@ -307,9 +307,13 @@ def replay(
 ) -> Result:
     """Run a recorded run again, in memory, with its arrivals as its trace has them.
 
-    The result's model equals the recorded one bit for bit; ``offbeat replay`` compares them.
+    The result's model equals the recorded one bit for bit; ``offbeat replay`` compares them.  Peers
+    that were started one by one are replayed together: ``folder`` is then that of all theirs.
     """
     folder = Path(folder)
+    if parts := peers(folder):
+        experiment = load_experiment(parts[0], task, algorithm, work)
+        return _replay(experiment, of_peers(parts, experiment.fleet.workers)[0])
     experiment = load_experiment(folder, task, algorithm, work)
     if not checkpoint.exist(folder / "checkpoint"):
         raise ConfigError(f"{folder}: has not begun; there is nothing to replay")
@@ -318,12 +322,7 @@ def replay(
     state = checkpointed(folder)
     if experiment.real and isinstance(experiment.algorithm, Gossip):
         length = state["records"]["lengths"]["trace.jsonl"]
-        inputs = read_inputs(folder / "trace.jsonl", length)
-        loop = Replayed(
-            experiment, inputs, Records(experiment.fleet, None),
-            stop=experiment.stop, evaluate=experiment.evaluate,
-        )  # fmt: skip
-        return _finish(loop, experiment, None)
+        return _replay(experiment, read_inputs(folder / "trace.jsonl", length))
     trace = read_trace(folder / "trace.jsonl")[: state["records"]["flushed"]]
     engine = _engine(experiment, None, None, trace)
     if isinstance(engine, Engine):
@@ -334,6 +333,23 @@ def replay(
     if engine.step < state["step"]:  # steps that a timer made after the last arrival
         engine.stop = Stop(steps=state["step"])
     return _finish(engine, experiment, None)
+
+
+def _replay(experiment: Experiment, inputs: dict[int, Any]) -> Result:
+    """What gossip nodes were given, given to them again."""
+    records = Records(experiment.fleet, None)
+    loop = Replayed(experiment, inputs, records, stop=experiment.stop, evaluate=experiment.evaluate)
+    return _finish(loop, experiment, None)
+
+
+def recorded(folder: Path) -> NDArray:
+    """The model that a run in ``folder`` reached; see ``replay``."""
+    if parts := peers(folder):
+        n = load_experiment(parts[0]).fleet.workers
+        models: NDArray = of_peers(parts, n)[1].mean(axis=0)
+        return models
+    model: NDArray = checkpointed(folder)["x"]
+    return model
 
 
 def checkpointed(folder: Path) -> dict[str, Any]:

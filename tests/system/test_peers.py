@@ -11,6 +11,7 @@ from simulated import put_in
 
 import offbeat
 from offbeat.runtime import api
+from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.net import keys
 from offbeat.runtime.node import OPEN
 from offbeat.runtime.records import Records
@@ -49,6 +50,7 @@ def test_peers_end_where_the_virtual_run_does(tmp_path, algorithm, topology):
         assert ring.start().join() == [0] * 4
     x = np.mean([ring.state(i)["x"] for i in range(4)], axis=0)
     np.testing.assert_allclose(x, virtual(of).x, rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(api.replay(tmp_path).x, x)
     rows = (tmp_path / "n2" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(rows[-1])["step"] == 40
 
@@ -123,6 +125,8 @@ def test_kill_9_of_a_peer_and_its_return(tmp_path):
         assert json.loads((tmp_path / "n1" / "peer.json").read_text())["incarnation"] == 2
         assert all(ring.events(i, "up") for i in (0, 2))
         sound(ring, steps)
+    with pytest.raises(ConfigError, match="n1: was stopped or started again"):
+        api.replay(tmp_path)
 
 
 def test_a_peer_that_comes_back_after_the_run_learns_what_came_of_it(tmp_path):
@@ -210,6 +214,12 @@ def test_what_asynchronous_peers_did_is_replayed_from_their_traces(tmp_path):
         again.run()
         for i in range(4):
             np.testing.assert_array_equal(again.nodes[i].model, ring.state(i)["x"])
+    np.testing.assert_array_equal(api.replay(tmp_path).x, api.recorded(tmp_path))
+    with pytest.raises(ConfigError, match=r"is the folder of one peer.*put the folders of all"):
+        api.replay(tmp_path / "n2")
+    (tmp_path / "n2").rename(tmp_path.parent / f"{tmp_path.name}-n2")
+    with pytest.raises(ConfigError, match="has the folders of 3 of 4 peers"):
+        api.replay(tmp_path)
 
 
 def test_an_asynchronous_run_is_replayed_to_the_bit(tmp_path):
