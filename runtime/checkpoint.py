@@ -96,7 +96,7 @@ def read(folder: Path) -> tuple[dict[str, Any], list[str]]:
     for path in _newest_first(folder):
         try:
             return _read_one(path), skipped
-        except (ValueError, KeyError, OSError, SafetensorError) as error:
+        except (ValueError, KeyError, TypeError, OSError, SafetensorError, RecursionError) as error:
             skipped.append(f"skipped {path}: {error}")
     found = "; ".join(skipped) or "there is none"
     raise StorageError(f"{folder}: no readable checkpoint ({found})")
@@ -111,7 +111,8 @@ def _read_one(path: Path) -> dict[str, Any]:
     if header["digest"] != _digest(header["state"], arrays):
         raise ValueError("its digest is wrong")
     state = _fill(json.loads(header["state"]), arrays)
-    assert isinstance(state, dict)
+    if not isinstance(state, dict):
+        raise ValueError("it holds no state")
     return state
 
 

@@ -13,9 +13,12 @@ import threading
 import time
 import urllib.request
 from contextlib import ExitStack, suppress
+from datetime import datetime
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import zmq
 from prometheus_client.parser import text_string_to_metric_families
@@ -340,6 +343,59 @@ def test_nobody_comes(tmp_path, stack):
     assert f"offbeat join {site.address}" in out
 
 
+def test_a_server_that_waits_for_workers_takes_no_time(tmp_path, stack):
+    site = Site(tmp_path, stack)
+    server = site.serve()
+    site.until(lambda s: True, server)
+    process = psutil.Process(server.pid)
+    before = process.cpu_times()
+    time.sleep(4.0)
+    after = process.cpu_times()
+    spent_s = after.user + after.system - before.user - before.system
+    assert spent_s < 0.05 * 4.0
+    assert site.ask()["workers"] == []
+
+
+HUNGRY = """
+import resource
+from offbeat.runtime.crew import Runner
+from offbeat.runtime.net import worker
+compute, tried = Runner.compute, []
+def hungry(self, orders):
+    if not tried:
+        tried.append(True)
+        pages = int(open("/proc/self/statm").read().split()[0])
+        most = pages * resource.getpagesize() + 2**26
+        resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+        try:
+            bytearray(2**30)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+    return compute(self, orders)
+Runner.compute = hungry
+worker.Worker({address!r}, "hungry").run()
+"""
+
+
+def test_a_worker_runs_out_of_memory(tmp_path, stack):
+    """The system refuses it what its job needs; it is told, and the job is done again."""
+    site = Site(tmp_path, stack)
+    server = site.serve("--log", "json")
+    told = Told(server)
+    code = HUNGRY.format(address=site.address)
+    worker = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    stack.callback(finish, worker)
+    status = site.until(here(1), server)
+    raised = told.until("raised")
+    assert raised["member"] == "hungry"
+    assert "MemoryError" in raised["why"]
+    assert status["counts"]["failures"] == 1
+    assert status["counts"].get("gone", 0) == 0
+    server.send_signal(signal.SIGTERM)
+    told.end(130)
+    sound(site)
+
+
 def test_a_worker_gives_up_where_the_server_was_killed(tmp_path, stack):
     site = Site(tmp_path, stack)
     server = site.serve()
@@ -392,6 +448,54 @@ offbeat.run(*{parts!r}, **{options!r}, folder={str(tmp_path / "run")!r}, clock="
     np.testing.assert_array_equal(api.checkpointed(tmp_path / "run")["x"], plain.x)
     facts = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert facts["restarts"] >= 1
+
+
+JUMPY = """
+import itertools, sys, time
+from offbeat.runtime import cli
+really, hours = time.time, itertools.cycle([0, 3600, -3600, 86400, -86400])
+time.time = lambda: really() + next(hours)
+cli.main()
+"""
+
+
+def faked():
+    """How to shift the clock of a process with libfaketime; None: it is not here."""
+    places = Path("/usr/lib").glob("*/faketime/libfaketime.so.1")
+    return next(({"LD_PRELOAD": str(place)} for place in places), None)
+
+
+@pytest.mark.parametrize("how", ["in the process", "libfaketime"])
+def test_clocks_jump_and_differ(tmp_path, stack, how):
+    """Wall clocks by hours, at both ends; nobody is suspected and nothing is lost."""
+    site = Site(tmp_path, stack, steps=300)
+    if how == "libfaketime":
+        if (shift := faked()) is None:
+            pytest.skip("libfaketime is not installed")
+        program = [sys.executable, "-m", "offbeat.runtime.cli"]
+        shift |= {"FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+        ends = {"server": shift | {"FAKETIME": "+1d"}, "worker": shift | {"FAKETIME": "-1h"}}
+    else:
+        program, ends = [sys.executable, "-c", JUMPY], {"server": {}, "worker": {}}
+    words = {
+        "server": ["serve", str(site.file), "--out", str(site.out), "--bind", site.address,
+                   "--log", "json"],
+        "worker": ["join", site.address, "--name", "w", "--log", "json"],
+    }  # fmt: skip
+    started = {}
+    for end, env in ends.items():
+        process = started[end] = subprocess.Popen(
+            [*program, *words[end]], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, **env},
+        )  # fmt: skip
+        stack.callback(finish, process)
+    told, heard = Told(started["server"]), Told(started["worker"])
+    rows = told.end(0)
+    assert heard.end(0)
+    assert not {"gone", "rejected", "failed"} & {row["event"] for row in rows}
+    wall = [datetime.fromisoformat(row["time"]).timestamp() for row in rows]
+    assert max(abs(then - time.time()) for then in wall) > 3000  # the clock did jump
+    assert sound(site)["step"] == 300
 
 
 # -- What lies between them -----------------------------------------------------------------------
