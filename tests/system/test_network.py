@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from contextlib import ExitStack, suppress
 from datetime import datetime
 from importlib.metadata import version
@@ -21,10 +20,10 @@ import numpy as np
 import psutil
 import pytest
 import zmq
-from prometheus_client.parser import text_string_to_metric_families
+from processes import Told, metrics
 
 import offbeat
-from offbeat.runtime import api, checkpoint, logs
+from offbeat.runtime import api, checkpoint
 from offbeat.runtime.net import keys, wire
 from offbeat.runtime.net import messages as say
 from offbeat.runtime.net.cli import asking
@@ -142,52 +141,6 @@ def done(process, code=0, limit_s=LIMIT_S):
     assert process.returncode == code, out + err
     assert "Traceback" not in out + err
     return out + err
-
-
-class Told:
-    """What a process logs with ``--log json``, as it comes; other lines are an error."""
-
-    def __init__(self, process):
-        self.process, self.rows = process, []
-        self.thread = threading.Thread(target=self._read, daemon=True)
-        self.thread.start()
-
-    def _read(self):
-        for line in self.process.stderr:
-            self.rows.append(json.loads(line))
-
-    def of(self, event):
-        return [row for row in self.rows if row["event"] == event]
-
-    def until(self, event, count=1):
-        end_s = time.monotonic() + LIMIT_S
-        while len(self.of(event)) < count:
-            assert self.process.poll() is None, self.rows
-            assert time.monotonic() < end_s, f"no {event} in time: {self.rows}"
-            time.sleep(0.02)
-        return self.of(event)[-1]
-
-    def end(self, code):
-        """All that was told, once the process has ended."""
-        self.process.stdout.read()
-        assert self.process.wait(LIMIT_S) == code, self.rows
-        self.thread.join(LIMIT_S)
-        for row in self.rows:
-            assert row.keys() >= {"time", "level", "event", "run", "node", "incarnation", "message"}
-            assert row["event"] in logs.EVENTS or row["event"] == "log"
-        return self.rows
-
-
-def metrics(endpoint):
-    """Sample name -> labels -> value."""
-    with urllib.request.urlopen(endpoint, timeout=10) as answer:
-        assert answer.headers["Content-Type"].startswith("text/plain")
-        text = answer.read().decode()
-    found = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            found.setdefault(sample.name, {})[tuple(sample.labels.values())] = sample.value
-    return found
 
 
 def sound(site):

@@ -6,7 +6,8 @@ import signal
 import numpy as np
 import psutil
 import pytest
-from peering import LIMIT_S, SUSPECT_S, Ring, made
+from peering import LIMIT_S, SUSPECT_S, Ring, free_port, made
+from processes import Told, metrics, start, wait_for
 from simulated import put_in
 
 import offbeat
@@ -227,6 +228,60 @@ def test_an_asynchronous_run_is_replayed_to_the_bit(tmp_path):
     live = offbeat.run(**of, engine="zmq", folder=tmp_path / "run")
     np.testing.assert_array_equal(api.replay(tmp_path / "run").x, live.x)
     assert live.facts["messages"] > 40
+
+
+EXPERIMENT = """
+task = "quadratic(20, noise=0.1)"
+algorithm = "dsgd(lr=0.1)"
+topology = "ring"
+fleet = "3 0.02"
+[stop]
+steps = 100000
+[evaluate]
+steps = 10
+[record]
+save_every_s = 0.2
+"""
+
+
+def test_logs_and_metrics_of_peers(tmp_path):
+    (tmp_path / "run.toml").write_text(EXPERIMENT)
+    hosts = "".join(
+        f'[[hosts]]\nname = "{name}"\naddress = "127.0.0.1"\nport = {free_port()}\n'
+        for name in "abc"
+    )
+    (tmp_path / "hosts.toml").write_text(hosts)
+    words = ["peer", str(tmp_path / "run.toml"), "--hosts", str(tmp_path / "hosts.toml")]
+    told = {
+        name: Told(
+            start(*words, "--node", name, "--out", str(tmp_path / name), "--log", "json",
+                  "--metrics", "0")
+        )
+        for name in "abc"
+    }  # fmt: skip
+    try:
+        one = told["a"]
+        begun = one.until("begins")
+        assert (begun["how"], begun["node"], begun["incarnation"]) == ("start", "a", 1)
+        assert begun["neighbours"] == ["b", "c"]
+        one.until("saved")
+        endpoint = one.of("metrics")[0]["endpoint"]
+        wait_for(lambda: metrics(endpoint)["offbeat_round"][()] > 10, one.process)
+        found = metrics(endpoint)
+        assert found["offbeat_neighbours_up"][()] == 2
+        assert found["offbeat_neighbour_round"].keys() == {("b",), ("c",)}
+        assert found["offbeat_job_seconds_count"][()] >= found["offbeat_round"][()] - 1
+        assert min(found["offbeat_bytes_total"].values()) > 1000
+        told["b"].process.kill()
+        told["b"].end(-signal.SIGKILL)
+        assert one.until("down")["neighbour"] == "b"
+        wait_for(lambda: metrics(endpoint)["offbeat_neighbours_up"][()] == 1, one.process)
+    finally:
+        for each in told.values():
+            each.process.terminate()
+    rows = one.end(130)
+    assert [row["event"] for row in rows][-1] == "ended"
+    assert told["c"].end(130)
 
 
 @pytest.mark.soak
