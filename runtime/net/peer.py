@@ -667,6 +667,7 @@ class PeerProcess:
         end_s = time.monotonic() + LEAVE_S
         while time.monotonic() < end_s:
             told = self._hosted.report(0.1)
+            told.answers.pop(0, None)  # of a save that was due: this one is newer
             self._keep(told)
             if 1 in told.answers:
                 self._write(self._whole(told.answers[1]))
