@@ -362,7 +362,7 @@ class Mesh:
             return
         n.offences += 1
         if n.offences % MOST_OFFENCES == 0:
-            self.cuts.append((address, f"{n.offences} wrong messages of {n.name}"))
+            self.cuts.append((address, error.name))
             self._down(n)
 
     def at(self, address: bytes) -> Neighbour | None:

@@ -58,7 +58,7 @@ def address(where: str) -> tuple[str, int]:
         host, port = found.hostname, found.port
     except ValueError:
         host = port = None
-    if not host or port is None or found.netloc != found.geturl().removeprefix("//"):
+    if not host or port is None or set(where) & {"/", "?", "#", "@"}:
         raise ConfigError(f'--metrics: "{where}" is neither a port nor host:port, as 0.0.0.0:9464')
     return host, port
 

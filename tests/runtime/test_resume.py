@@ -5,13 +5,14 @@ import pickle
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import offbeat
 from offbeat import ConfigError, StorageError
-from offbeat.runtime import checkpoint, trees
+from offbeat.runtime import checkpoint, records, trees
 from offbeat.runtime.api import load_experiment
 
 RUN = {"task": "quadratic(5, noise=0.2)", "algorithm": "shuffled", "fleet": "6 lognormal(1.0)"}
@@ -243,3 +244,15 @@ def test_a_crafted_checkpoint_is_refused_before_memory_is_taken(tmp_path):
     *refused, grown_kb = done.stdout.splitlines()
     assert refused == [f"refused {name}" for name in sorted(CRAFTED)]
     assert int(grown_kb) < 50_000  # the largest file has 2 MB
+
+
+def test_what_a_full_disk_does_not_take_waits_up_to_a_limit(monkeypatch):
+    """A device that is always full."""
+    monkeypatch.setattr(records, "MOST_HELD", 3 * records.HELD_BYTES)
+    file = records.Growing(Path("/dev/full"))
+    file.write("x" * 2 * records.HELD_BYTES)
+    with pytest.raises(StorageError, match="No space left on device"):
+        file.durable()
+    with pytest.raises(StorageError, match="the last checkpoint is intact"):
+        file.write("x" * records.HELD_BYTES)
+    file.close()
