@@ -63,7 +63,7 @@ def together(*loops):
         except BaseException as error:
             found[at] = error
 
-    threads = [threading.Thread(target=call, args=(at,)) for at in range(len(loops))]
+    threads = [threading.Thread(target=call, args=(at,), daemon=True) for at in range(len(loops))]
     for thread in threads:
         thread.start()
     for thread in threads:

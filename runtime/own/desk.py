@@ -102,7 +102,7 @@ class Desk:
                 whom, alone_s = self._awaited(began_s, now_s)
                 if patience_s is not None and alone_s > patience_s:
                     raise CrewError(
-                        f"{whom} was not heard of for {alone_s:.0f} s; give join a longer "
+                        f"nobody of {whom} was heard for {alone_s:.0f} s; give join a longer "
                         "patience_s, where that may be"
                     )
                 if alone_s and now_s >= remind_s:

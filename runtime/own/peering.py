@@ -115,9 +115,9 @@ class Peering(Desk):
         self._peer.take(answer)
 
     def _awaited(self, began_s: float, now_s: float) -> tuple[str, float]:
-        alone_s = now_s - max(began_s, self._peer.heard_s())
-        silent = alone_s > self._peer.liveness.down_after_s
-        return f"the neighbours of {self.name}", alone_s if silent else 0.0
+        heard_s = self._peer.heard_s()
+        silent = now_s - heard_s > self._peer.liveness.down_after_s
+        return f"the neighbours of {self.name}", now_s - max(began_s, heard_s) if silent else 0.0
 
     def leave(self, why: str) -> None:
         """See ``Source``: with a checkpoint, from which the node goes on when it is back."""
