@@ -49,6 +49,7 @@ class Report:
     def __init__(self) -> None:
         self.rows: list[tuple[float, ...]] = []  # of the trace
         self.models: list[tuple[int, int, float, NDArray]] = []  # round, node, time, [d]
+        self.losses: list[float] = []  # of loops, that nobody else can say
         self.inputs: dict[int, list[Input]] = {}
         self.answers: dict[int, Any] = {}  # to what was asked
         self.rounds: dict[int, int] = {}
@@ -99,6 +100,7 @@ class Hosted:
         self._fleet, self._steps, self._seed = fleet, experiment.work.steps, experiment.seed
         self._every = experiment.evaluate.steps if not experiment.asynchronous else None
         self._tracing = experiment.record.trace
+        self._reports = hasattr(experiment.task, "report")
         self._queue: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._out: list[Parcel] = []
         self._here: deque[Parcel] = deque()  # parcels between nodes of this process
@@ -347,6 +349,8 @@ class Hosted:
             self._elsewhere(i, job)
 
     def _came(self, i: int, number: int, losses: list[float], gradient: Any) -> None:
+        if self._reports:
+            self._report.losses += losses
         self._finish(i, number, losses, gradient, self._given_s.pop(i))
 
     def _fail(self, error: Exception) -> None:

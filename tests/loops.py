@@ -11,7 +11,6 @@ from torch import nn
 
 import offbeat
 
-PARSING = threading.Lock()  # Python 3.11 cannot parse in two threads (gh-106905)
 SMALL = {"stop": {"steps": 3}, "clock": "real"}
 
 
@@ -88,13 +87,11 @@ class Net(nn.Module):
         return torch.relu(inputs @ self.a0 + self.a1) @ self.b0 + self.b1
 
 
-def digits_loop(address, task, optimizer, exact=False, **options):
+def digits_loop(address, task, optimizer, exact=False, join=offbeat.join, **options):
     """Train on the samples that the built-in worker would draw; answers the run's counts."""
     net = Net(task)
     steps = optimizer(net.parameters())
-    with PARSING:
-        joining = offbeat.join(address, net, steps, **options)
-    with joining as run:
+    with join(address, net, steps, **options) as run:
         while not run.over:
             where = np.array([run.shard]), np.array([run.draw])
             steps.zero_grad()

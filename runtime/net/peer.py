@@ -442,6 +442,8 @@ class PeerProcess:
         self._report = told
         self.mesh.round = told.rounds.get(self.me, 0)
         self.records.rows += told.rows
+        for loss in told.losses:
+            self.experiment.task.report(loss)  # type: ignore[attr-defined]
         if told.inputs and self.experiment.record.trace:
             self.records.note({"inputs": told.inputs})
         for future in (self._saving, self._evaluating):

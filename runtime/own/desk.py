@@ -10,12 +10,19 @@ from typing import Any, Protocol
 
 from offbeat.runtime.crew import Answer, Order
 from offbeat.runtime.errors import ConfigError, CrewError
+from offbeat.runtime.node import Compute
 from offbeat.runtime.own.flat import Flat
 
 log = getLogger("offbeat.net")
 WAIT_S = 0.5  # a wait is cut short after so long, to look at signals
 FIRST_S = 1.0  # of waiting, after which is said for what,
 REMIND_S = 30.0  # and then every so often
+
+
+def ordered(i: int, job: Compute, steps: int) -> Order:
+    """A gossip node's job as a loop is given it."""
+    (x,) = job.points
+    return Order(job.number, i, i, steps * job.number, steps, job.number, x, None)
 
 
 class Source(Protocol):
@@ -132,10 +139,10 @@ class Desk:
         """See ``Source``."""
 
 
-class Host(Desk):
+class Hosting(Desk):
     """The desk of a loop that is run here; ``join("ray", ...)`` in its thread finds it."""
 
-    def seat(self, flat: Flat) -> "Host":
+    def seat(self, flat: Flat) -> "Hosting":
         """A loop with these parameters sits down.
 
         Raises:
@@ -150,7 +157,7 @@ class Host(Desk):
         return self
 
 
-HERE: ContextVar[Host] = ContextVar("desk")
+HERE: ContextVar[Hosting] = ContextVar("desk")
 
 
 def called(loop: str | Callable[[str], object]) -> Callable[[str], Any]:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from offbeat.runtime import checkpoint
-from offbeat.runtime.crew import Answer, Order
+from offbeat.runtime.crew import Answer
 from offbeat.runtime.errors import ConfigError, StorageError
 from offbeat.runtime.experiment import Experiment
 from offbeat.runtime.net import shapes
 from offbeat.runtime.net.peer import PeerProcess, Seat
 from offbeat.runtime.node import Compute
-from offbeat.runtime.own.desk import Desk, log
+from offbeat.runtime.own.desk import Desk, log, ordered
 from offbeat.runtime.own.flat import Flat
 from offbeat.workers.tasks.external import External
 from offbeat.workers.work import OwnLoop
@@ -34,18 +34,12 @@ class LoopPeer(PeerProcess):
         super().__init__(*args, **peer)
 
     def _give(self, i: int, job: Compute) -> None:
-        steps = self.experiment.work.steps
-        (x,) = job.points
-        draw = steps * job.number
-        self._desk.put(Order(job.number, i, i, draw, steps, job.number, x, None))
+        self._desk.put(ordered(i, job, self.experiment.work.steps))
 
     def take(self, answer: Answer) -> None:
         """What came of the job at hand."""
         assert self._hosted is not None
-        report = getattr(self.experiment.task, "report", None)
         losses = [] if answer.loss is None else [answer.loss]
-        if report is not None and losses:
-            report(*losses)
         self._hosted.computed(self.me, answer.serial, losses, answer.payload)
 
     def attend(self) -> None:

@@ -1,6 +1,7 @@
 """Training loops that are the nodes of a gossip run: what they compute, and what they are told."""
 
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -33,6 +34,14 @@ def written(folder, task, algorithm, steps=6, **more):
     return str(path), {f"n{i}": f"tcp://127.0.0.1:{free_port()}" for i in range(N)}
 
 
+PARSING = threading.Lock()  # Python 3.11 cannot parse in two threads (gh-106905)
+
+
+def join(*args, **options):
+    with PARSING:
+        return offbeat.join(*args, **options)
+
+
 def place(folder, name, hosts):
     return {"name": name, "hosts": hosts, "folder": folder / name, **QUIET}
 
@@ -60,7 +69,11 @@ def test_loops_are_the_built_in_nodes(tmp_path, method):
     jobs = together(
         *[
             lambda name=name: digits_loop(
-                address, task, lambda p: torch.optim.SGD(p, lr=0.1), **place(tmp_path, name, hosts)
+                address,
+                task,
+                lambda p: torch.optim.SGD(p, lr=0.1),
+                join=join,
+                **place(tmp_path, name, hosts),
             )
             for name in hosts
         ]
