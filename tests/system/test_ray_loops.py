@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import loops
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.xdist_group("ray")  # one Ray for all
 register_pickle_by_value(sys.modules[__name__])  # actors cannot import from here
 register_pickle_by_value(loops)
 EXAMPLES = Path(__file__).parents[2] / "examples"
+LIMIT_S = 120.0  # for an actor to be there again
 DIGITS = "mlp(digits, hidden=[16], batch=16, dtype=float64)"
 STEPS = {"steps": 6}
 
@@ -58,34 +60,54 @@ def test_loops_on_actors_are_the_built_in_workers(method, topology, workers_per_
     assert there.reason == "steps"
 
 
-def external(kill=0, folder=None):
-    """A loop on noise; the process that is first at step ``kill`` is killed in it."""
+class Place:
+    """A folder by which loops know that one was killed, and that another came."""
+
+    def __init__(self, folder):
+        self.killed, self.again = folder / "killed", folder / "again"
+        self.folder = folder
+
+    def enter(self):
+        if self.killed.exists():
+            self.again.touch()
+
+    def kill(self):
+        try:
+            self.killed.touch(exist_ok=False)
+        except FileExistsError:
+            return
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def wait(self):
+        until_s = time.monotonic() + LIMIT_S
+        while self.killed.exists() and not self.again.exists() and time.monotonic() < until_s:
+            time.sleep(0.02)
+
+
+def external(place=None):
+    """A loop on noise; the first process that has made twelve steps is killed, if anywhere."""
 
     def loop(address):
         net, at = little(), 0
         steps = torch.optim.SGD(net.parameters(), lr=0.01)
         with offbeat.join(address, net, steps) as run:
+            if place:
+                place.enter()
             while not run.over:
                 at += 1
-                if kill and at == kill and mine_is_first(folder):
-                    os.kill(os.getpid(), signal.SIGKILL)
+                if place and at == 12:
+                    place.kill()
+                if place and at > 12:
+                    place.wait()
                 loss = net(torch.randn(8, 3)).pow(2).mean()
                 steps.zero_grad()
                 loss.backward()
                 steps.step()
                 run.step(loss)
-        if folder:
-            (Path(folder) / f"{os.getpid()}.json").write_text(json.dumps(run.jobs))
+        if place:
+            (place.folder / f"{os.getpid()}.json").write_text(json.dumps(run.jobs))
 
     return loop
-
-
-def mine_is_first(folder):
-    try:
-        (Path(folder) / "killed").touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
 
 
 EXTERNAL = f"external({sum(p.numel() for p in little().parameters())})"
@@ -96,7 +118,7 @@ EXTERNAL = f"external({sum(p.numel() for p in little().parameters())})"
 )
 def test_an_actor_is_killed_in_its_loop(tmp_path, method, topology):
     result = offbeat.run(
-        EXTERNAL, method, "3 real", topology=topology, work=OwnLoop(5, external(12, str(tmp_path))),
+        EXTERNAL, method, "3 real", topology=topology, work=OwnLoop(5, external(Place(tmp_path))),
         engine="ray", stop={"steps": 30}, evaluate={"steps": 5}, folder=tmp_path / "run",
     )  # fmt: skip
     assert (tmp_path / "killed").exists()
