@@ -182,7 +182,7 @@ def mount(
         _log()
         listed = read_hosts(hosts)
         number, own = listed.node(node)
-        found = read(file, {}, overrides or [])
+        found = read(file, {"engine": "zmq", "clock": "real"}, overrides or [])
         if len(found) > 1:
             raise ConfigError(f"{file}: is a comparison of {len(found)} runs; take one at a time")
         if not bind:

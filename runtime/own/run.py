@@ -276,7 +276,7 @@ def _peering(
         raise ConfigError(f'no node is called "{name}"{nearest(name, hosts)}')
     if options["keys_folder"] is not None and not options["bind"]:
         options |= {"bind": f"tcp://*:{hosts[name].rpartition(':')[2]}"}
-    experiments = read(file)
+    experiments = read(file, {"engine": "zmq", "clock": "real"})
     if len(experiments) > 1:
         raise ConfigError(f"{file}: is a comparison of {len(experiments)} runs; take one at a time")
     place = Path("runs") / f"{file.stem}-{name}" if folder is None else Path(folder)
