@@ -115,7 +115,7 @@ def test_three_processes_that_gossip_one_of_them_killed(tmp_path, processes):
     (tmp_path / "hosts.toml").write_text(hosts)
     text = (EXAMPLES / "served" / "own_gossip.toml").read_text()
     (tmp_path / "gossip.toml").write_text(
-        text.replace("steps = 40", "steps = 400").replace('"real"', '"0.005"')
+        text.replace("steps = 40", "steps = 100000").replace('"real"', '"0.005"')
     )
 
     def joins(i):
@@ -134,7 +134,7 @@ def test_three_processes_that_gossip_one_of_them_killed(tmp_path, processes):
         return path.read_text() if path.exists() else ""
 
     def until(condition):
-        end_s = time.monotonic() + 100
+        end_s = time.monotonic() + 200
         while not condition():
             assert time.monotonic() < end_s, "it did not happen in time"
             assert loops[0].poll() is None, loops[0].communicate()
@@ -148,13 +148,18 @@ def test_three_processes_that_gossip_one_of_them_killed(tmp_path, processes):
     assert loops[1].wait() == -signal.SIGKILL
     until(lambda: "down" in events(0) and "down" in events(2))
     loops[1] = joins(1)
-    said = [loop.communicate(timeout=200)[0] for loop in loops]
-    assert [loop.returncode for loop in loops] == [0, 0, 0], said
-    done = [int(re.search(r"(\d+) jobs done", text)[1]) for text in said]
-    assert (done[0], done[2]) == (400, 400)
-    assert 0 < done[1] < 400
-    assert all("up" in events(i)[events(i).index("down") :] for i in (0, 2))
-    right = [float(re.search(r"left it: ([\d.]+)", text)[1]) for text in said]
-    assert min(right) > 0.95
-    ends = [offbeat.weights(tmp_path / "runs" / f"gossip-n{i}") for i in range(3)]
+    until(lambda: all("up" in events(i)[events(i).index("down") :] for i in (0, 2)))
+    with asking(f"tcp://127.0.0.1:{ports[1]}", None, "test") as ask:
+        before = ask()["round"]
+        until(lambda: ask()["round"] > before + 5)  # it computes again
+    for loop in loops:
+        loop.send_signal(signal.SIGINT)
+    said = [loop.communicate(timeout=60)[0] for loop in loops]
+    assert all("joined; 2410 parameters" in text for text in said)
+    assert all("KeyboardInterrupt" in text for text in said)
+    folders = [tmp_path / "runs" / f"gossip-n{i}" for i in range(3)]
+    left = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+    assert [one["reason"] for one in left] == ["interrupted"] * 3
+    assert min(one["round"] for one in left) > 10
+    ends = [offbeat.weights(folder) for folder in folders]
     assert all({*end} == {"0.weight", "0.bias", "2.weight", "2.bias"} for end in ends)
