@@ -83,7 +83,7 @@ class Ray:
         """Actors."""
         from offbeat.runtime.actors.crew import RayCrew
 
-        return RayCrew(experiment, self)
+        return RayCrew(experiment, self, folder)
 
     def gossip(self, experiment: "Experiment", records: "Records", **around: Any) -> "Loop | None":
         """Actors that speak to one another, under a real clock."""

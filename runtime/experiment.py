@@ -21,7 +21,7 @@ from offbeat.topologies import TOPOLOGIES, Topology
 from offbeat.workers.compressed import Compressed
 from offbeat.workers.fleet import Fleet, Outage
 from offbeat.workers.tasks import TASKS, Task
-from offbeat.workers.work import WORK, Work, gradient
+from offbeat.workers.work import WORK, OwnLoop, Work, gradient
 
 T = TypeVar("T")
 
@@ -147,6 +147,11 @@ class Experiment:
             raise ConfigError(
                 f'{name}: with engine = "{self.engine.spec}" a gossip node keeps nothing between '
                 "rounds; give its work fresh = true"
+            )
+        if method.points > 1 and isinstance(self.work, OwnLoop):
+            raise ConfigError(
+                f"{name} wants gradients at {method.points} points on one sample, and a training "
+                "loop makes its steps from one; take motef"
             )
         if self.mode not in (None, *MODES):
             raise ConfigError(f'mode must be one of {", ".join(MODES)}, not "{self.mode}"')

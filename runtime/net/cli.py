@@ -206,7 +206,11 @@ def mount(
         with telling(form):
             listed = read_hosts(hosts)
             number, own = listed.node(node)
-            found = read(file, {}, (overrides or []) + _saves(max_failed_saves))
+            found = read(
+                file,
+                {"engine": "zmq", "clock": "real"},
+                (overrides or []) + _saves(max_failed_saves),
+            )
             if len(found) > 1:
                 raise ConfigError(
                     f"{file}: is a comparison of {len(found)} runs; take one at a time"

@@ -387,7 +387,7 @@ class Mesh:
             return
         if head.run != self.run:
             if now_s >= n.config_s:
-                n.config_s = now_s + self.liveness.suspect_after_s
+                n.config_s = now_s + self.liveness.heartbeat_s
                 self._post(n, parcels("config", Config(self._text))[0], 0)
             raise WrongRun(f"{n.name} runs another experiment, {head.run}")
         n.address = address

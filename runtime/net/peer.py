@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -52,9 +52,11 @@ from offbeat.runtime.net.mesh import Mesh
 from offbeat.runtime.net.metrics import Exporter
 from offbeat.runtime.net.server import Claim
 from offbeat.runtime.net.wire import PIECE_BYTES, pack, parcels
-from offbeat.runtime.node import gossip_node
+from offbeat.runtime.node import Compute, gossip_node
 from offbeat.runtime.records import Records
 from offbeat.runtime.registry import MADE_BY_HAND
+from offbeat.workers.tasks.external import ELSEWHERE, External
+from offbeat.workers.work import OwnLoop
 
 AT_ONCE = 256  # messages that are read before anything else is looked at
 LEAVE_S = 10.0  # for the node's state, once the process is asked to end
@@ -91,9 +93,10 @@ def lines(experiment: Experiment, seats: Sequence[Seat]) -> str:
         _flatten(key, table.get(key), found)
     _flatten("work", table["work"], found)
     _flatten("stop", table["stop"], found)
-    x = experiment.task.initial(experiment.seed)
+    task, x = experiment.task, experiment.task.initial(experiment.seed)
+    begins = f", beginning as {task.digest()}" if isinstance(task, External) else ""
     found |= dict.fromkeys(
-        [f"model {x.dtype}[{x.size}]", "nodes " + " ".join(s.name for s in seats)]
+        [f"model {x.dtype}[{x.size}]{begins}", "nodes " + " ".join(s.name for s in seats)]
     )
     return "\n".join(found)
 
@@ -123,6 +126,8 @@ def check(experiment: Experiment) -> None:
 class PeerProcess:
     """One peer.
 
+    A subclass may have the node's jobs computed ``elsewhere``; see ``Hosted``.
+
     Args:
         experiment: what all run.
         seats: all nodes.
@@ -139,6 +144,8 @@ class PeerProcess:
     Raises:
         ConfigError, Fenced, Refused, StorageError.
     """
+
+    elsewhere: Callable[[int, Compute], None] | None = None
 
     def __init__(
         self,
@@ -163,9 +170,12 @@ class PeerProcess:
             check(experiment)
         self.experiment, self.me, self.folder, self._watched = experiment, me, folder, watched
         self.seat, self._seats, self._device = seats[me], seats, device
+        if self.elsewhere is None and isinstance(experiment.work, OwnLoop):
+            raise ConfigError(f"own-loop: {ELSEWHERE}")
         self.liveness = Liveness(suspect_after_s)
         text = lines(experiment, seats)
-        _prepare(experiment, device)
+        if self.elsewhere is None:
+            _prepare(experiment, device)
         bind = bind or self.seat.endpoint
         keys.check_bind(bind, keys_folder)
         node = gossip_node(experiment, me)
@@ -367,7 +377,7 @@ class PeerProcess:
         state = self._state if how == mesh.RESTORE else None
         self._hosted = hosted = Hosted(
             self.experiment, [self.me], self._carry, incarnation=self.mesh.incarnation,
-            joining=how == mesh.JOIN, refuse=self._refuse,
+            joining=how == mesh.JOIN, refuse=self._refuse, elsewhere=self.elsewhere,
             states=None if state is None else {self.me: state["node"]},
         )  # fmt: skip
         if not self._watched:
@@ -465,6 +475,8 @@ class PeerProcess:
         self.records.rows += told.rows
         spent_s, jobs = self._spent
         self._spent = spent_s + sum(row[6] - row[5] for row in told.rows), jobs + len(told.rows)
+        for loss in told.losses:
+            self.experiment.task.report(loss)  # type: ignore[attr-defined]
         if told.inputs and self.experiment.record.trace:
             self.records.note({"inputs": told.inputs})
         if self._saving is not None and self._saving.done():
