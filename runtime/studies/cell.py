@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from offbeat.runtime import api
 from offbeat.runtime.errors import ConfigError, OffbeatError
@@ -55,20 +57,32 @@ def _run(job: Job) -> dict[str, Any]:
         result = api.resume(folder)  # the study was interrupted in its midst
     else:
         result = api.execute(experiment, folder)
+    kept = [key for key in KEPT if key in result.final]
+    curves = short(np.array([result.column(key) for key in kept]))
     taus = result.histogram.tolist()
     if len(taus) > MOST_TAUS:
         taus = [*taus[: MOST_TAUS - 1], sum(taus[MOST_TAUS - 1 :])]
     return {
         "reason": result.reason,
         "final": {k: v for k, v in result.final.items() if isinstance(v, int | float)},
-        "curve": {
-            key: [float(f"{value:.6g}") for value in result.column(key).tolist()]
-            for key in KEPT
-            if key in result.final
-        },
+        "curve": dict(zip(kept, curves.tolist(), strict=True)),
         "histogram": taus,
         "topology": None if experiment.topology is None else topology(experiment),
     }
+
+
+def short(values: NDArray) -> NDArray:
+    """``values`` to six digits: half the size of the file.
+
+    >>> short(np.array([0.0, 1234567.0, -0.123456789, np.inf])).tolist()
+    [0.0, 1234570.0, -0.123457, inf]
+    """
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        place = np.floor(np.log10(np.abs(values))) - 5  # of the last digit
+        # Powers of ten are exact where they are whole, so what is written has six digits.
+        up, down = 10.0 ** np.maximum(-place, 0), 10.0 ** np.maximum(place, 0)
+        made = np.round(values * up / down) * down / up
+    return np.where(np.isfinite(made), made, values)
 
 
 def one(table: dict[str, Any]) -> Experiment:

@@ -223,7 +223,7 @@ def _run(folder: Path) -> Run | None:
         "settings": experiment.table(),
         "reason": final.get("reason", "still running"),
         "final": {key: v for key, v in final.items() if isinstance(v, int | float)},
-        "curve": {key: [row[key] for row in metrics] for key in KEPT if key in metrics[0]},
+        "curve": {key: [row.get(key) for row in metrics] for key in KEPT if key in final},
         "histogram": histogram,
         "topology": None if experiment.topology is None else topology(experiment),
         "asynchronous": experiment.topology is not None and experiment.asynchronous,

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -47,6 +48,7 @@ from offbeat.runtime.registry import (
     settings,
 )
 from offbeat.runtime.studies import cell, pool
+from offbeat.runtime.studies.table import row
 from offbeat.topologies import TOPOLOGIES
 from offbeat.workers.tasks import TASKS
 from offbeat.workers.work import WORK
@@ -133,14 +135,20 @@ class Study:
             raise ConfigError(f'unknown key "{unknown[0]}"{nearest(unknown[0], SECTIONS)}')
         self.source = table
         self.name = str(table.get("name", "study"))
+        if not self.name or set(self.name) & {"/", "\0"} or self.name in (".", ".."):
+            raise ConfigError(f"name: {self.name!r} cannot name a folder")
         self.about = " ".join(str(table.get("about", "")).split())
         self.base = deepcopy(dict(_section(table, "experiment")))
-        self.base.setdefault("record", {}).setdefault("trace", False)
+        self.base["record"] = {"trace": False, **_section(self.base, "record")}
         self.axes = _lists(_section(table, "grid"), "grid")
         for key in ("algorithm", "topology", "mode"):  # lists, as in any experiment file
             if isinstance(self.base.get(key), list):
                 self.axes.setdefault(key, self.base.pop(key))
-        self.zipped = [_lists(group, "zip") for group in table.get("zip", [])]
+        for part in PARTS.keys() & self.base.keys():
+            self.base[part] = _written_out(part, self.base[part])
+        if not isinstance(groups := table.get("zip", []), list):
+            raise ConfigError(f"zip must be tables, as [[zip]], not {groups!r}")
+        self.zipped = [_lists(group, "zip") for group in groups]
         self.seeds = _seeds(table.get("seeds", [0]))
         self.target = make_settings(Target, table["target"]) if "target" in table else None
         self.tune = None
@@ -173,12 +181,12 @@ class Study:
     def _check(self) -> None:
         """Refuse what no cell could be; every value of every axis is built once."""
         groups = [*({key: values} for key, values in self.axes.items()), *self.zipped]
-        keys = [key for group in groups for key in group]
+        keys = [key for group in (*groups, self.tune.grid if self.tune else {}) for key in group]
         if twice := {key for key in keys if keys.count(key) > 1}:
             raise ConfigError(f"{min(twice)} is varied twice")
         for group in groups:
             lengths = {key: len(values) for key, values in group.items()}
-            if 0 in lengths.values() or len(set(lengths.values())) != 1:
+            if len(set(lengths.values())) != 1:
                 raise ConfigError(f"zip: lists that go together are of one length, not {lengths}")
         if self.tune is not None and not self.tune.grid:
             raise ConfigError('tune: name a key and its candidates, as grid."algorithm.lr" = [...]')
@@ -212,8 +220,6 @@ class Study:
     def _cell(self, axes: Mapping[str, Any], seed: int, share: float = 1.0) -> Cell:
         """The cell at ``axes``, of ``share`` of the length."""
         table = deepcopy(self.base)
-        for part in PARTS.keys() & table.keys():
-            table[part] = _written_out(part, table[part])
         for key in sorted(axes, key=lambda key: key.count(".")):  # algorithm before algorithm.lr
             put(table, key, _written_out(key, axes[key]) if key in PARTS else deepcopy(axes[key]))
         table["seed"] = seed
@@ -283,8 +289,6 @@ class Study:
     def _score(self, lines: Sequence[Line]) -> tuple[float, float]:
         """What tuning makes small; infinite where a run failed."""
         assert self.tune is not None
-        from offbeat.runtime.studies.table import row
-
         rows = [row(line, self.target) for line in lines]
         if any(one["error"] for one in rows):
             return math.inf, math.inf
@@ -323,7 +327,7 @@ def _override(table: dict[str, Any], override: str) -> None:
         if override.startswith(grid):
             found: dict[str, Any] = {}
             apply_override(found, f"value={override.partition('=')[2]}")
-            key = override.partition("=")[0].removeprefix(grid).strip()
+            key = override.partition("=")[0].removeprefix(grid).strip().strip("\"'")
             part = table.setdefault("tune", {}) if grid.startswith("tune") else table
             part["grid"] = {**dict(_flat(part.get("grid", {}))), key: found["value"]}
             return
@@ -340,7 +344,7 @@ def _flat(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any
 
 
 def _lists(table: Any, where: str) -> dict[str, list[Any]]:
-    if not isinstance(table, Mapping):
+    if not isinstance(table, Mapping) or (where == "zip" and not table):
         raise ConfigError(f"{where} must be a table of dotted keys and lists, not {table!r}")
     found = dict(_flat(table))
     for key, values in found.items():
@@ -354,7 +358,7 @@ def _lists(table: Any, where: str) -> dict[str, list[Any]]:
 
 
 def _seeds(given: Any) -> list[int]:
-    seeds = list(range(given)) if isinstance(given, int) else given
+    seeds = list(range(given)) if type(given) is int else given
     if not isinstance(seeds, list) or not seeds or not all(type(s) is int for s in seeds):
         raise ConfigError(f"seeds must be a number of seeds or a list of them, not {given!r}")
     return list(dict.fromkeys(seeds))
@@ -379,12 +383,18 @@ def _written_out(part: str, given: Any) -> Any:
         given = {"name": name, **dict(zip(parameters, args, strict=False)), **options}
     if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
         return given  # it will be told when it is built
-    table = dict(deepcopy(given))
-    for key, parameter in inspect.signature(registry[table["name"]]).parameters.items():
-        filled = key in ("n", "workers", "seed")  # by the experiment
-        if not filled and parameter.default not in (parameter.empty, None):
-            table.setdefault(key, parameter.default)
-    return table
+    return {**_defaults(part, given["name"]), **deepcopy(given)}
+
+
+@cache
+def _defaults(part: str, name: str) -> dict[str, Any]:
+    """The options of a part that have a default, but for those that the experiment fills in."""
+    parameters = inspect.signature(PARTS[part][name]).parameters
+    return {
+        key: parameter.default
+        for key, parameter in parameters.items()
+        if key not in ("n", "workers", "seed") and parameter.default not in (parameter.empty, None)
+    }
 
 
 # -- The folder -------------------------------------------------------------------------------
@@ -496,12 +506,13 @@ def run(
     runner = pool.engine(engine)
     if folders and runner is not pool.processes:
         raise ConfigError("run folders are kept of cells that run on this machine only")
-    done = read_cells(folder)
-    if retry:
-        done = {key: line for key, line in done.items() if "error" not in line}
-    file = CellsFile(folder)
+    file = CellsFile(folder)  # before it is read: nobody else adds to it from here on
     try:
+        done = read_cells(folder)
+        if retry:
+            done = {key: line for key, line in done.items() if "error" not in line}
         write_whole(folder / FILE, tomli_w.dumps(study.source).encode())
+        checked = False
         while True:
             missing, wanted = study.plan(done)
             if not missing:
@@ -519,6 +530,9 @@ def run(
                     line = msgspec.json.decode(text)
                     done[line["cell"]] = line
                     failed += "error" in line
+                    if not checked and "error" not in line:
+                        row(line, study.target)  # a target that is no metric is told now
+                        checked = True
                     progress(count, len(work), failed)
     finally:
         file.close()
