@@ -3,6 +3,7 @@
 import json
 import time
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ KEPT = (
     *("distance2", "consensus", "loss_worst"),
 )
 MOST_TAUS = 1000  # of the staleness histogram; the last one stands for all beyond
+VERSION = version("offbeat")  # what the same settings give may change with it
 MOST_GAP = 2000  # nodes up to which gaps are computed in passing
 
 
@@ -35,7 +37,7 @@ class Job(NamedTuple):
 
 def run(job: Job) -> bytes:
     """Run a cell; answers its line in the study's file.  What fails is a line with its error."""
-    line: dict[str, Any] = {"cell": job.cell, "settings": job.table}
+    line = begun(job.cell, job.table)
     began_s = time.perf_counter()
     try:
         line |= _run(job)
@@ -43,6 +45,11 @@ def run(job: Job) -> bytes:
         line["error"] = f"{type(error).__name__}: {error}"
     line["wall_s"] = time.perf_counter() - began_s
     return encode(line)
+
+
+def begun(cell: str, table: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a cell before it is run."""
+    return {"cell": cell, "version": VERSION, "settings": table}
 
 
 def encode(line: dict[str, Any]) -> bytes:

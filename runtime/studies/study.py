@@ -25,7 +25,6 @@ from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from time import monotonic
@@ -70,7 +69,6 @@ SECTIONS = (
 )
 BUDGETS = ("steps", "seconds", "gradients")  # what a share of a run is a share of
 MOST_CELLS = 1_000_000
-VERSION = version("offbeat")  # what the same settings give may change with it
 
 Line = dict[str, Any]  # of the cells' file; see ``cell.run``
 Done = dict[str, Line]  # by cell
@@ -128,15 +126,18 @@ class Cell:
 
 
 class Study:
-    """A grid of experiments, from its table."""
+    """A grid of experiments, from its table.
 
-    def __init__(self, table: Mapping[str, Any]) -> None:
+    Args:
+        table: as in a study's file.
+        build: whether every value of every axis is built once, so that mistakes are told now.
+    """
+
+    def __init__(self, table: Mapping[str, Any], build: bool = True) -> None:
         if unknown := [key for key in table if key not in SECTIONS]:
             raise ConfigError(f'unknown key "{unknown[0]}"{nearest(unknown[0], SECTIONS)}')
         self.source = table
         self.name = str(table.get("name", "study"))
-        if not self.name or set(self.name) & {"/", "\0"} or self.name in (".", ".."):
-            raise ConfigError(f"name: {self.name!r} cannot name a folder")
         self.about = " ".join(str(table.get("about", "")).split())
         self.base = deepcopy(dict(_section(table, "experiment")))
         self.base["record"] = {"trace": False, **_section(self.base, "record")}
@@ -157,10 +158,14 @@ class Study:
             tune["grid"] = _lists(tune.get("grid", {}), "tune.grid")
             self.tune = Tune(**tune)
         self.limits = make_settings(Limits, table.get("limits", {}))
-        self._check()
+        groups = self._check()
+        if build:
+            self._build(groups)
 
     @staticmethod
-    def read(path: Path, overrides: Sequence[str] = (), quick: bool = False) -> "Study":
+    def read(
+        path: Path, overrides: Sequence[str] = (), quick: bool = False, build: bool = True
+    ) -> "Study":
         """A study from its file; ``quick`` applies its [quick] section, then the overrides."""
         try:
             table = tomllib.loads(path.read_text())
@@ -174,13 +179,13 @@ class Study:
                 _merge(table, _section(table, "quick"))
             for override in overrides:
                 _override(table, override)
-            return Study(table)
+            return Study(table, build)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
 
-    def _check(self) -> None:
-        """Refuse what no cell could be; every value of every axis is built once."""
-        groups = [*({key: values} for key, values in self.axes.items()), *self.zipped]
+    def _check(self) -> list[dict[str, list[Any]]]:
+        """Refuse what no grid can be; answers what is varied: keys whose values go together."""
+        groups = [{key: values} for key, values in self.axes.items()] + self.zipped
         keys = [key for group in (*groups, self.tune.grid if self.tune else {}) for key in group]
         if twice := {key for key in keys if keys.count(key) > 1}:
             raise ConfigError(f"{min(twice)} is varied twice")
@@ -190,10 +195,14 @@ class Study:
                 raise ConfigError(f"zip: lists that go together are of one length, not {lengths}")
         if self.tune is not None and not self.tune.grid:
             raise ConfigError('tune: name a key and its candidates, as grid."algorithm.lr" = [...]')
-        tuned = [dict(zip(self.tune.grid, self._candidates()[0], strict=True))] if self.tune else []
         count = len(self.settings()) * (len(self.seeds) + len(self._candidates()))
         if count > MOST_CELLS:
             raise ConfigError(f"{count:,} cells are more than the {MOST_CELLS:,} a study may have")
+        return groups
+
+    def _build(self, groups: Sequence[dict[str, list[Any]]]) -> None:
+        """Refuse what no cell could be."""
+        tuned = [dict(zip(self.tune.grid, self._candidates()[0], strict=True))] if self.tune else []
         first = [{key: values[0] for key, values in group.items()} for group in groups]
         for at, group in enumerate(groups):
             for place in range(len(next(iter(group.values())))):
@@ -230,7 +239,7 @@ class Study:
             for key in BUDGETS & stop.keys():
                 part = stop[key] * share
                 stop[key] = part if key == "seconds" else max(1, math.ceil(part))
-        text = json.dumps([VERSION, table], sort_keys=True, default=str)
+        text = json.dumps([cell.VERSION, table], sort_keys=True, default=str)
         return Cell(hashlib.sha256(text.encode()).hexdigest()[:16], axes, seed, table)
 
     # -- What to run next ---------------------------------------------------------------------
@@ -525,7 +534,7 @@ def run(
                 for count, (index, (text, error)) in enumerate(runs, start=1):
                     if text is None:
                         key, table, _ = work[index]
-                        text = cell.encode({"cell": key, "settings": table, "error": error})
+                        text = cell.encode(cell.begun(key, table) | {"error": error})
                     file.add(text)
                     line = msgspec.json.decode(text)
                     done[line["cell"]] = line

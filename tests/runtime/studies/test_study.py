@@ -75,8 +75,6 @@ def test_a_cell_is_the_run_that_its_settings_describe(tmp_path):
         ({"zip": 3}, "zip must be tables"),
         ({"zip": [{}]}, "zip must be a table of dotted keys"),
         ({"experiment": {"task": "quadratic(3)", "record": 3}}, "[record] must be a table"),
-        ({"name": ""}, "cannot name a folder"),
-        ({"name": "../up"}, "cannot name a folder"),
         ({"seeds": "3"}, "seeds must be"),
         ({"seeds": True}, "seeds must be"),
         ({"tune": {"grid": {"algorithm.lrate": [1.0]}}}, 'unknown key "lrate"; known: lr, wait'),
@@ -352,6 +350,16 @@ def test_studies_that_come_along_can_be_run(path):
     """Every value of every axis builds, in full and in short."""
     assert len(Study.read(path).settings()) >= 16
     assert len(Study.read(path, quick=True).plan({})[0]) >= 4
+
+
+@pytest.mark.parametrize("name", ["", "..", "../up"])
+def test_a_study_stays_in_its_own_folder(name, monkeypatch, capsys):
+    words = ["offbeat", "study", str(STUDIES[0]), "--quick", "--set", f'name="{name}"']
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert f'no folder can be called "{name}"' in capsys.readouterr().err
 
 
 def test_one_command_ends_with_table_and_report(tmp_path, monkeypatch, capsys):
