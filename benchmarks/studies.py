@@ -61,9 +61,8 @@ def step_size(rows: Rows) -> list[Claim]:
         floors = [middle(rows, "floor", algorithm=method, algorithm__lr=lr) for lr in rates]
         fit = report.slope(rates, floors)
         assert fit is not None
-        found = f"{fit['slope']:.2f} ± {fit['error']:.2f}"
         close = abs(fit["slope"] - power) < 0.15
-        made.append(Claim("step_size", f"{method}: error ~ lr^{power}", found, close))
+        made.append(Claim("step_size", f"{method}: error ~ lr^{power}", told(fit), close))
     return made
 
 
@@ -111,23 +110,17 @@ def topology(rows: Rows) -> list[Claim]:
     }
     made = []
     for method in values(rows, "algorithm"):
-        marks: list[tuple[float, float]] = []
-        lost = 0
         mine = [r for r in rows if r["algorithm"] == method]
-        for row in mine:
-            if row.get("steps_to_target"):
-                marks.append((row["gap"], row["steps_to_target"]))
-            else:
-                lost += 1
-        fit = report.slope(*map(list, zip(*marks, strict=True))) if marks else None  # type: ignore[arg-type]
-        low = [m for m in marks if m[0] < 0.1]
-        steep = report.slope(*map(list, zip(*low, strict=True))) if low else None  # type: ignore[arg-type]
+        marks = [(r["gap"], r["steps_to_target"]) for r in mine if r["steps_to_target"]]
+        lost = [r["gap"] for r in mine if not r["steps_to_target"]]
+        # Where some get there and some do not, the quick ones alone would flatten the line.
+        least = max(lost, default=0.0)
+        fits = [power_law([m for m in marks if least < m[0] < most]) for most in (math.inf, 0.1)]
         name = method.split("(")[0]
         claim, power = said[name]
-        found = f"{fit['slope']:.2f} ± {fit['error']:.2f}" if fit else "no fit"
-        found += f", below gap 0.1: {steep['slope']:.2f} ± {steep['error']:.2f}" if steep else ""
-        found += f"; {lost} of {len(mine)} not reached"
-        slope = (steep or fit or {"slope": math.nan})["slope"]
+        found = f"all {told(fits[0])}, below gap 0.1 {told(fits[1])}"
+        found += f"; {len(lost)} of {len(mine)} not reached, the fits are above gap {least:.2g}"
+        slope = math.nan if fits[1] is None else fits[1]["slope"]
         if name == "dsgd":
             holds = abs(slope + 1) < 0.25
         elif power is None:
@@ -136,6 +129,14 @@ def topology(rows: Rows) -> list[Claim]:
             holds = slope >= power - 0.1
         made.append(Claim("topology", f"{name}: {claim}", found, holds))
     return made
+
+
+def power_law(marks: list[tuple[float, float]]) -> dict[str, Any] | None:
+    return report.slope([x for x, _ in marks], [y for _, y in marks])
+
+
+def told(fit: dict[str, Any] | None) -> str:
+    return "no fit" if fit is None else f"{fit['slope']:.2f} ± {fit['error']:.2f}"
 
 
 def time_varying(rows: Rows) -> list[Claim]:
@@ -185,7 +186,7 @@ def local_sgd(rows: Rows) -> list[Claim]:
         made.append(Claim("local_sgd", name, found, holds))
     speed = spans[sync] / spans[dylu]
     found = "sync / DyLU seconds: " + ", ".join(f"{r:.2f}" for r in speed)
-    said = "after the same local steps, 3.3 times sooner on the slowest profile"
+    said = "after the same local steps, 3.3 times sooner on the slowest profile (arithmetic)"
     made.append(Claim("local_sgd", said, found, bool(3.0 < speed[-1] < 3.5)))
     return made
 
@@ -200,13 +201,14 @@ def straggler(rows: Rows) -> list[Claim]:
                 middle(rows, "seconds_to_target", algorithm=method, topology=graph, mode=mode)
                 for mode in ("synchronous", "asynchronous")
             ]
-            ratios[graph] = times[0] / times[1] if times[1] < math.inf else math.nan
+            ratios[graph] = times[0] / times[1] if min(times) < math.inf else math.nan
+        words = {math.inf: "only asynchronous", 0.0: "only synchronous"}
         said = ", ".join(
-            f"{graph} {'neither' if math.isnan(r) else f'{r:.1f}' if r < math.inf else 'only it'}"
+            f"{graph} {'neither' if math.isnan(r) else words.get(r, f'{r:.1f}')}"
             for graph, r in ratios.items()
         )
         claim = f"{name}: asynchronous is sooner at the target on every graph (a straggler of 10)"
-        holds = all(not math.isnan(r) and r > 1 for r in ratios.values())
+        holds = all(r > 1 for r in ratios.values())
         made.append(Claim("straggler", claim, f"sync / async seconds: {said}", holds))
     return made
 
