@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
-import studies  # noqa: E402
+import studies
 
 GRAPHS = ("ring", "path")
 
