@@ -432,7 +432,7 @@ function targets() {
 // -- One number against another, on logarithms ----------------------------------------------------
 
 function against(one) {
-  const host = section(one.id, one.title, "A mark for each setting, median over the seeds. Dashed: least squares on the logarithms.");
+  const host = section(one.id, one.title, "A mark for each setting, median over the seeds; what did not get there has none. Dashed: least squares on the logarithms of the marks.");
   host.querySelector(".top").append(saver(host, one.id));
   const style = (series) => ({ colour: colour(series.colour), mark: MARKS[series.colour % MARKS.length] });
   legend(host, () => one.series.map((series) => ({ key: `g${series.name}`, name: series.name + (series.fit ? `: slope ${num(series.fit.slope, 3)} ± ${num(series.fit.error, 2)}` : ""), ...style(series) })));
