@@ -1,56 +1,80 @@
-"""Gossip on Ray actors beside a bare exchange between actors that does nothing else.
+"""Rounds a second of gossip on Ray actors, beside a bare exchange that does the same arithmetic.
 
-    python benchmarks/ray_gossip.py [--nodes 2 8] [--dims 1000 250000] [--seconds 5] [--repeat 3]
+Rings (of two: one link) in which a node goes on when its neighbours' vectors of the round are
+there: D-SGD whose gradient is a copy of the model, so that what is left is moving and mixing
+vectors.  *bare* is a hand-written actor: it sends its vector to its neighbours by calls without an
+answer, above 100 kB through one ``ray.put``, and mixes and steps when all have come; it records
+nothing, checks nothing and knows no failure.  *engine* is ``offbeat.run`` under a real clock with
+speeds "real": it records every round, checks what came and that gradients are finite, and can lose
+an actor.  Both run in turn, several times, on one Ray; medians are compared.
 
-Both are rings in which a node goes on when both its neighbours' vectors of the round are there.
-Ours also mixes, computes a gradient (of a quadratic), records every round and can lose an actor;
-the bare one sends a vector and counts.  Rounds/s, medians of runs that alternate; one Ray for all.
+Expected: the nodes' own thread and its queue cost 0.1 ms a round beside a Ray call's millisecond,
+0.85 of the bare exchange at d = 1,000; with megabytes, what Ray's store costs hides the rest.
 """
 
-import argparse
 import statistics
 import time
 from collections import defaultdict
+from typing import Any
 
 import numpy as np
+from common import arguments, finish, where
+from ray_engine import Copy
 
 import offbeat
 from offbeat.runtime.actors.crew import INLINE_BYTES
 from offbeat.runtime.actors.start import load, start
-from offbeat.workers.tasks import quadratic
+from offbeat.runtime.memory import keep_freed
 
+LR = 0.01
 WARM_S = 1.0
 
 
 class Bare:
-    """A node that sends its vector to its neighbours, round by round."""
+    """A node that mixes its vector with its neighbours', round by round."""
 
-    def __init__(self, d):
-        self.x, self.round, self.heard = np.ones(d), 0, defaultdict(int)
+    def __init__(self, d: int) -> None:
+        keep_freed()
+        self.begun = False
+        self.x, self.round = np.ones(d, np.float32), 0
+        self.heard: dict[int, list[Any]] = defaultdict(list)
 
-    def meet(self, neighbours):
+    def meet(self, neighbours: list[Any]) -> None:
+        self.put = load().put
         self.post = [actor.hear.options(num_returns=0) for actor in neighbours]
 
-    def begin(self):
-        self._send()
+    def begin(self) -> None:
+        self.begun = True
+        self.send()
+        self.go_on()
 
-    def hear(self, k, x):
-        self.heard[k] += 1
-        while self.heard[self.round] == len(self.post):
-            del self.heard[self.round]
-            self.round += 1
-            self._send()
-
-    def _send(self):
-        x = self.x if self.x.nbytes <= INLINE_BYTES else ray.put(self.x)
+    def send(self) -> None:
+        x = self.put(self.x) if self.x.nbytes > INLINE_BYTES else self.x
         for post in self.post:
             post.remote(self.round, x)
 
-    def done(self):
+    def hear(self, k: int, x: Any) -> None:
+        self.heard[k].append(x)
+        if self.begun:
+            self.go_on()
+
+    def go_on(self) -> None:
+        while len(self.heard[self.round]) == len(self.post):
+            gradient = self.x.copy()
+            weight = np.float32(1 / (len(self.post) + 1))
+            mixed = weight * self.x
+            for other in self.heard.pop(self.round):
+                mixed += weight * other
+            self.x = mixed - np.float32(LR) * gradient
+            self.round += 1
+            self.send()
+
+    def done(self) -> int:
         return self.round
 
 
-def bare(n, d, seconds):
+def bare(ray: Any, n: int, d: int, seconds: float) -> float:
+    """Rounds a second."""
     actors = [ray.remote(num_cpus=0)(Bare).remote(d) for _ in range(n)]
     for i, actor in enumerate(actors):
         actor.meet.remote([actors[j] for j in sorted({(i - 1) % n, (i + 1) % n})])
@@ -63,40 +87,44 @@ def bare(n, d, seconds):
     rate = (ray.get(actors[0].done.remote()) - first) / (time.perf_counter() - began_s)
     for actor in actors:
         ray.kill(actor)
-    return rate
+    return float(rate)
 
 
-def ours(n, d, seconds):
+def ours(n: int, d: int, seconds: float) -> float:
+    """Rounds a second."""
     result = offbeat.run(
-        quadratic(d, workers=n), "dsgd(lr=0.01)", f"{n} real", "ring" if n > 2 else "complete",
+        Copy(n, d), f"dsgd(lr={LR})", f"{n} real", "ring" if n > 2 else "complete",
         stop={"seconds": WARM_S + seconds}, evaluate={"seconds": 10 * seconds}, engine="ray",
     )  # fmt: skip
     ends = result.trace[result.trace[:, 1] == 0][:, 0]
     late = ends[ends >= WARM_S]
-    return (len(late) - 1) / (late[-1] - late[0])
+    return float((len(late) - 1) / (late[-1] - late[0]))
 
 
-def main():
-    global ray
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--nodes", type=int, nargs="+", default=[2, 8])
-    parser.add_argument("--dims", type=int, nargs="+", default=[1000, 250_000])
-    parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--repeat", type=int, default=3)
-    options = parser.parse_args()
+def main() -> None:
+    """Run it."""
+    given = arguments(str(__doc__).split("\n")[0], seconds={"type": float, "default": 4.0})
+    seconds, repeat = (1.0, 1) if given.quick else (given.seconds, 3)
     ray, session = load(), start()
+    print(f"# Ray gossip, {where()}, Ray {ray.__version__}")
+    print("# rounds/s, medians")
+    print(f"{'n':>4} {'d':>9} {'engine':>8} {'bare':>8} {'ratio':>6}")
+    figures: dict[str, Any] = {}
+    targets = {}
     try:
-        print(f"{'nodes':>5} {'d':>9} {'bare':>9} {'offbeat':>9} {'ratio':>6}   rounds/s")
-        for n in options.nodes:
-            for d in options.dims:
-                pairs = [
-                    (bare(n, d, options.seconds), ours(n, d, options.seconds))
-                    for _ in range(options.repeat)
-                ]
-                one, other = (statistics.median(rates) for rates in zip(*pairs, strict=True))
-                print(f"{n:5} {d:9} {one:9.1f} {other:9.1f} {other / one:6.2f}", flush=True)
+        for n in (2, 8):
+            for d in (1_000, 1_000_000):
+                pairs = [(ours(n, d, seconds), bare(ray, n, d, seconds)) for _ in range(repeat)]
+                engine, plain = (statistics.median(rates) for rates in zip(*pairs, strict=True))
+                ratio = statistics.median(a / b for a, b in pairs)
+                print(f"{n:4} {d:9,} {engine:8.1f} {plain:8.1f} {ratio:6.2f}", flush=True)
+                name = f"n={n} d={d:,}"
+                figures[name] = {"engine": round(engine, 1), "bare": round(plain, 1),
+                                 "ratio": round(ratio, 3)}  # fmt: skip
+                targets[f"{name}: at least 0.8x bare"] = ratio >= 0.8
     finally:
         session.stop()
+    finish(figures, targets)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from offbeat.runtime.actors.crew import INLINE_BYTES, START_EACH_S, START_S, las
 from offbeat.runtime.actors.start import load, start
 from offbeat.runtime.errors import ConfigError, CrewError
 from offbeat.runtime.hosted import Hosted, Parcel, Report
+from offbeat.runtime.memory import keep_freed
 from offbeat.runtime.peer import nbytes
 from offbeat.runtime.records import Records
 from offbeat.runtime.watched import Place, Watched
@@ -43,6 +44,7 @@ class GossipHost:
     def __init__(
         self, experiment: "Experiment", nodes: Sequence[int], device: str, **more: Any
     ) -> None:
+        keep_freed()
         threadpool_limits(1)  # as many processes as cores and more: one thread each
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(1)
