@@ -16,7 +16,7 @@ FORBIDDEN = {"ray", "zmq", "time", "random", "asyncio", "threading"}
 MAY_IMPORT = {
     "topologies": {"topologies"},
     "algorithms": {"algorithms", "topologies"},
-    "workers": {"workers"},
+    "workers": {"workers", "algorithms"},
     "runtime": {"topologies", "algorithms", "workers", "runtime"},
     "deploy": set(ROOMS),
 }

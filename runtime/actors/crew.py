@@ -43,7 +43,7 @@ class Reply(NamedTuple):
     done: list[int]
     losses: list[float | None]
     spent_s: list[float]
-    payloads: NDArray  # [k, d], or [d] of a single one
+    payloads: Any  # [k, d] or k frames; of a single order [d] or a frame
     kept: Kept  # rows [k, ...]
     failed: dict[int, str]  # order -> traceback
 
@@ -81,11 +81,12 @@ class Host:
         ]
         answers, failed = self._attempt(orders)
         payloads = [answer.payload for answer in answers]
+        coded = any(isinstance(payload, bytes) for payload in payloads)
         return Reply(
             [answer.serial for answer in answers],
             [answer.loss for answer in answers],
             [answer.spent_s for answer in answers],
-            payloads[0] if len(payloads) == 1 else np.array(payloads),
+            payloads[0] if len(payloads) == 1 else payloads if coded else np.array(payloads),
             {
                 name: np.concatenate([answer.kept[name] for answer in answers])
                 for name in (answers[0].kept if answers else ())
@@ -269,7 +270,9 @@ class RayCrew(Crew):
         alone = len(reply.done) == 1
         for j, place in enumerate(reply.done):
             # A row of many is copied: one slow worker's would keep all of them in memory.
-            payload = reply.payloads if alone else reply.payloads[j].copy()
+            payload = reply.payloads if alone else reply.payloads[j]
+            if not alone and isinstance(payload, np.ndarray):
+                payload = payload.copy()
             kept = {
                 name: held if alone else held[j : j + 1].copy() for name, held in reply.kept.items()
             }

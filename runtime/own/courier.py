@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from offbeat.runtime.crew import Answer, Order
 from offbeat.runtime.errors import ConfigError, CrewError
+from offbeat.runtime.logs import log
 from offbeat.runtime.net.messages import Welcome, kinds, manifest
-from offbeat.runtime.net.worker import FAREWELL_S, REMIND_S, Worker, log
+from offbeat.runtime.net.worker import FAREWELL_S, REMIND_S, Worker
 
 WAIT_S = 0.5  # a wait is cut short after so long, to look at signals
 
