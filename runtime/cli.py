@@ -185,7 +185,7 @@ def replay(folder: Annotated[Path, typer.Argument(help="The folder of a run.")])
     """Run a recorded run again from its trace and compare the models bit for bit."""
     for part in _parts(folder) or [folder]:
         replayed = api.replay(part).x
-        recorded = api.checkpointed(part)["x"]
+        recorded = api.recorded(part)
         if not np.array_equal(recorded, replayed):
             apart = float(np.abs(recorded - replayed).max())
             raise StorageError(f"{part}: the replay differs from the run (by up to {apart:.3g})")

@@ -419,7 +419,7 @@ def test_status():
     site = Site()
     site.order(7, slot(site, "a"), step=3)
     site.answer("a", loss=0.25)
-    status = json.loads(site.hub.status(site.now_s))
+    status = site.hub.status(site.now_s)
     assert (status["jobs"], status["slots"], status["step"]) == (1, 2, 3)
     rows = {row["node"]: row for row in status["workers"]}
     assert (rows["a"]["jobs"], rows["a"]["loss"], rows["a"]["state"]) == (1, 0.25, "here")
@@ -510,7 +510,7 @@ def test_time_that_nobody_can_have_spent(spent_s):
 
 def test_a_status_is_json_and_says_nothing_to_a_terminal():
     site = Site(["a[/x]\x1b[2J"], 1)
-    text = site.hub.status(site.now_s)
+    text = json.dumps(site.hub.status(site.now_s))
     (row,) = json.loads(text, parse_constant=pytest.fail)["workers"]
     assert row["loss"] is None
     table = shown(json.loads(text))
@@ -522,8 +522,22 @@ def test_a_status_is_json_and_says_nothing_to_a_terminal():
 
 def test_who_was_shut_out_is_told_nothing():
     site = Site("a", 1)
-    site.hub.revoke("a")
+    site.hub._shut_out(site.hub.seats["a"], "it misbehaves")
     site.hub.outbox.clear()
     forged(site, "a", "ask", say.Ask(), run="", sequence=0)
     assert site.hub.counts["wrong_node"] == 1
     assert (b"a", "wrong_node") in site.hub.cuts
+
+
+def test_who_is_not_listed_any_more_is_nobody_until_it_is_again():
+    site = Site("ab", 2)
+    site.hub.revoke("a")
+    assert list(site.hub.seats) == ["b"]
+    (parcel,) = wire.parcels("hello", say.Hello(7, "1", "there"))
+    hello = [bytes(frame) for frame in wire.pack(parcel, run="", node="a", incarnation=0)]
+    site.hub.cuts.clear()
+    site.hub.receive(b"anew", "", hello, site.now_s)  # its key is not in the list
+    assert list(site.hub.seats) == ["b"]
+    assert site.hub.cuts == [(b"anew", "wrong_node")]
+    site.hub.receive(b"anew", "a", hello, site.now_s)  # it is again
+    assert sorted(site.hub.seats) == ["a", "b"]
