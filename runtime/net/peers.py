@@ -143,8 +143,8 @@ class ZmqGossip(Watched[Chair]):
         for i, state in (states or {}).items():
             folder = self._folder / self._seats[i].name
             folder.mkdir()
-            whole = {"node": state, "time_s": now_s, "records": {"flushed": 0}}
-            checkpoint.write(folder / "checkpoint", 0, whole)
+            standing = {"step": self.step, "time_s": now_s, "records": {"flushed": 0}}
+            checkpoint.write(folder / "checkpoint", 0, {"node": state, **standing})
             (folder / "exact").touch()
         self._nursery = Nursery("peer", str(self._folder))
         end_s = time.monotonic() + START_S
