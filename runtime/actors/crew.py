@@ -22,6 +22,7 @@ from threadpoolctl import threadpool_limits
 from offbeat.runtime.actors.start import load, start
 from offbeat.runtime.crew import ALONE_BYTES, Answer, Back, Crew, Event, Failed, Gone, Order, Runner
 from offbeat.runtime.errors import ConfigError, CrewError
+from offbeat.workers.tasks import device as devices
 from offbeat.workers.work import Kept
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Host:
 
     Args:
         parts: the task and the work.
-        device: where the task computes; "": where it does anyway.
+        device: where the task computes; "cpu": where it does anyway.
     """
 
     def __init__(self, parts: tuple[Any, Any], device: str) -> None:
@@ -66,7 +67,7 @@ class Host:
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(1)
         task, work = parts
-        self._runner = Runner(task.to(device) if device else task, work)
+        self._runner = Runner(devices.placed(task, device), work)
 
     def ready(self) -> None:
         """Nothing; an answer says that the actor is there."""
@@ -145,15 +146,13 @@ class RayCrew(Crew):
         self._order_s: float | None = None  # of computing, lately
         self._seats = [Seat(list(range(first, n, count))) for first in range(count)]
         self._seat = {worker: seat for seat in self._seats for worker in seat.workers}
-        device = "" if options.device == "cpu" else options.device
-        if device and not hasattr(experiment.task, "to"):
-            raise ConfigError(f'engine = "ray": this task cannot compute on device = "{device}"')
+        devices.check(experiment.task, options.device, here=options.address == "local")
         self._session = start(options.address)
         try:
             self._where = places(self._ray, count, options)
             self._make = self._ray.remote(Host)
             try:
-                self._parts = self._ray.put((experiment.task, experiment.work)), device
+                self._parts = self._ray.put((experiment.task, experiment.work)), options.device
             except (TypeError, AttributeError) as error:  # Ray explains itself at length
                 raise ConfigError(
                     'engine = "ray": the task or its work cannot be sent to an actor '
