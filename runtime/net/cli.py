@@ -1,7 +1,6 @@
 """The commands of runs over a network: serve, join, peer, status, keys."""
 
 import json
-import logging
 import time
 import tomllib
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from rich.table import Table
 from offbeat.algorithms.gossip import Gossip
 from offbeat.runtime.backends import ENGINES
 from offbeat.runtime.errors import ConfigError, CrewError
+from offbeat.runtime.logs import FORM, telling
 from offbeat.runtime.net import keys, sockets, wire
 from offbeat.runtime.net import messages as say
 from offbeat.runtime.net.jobs import Liveness
@@ -29,6 +29,16 @@ ASK_S = 5.0  # for a server to answer
 Keys = Annotated[
     Path | None,
     typer.Option("--keys", envvar="OFFBEAT_KEYS", help="A folder of keys; see offbeat keys."),
+]
+Form = Annotated[
+    str,
+    typer.Option("--log", envvar=FORM, help="text; or json: one object a line, on standard error."),
+]
+Saves = Annotated[
+    int | None, typer.Option(help="Saves that fail in a row, on a full disk, before it ends.")
+]
+Metrics = Annotated[
+    str, typer.Option(help="Where Prometheus can read: a port of this machine, or host:port.")
 ]
 Address = Annotated[str, typer.Argument(help="Of the server, as tcp://host:5555.")]
 Folder = Annotated[
@@ -81,6 +91,10 @@ def serving(file: Path, given: dict[str, Any], overrides: list[str]) -> tuple[An
     return found[0], table
 
 
+def _saves(most: int | None) -> list[str]:
+    return [] if most is None else [f"record.max_failed_saves={most}"]
+
+
 def mount(
     app: typer.Typer,
     go_on: Callable[..., None],
@@ -117,24 +131,29 @@ def mount(
         out: Annotated[
             Path | None, typer.Option(help="The run's folder; a run that is there goes on.")
         ] = None,
+        max_failed_saves: Saves = None,
+        metrics: Metrics = "",
+        form: Form = "text",
     ) -> None:
         """Serve an experiment to workers that join, or go on with one that was stopped."""
-        _log()
         options = {
             "bind": bind,
             "keys": str(folder) if folder else None,
             "processes": processes,
             "suspect_after_s": suspect_after_s,
             "most_idle_s": max_idle_s,
+            "metrics": metrics or None,
         }
         given = {key: value for key, value in options.items() if value is not None}
-        experiment, table = serving(file, given, overrides or [])
-        place = out or fresh(file.stem)
-        parts = {str(experiment.algorithm.spec.name): place}
-        if (place / "experiment.toml").exists():
-            go_on(parts, place, engine=table)
-        else:
-            go_on(parts, place, experiment)
+        with telling(form):
+            saves = _saves(max_failed_saves)
+            experiment, table = serving(file, given, (overrides or []) + saves)
+            place = out or fresh(file.stem)
+            parts = {str(experiment.algorithm.spec.name): place}
+            if (place / "experiment.toml").exists():
+                go_on(parts, place, engine=table, overrides=saves)
+            else:
+                go_on(parts, place, experiment)
 
     @app.command()
     def join(
@@ -145,12 +164,14 @@ def mount(
         max_wait_s: Annotated[
             float | None, typer.Option(help="Without a server for so long, give up.")
         ] = None,
+        metrics: Metrics = "",
+        form: Form = "text",
     ) -> None:
         """Work for a server until its run is over; it is waited for, and found again."""
         from offbeat.runtime.net.worker import Worker
 
-        _log()
-        Worker(address, name, folder, device, max_wait_s).run()
+        with telling(form):
+            Worker(address, name, folder, device, max_wait_s, metrics).run()
 
     @app.command()
     def peer(
@@ -174,29 +195,39 @@ def mount(
         overrides: Annotated[
             list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As for run.")
         ] = None,
+        max_failed_saves: Saves = None,
+        metrics: Metrics = "",
+        form: Form = "text",
     ) -> None:
         """Be one node of a gossip run; started again, it returns to the run."""
         from offbeat.runtime.experiment import read
         from offbeat.runtime.net.peer import PeerProcess, Seat, alone
 
-        _log()
-        listed = read_hosts(hosts)
-        number, own = listed.node(node)
-        found = read(file, {}, overrides or [])
-        if len(found) > 1:
-            raise ConfigError(f"{file}: is a comparison of {len(found)} runs; take one at a time")
-        if not bind:
-            bind = own.endpoint if folder is None else f"tcp://*:{own.port}"
-        reason = PeerProcess(
-            alone(found[0]),
-            [Seat(one.name, one.endpoint) for one in listed.nodes()],
-            number,
-            out or Path("runs") / f"{file.stem}-{node}",
-            bind=bind,
-            keys_folder=folder,
-            device=device or own.device,
-            suspect_after_s=suspect_after_s,
-        ).run()
+        with telling(form):
+            listed = read_hosts(hosts)
+            number, own = listed.node(node)
+            found = read(
+                file,
+                {"engine": "zmq", "clock": "real"},
+                (overrides or []) + _saves(max_failed_saves),
+            )
+            if len(found) > 1:
+                raise ConfigError(
+                    f"{file}: is a comparison of {len(found)} runs; take one at a time"
+                )
+            if not bind:
+                bind = own.endpoint if folder is None else f"tcp://*:{own.port}"
+            reason = PeerProcess(
+                alone(found[0]),
+                [Seat(one.name, one.endpoint) for one in listed.nodes()],
+                number,
+                out or Path("runs") / f"{file.stem}-{node}",
+                bind=bind,
+                keys_folder=folder,
+                device=device or own.device,
+                suspect_after_s=suspect_after_s,
+                metrics=metrics,
+            ).run()
         typer.echo(f"{node}: the run is over ({reason})")
         if reason == "interrupted":
             raise typer.Exit(INTERRUPTED)
@@ -223,10 +254,6 @@ def mount(
                     while True:
                         time.sleep(1.0)
                         live.update(shown(ask()))
-
-
-def _log() -> None:
-    logging.getLogger("offbeat").setLevel("INFO")
 
 
 def _peers(status: dict[str, Any]) -> Table:

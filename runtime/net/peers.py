@@ -102,6 +102,8 @@ class ZmqGossip(Watched[Chair]):
                 "offbeat run starts all peers of a gossip method on this machine, where they need "
                 "no keys; on several machines, start each with offbeat peer"
             )
+        if options.metrics:
+            raise ConfigError("peers serve metrics each for itself: see offbeat peer --metrics")
         if options.processes not in (None, n):
             raise ConfigError(f"a gossip run has a process for each of its {n} nodes")
         self._liveness, self._nursery = Liveness(options.suspect_after_s), None

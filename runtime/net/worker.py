@@ -15,7 +15,7 @@ import time
 import tomllib
 import traceback
 from importlib.metadata import version
-from logging import getLogger
+from logging import WARNING
 from pathlib import Path
 from shlex import quote
 from types import FrameType
@@ -25,13 +25,14 @@ import zmq
 
 from offbeat.runtime.crew import Order, Runner
 from offbeat.runtime.errors import ConfigError, CrewError, OffbeatError, Refused
+from offbeat.runtime.logs import identify, tell
 from offbeat.runtime.net import keys, sockets
 from offbeat.runtime.net.jobs import Liveness
 from offbeat.runtime.net.messages import Welcome, kinds
+from offbeat.runtime.net.metrics import Exporter
 from offbeat.runtime.net.spoke import Spoke
 from offbeat.workers.tasks import device as devices
 
-log = getLogger("offbeat.net")
 LEAVE_S = 10.0  # for the job at hand, once the process is asked to end
 FAREWELL_S = 2.0  # for the server to hear that it leaves
 MOST_HANDSHAKES = 5  # that fail in a row without a word of why
@@ -51,6 +52,7 @@ class Worker:
         folder: of keys, or None.
         device: where a torch task computes.
         most_wait_s: for a server, before giving up; None: for ever.
+        metrics: where they are served; see ``metrics.address``; "": nowhere.
 
     Raises:
         ConfigError: no such device, no keys of that name, or an address that is none.
@@ -63,6 +65,7 @@ class Worker:
         folder: Path | None = None,
         device: str = "cpu",
         most_wait_s: float | None = None,
+        metrics: str = "",
     ) -> None:
         if device != "cpu":
             devices.found(device)
@@ -73,6 +76,7 @@ class Worker:
         where = f"{platform.node()[:32] or 'host'}:{os.getpid()}"
         nonce = random.SystemRandom().randrange(1, 2**52)
         self.name = self.own.name if self.own else name or f"{where}:{nonce % 16**4:04x}"
+        identify(node=self.name)
         self.spoke = Spoke(self.name, nonce, version("offbeat"), where, time.monotonic())
         self._context = zmq.Context()
         self._leaving = False
@@ -83,11 +87,16 @@ class Worker:
         self._handshakes = 0  # failed since one succeeded
         self._unsent = False  # the last message found no connection
         self._stop = threading.Event()
+        self._bytes_in = self._bytes_out = 0  # of whole messages
+        self._spent = 0.0, 0  # seconds, jobs
+        self._exporter: Exporter | None = None
         try:
             self._socket = self._connected()
             self._socket.rcvtimeo = round(1000 * self.spoke.liveness.tick_s)
             self._monitor = self._socket.get_monitor_socket()
             sockets.connected(self._socket, endpoint)
+            if metrics:
+                self._exporter = Exporter(metrics, "worker")
         except BaseException:
             self._context.destroy(0)
             raise
@@ -121,6 +130,9 @@ class Worker:
         self._stop.set()
         if self._pulse.is_alive():
             self._pulse.join()
+        if self._exporter is not None:
+            self._exporter.close()
+            self._exporter = None
         self._context.destroy(sockets.LINGER_MS)
 
     # -- The loop --------------------------------------------------------------------------------
@@ -133,6 +145,8 @@ class Worker:
                 tick_s = now_s + spoke.liveness.tick_s
                 self._socket.rcvtimeo = round(1000 * spoke.liveness.tick_s)
                 spoke.tick(now_s)
+                if self._exporter is not None:
+                    self._exporter.show(self.status())
                 if self._alone:
                     self._listen()
                     self._await(now_s)
@@ -142,7 +156,7 @@ class Worker:
             if spoke.fate is not None:
                 raise spoke.fate
             if spoke.state == "over":
-                log.info("%s", spoke.why)
+                tell("ended", spoke.why, reason=spoke.why)
                 return
             if self._leaving:
                 self._leave()
@@ -152,6 +166,21 @@ class Worker:
             elif not spoke.clogged and (order := spoke.take()) is not None:
                 self._compute(order)  # all of the last result is ZeroMQ's by now
                 self._send()
+
+    def status(self) -> dict[str, Any]:
+        """How it goes, for metrics."""
+        spoke = self.spoke
+        return {
+            "node": self.name,
+            "run": spoke.run,
+            "incarnation": spoke.incarnation,
+            "jobs": self._spent[1],
+            "spent_s": list(self._spent),
+            "orders": len(spoke.orders),
+            "bytes_in": self._bytes_in,
+            "bytes_out": self._bytes_out,
+            "counts": dict(spoke.counts),
+        }
 
     @property
     def _alone(self) -> bool:
@@ -169,7 +198,7 @@ class Worker:
             )
         if now_s >= self._remind_s:
             self._remind_s = now_s + REMIND_S
-            log.warning("waiting for the server at %s%s", self.endpoint, why)
+            tell("waiting", f"waiting for the server at {self.endpoint}{why}", WARNING, here=[])
 
     def _drain(self, wait: bool) -> None:
         """Read what is there, or ``wait`` for it until the next tick."""
@@ -179,6 +208,7 @@ class Worker:
             frames = sockets.receive(self._socket, 0) if block else sockets.receive(self._socket)
             if frames is None:
                 return
+            self._bytes_in += sockets.size(frames)
             spoke.receive([frame.buffer for frame in frames], time.monotonic())
             if spoke.outbox:
                 self._send()  # acknowledgements keep the other side's window open
@@ -190,6 +220,7 @@ class Worker:
         for frames in outbox:
             try:
                 sockets.send(self._socket, frames)
+                self._bytes_out += sockets.size(frames)
                 self._unsent = False
             except zmq.Again:
                 self._unsent = True  # no connection; the link sends it again
@@ -205,7 +236,9 @@ class Worker:
         now_s = time.monotonic()
         if self.spoke.welcome is welcome:
             self.spoke.ready(self._kinds, now_s)
-            log.info("%s is worker %d of %s", self.name, welcome.slot, self.endpoint)
+            identify(run=self.spoke.run, incarnation=self.spoke.incarnation)
+            text = f"{self.name} is worker {welcome.slot} of {self.endpoint}"
+            tell("joined", text, server=self.endpoint, worker=welcome.slot)
 
     def _compute(self, order: Order) -> None:
         assert self._runner is not None
@@ -217,6 +250,7 @@ class Worker:
         except Exception:
             self.spoke.failed(order, traceback.format_exc(), time.monotonic())
         else:
+            self._spent = self._spent[0] + answer.spent_s, self._spent[1] + 1
             self.spoke.answer(order, answer, time.monotonic())
         finally:
             self._computing = False
@@ -237,6 +271,7 @@ class Worker:
     def _leave(self) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         end_s = time.monotonic() + FAREWELL_S
+        tell("ended", "it was asked to leave", reason="interrupted")
         self.spoke.leave("it was asked to leave", time.monotonic())
         while self.spoke.pending and time.monotonic() < end_s:
             self.spoke.tick(time.monotonic())
