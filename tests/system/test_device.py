@@ -22,6 +22,7 @@ RUN = {
     "fleet": "2 1..2",
     "stop": {"gradients": 12},
 }
+LIMIT_S = 180.0  # of a process
 FILE = """
 task = {task}
 algorithm = "delayed-nesterov"
@@ -55,7 +56,7 @@ def test_workers_that_join_with_a_device(tmp_path):
     workers = [start("join", address, "--device", "cpu:0") for _ in range(2)]
     try:
         for process in (server, *workers):
-            _, said = process.communicate(timeout=120)
+            _, said = process.communicate(timeout=LIMIT_S)
             assert process.returncode == 0, said
     finally:
         for process in (server, *workers):
@@ -68,20 +69,23 @@ def test_a_device_that_no_worker_can_have(tmp_path):
     address = free()
     (tmp_path / "a.toml").write_text(FILE.format(task='"quadratic(5)"', address=address))
     server = start("serve", str(tmp_path / "a.toml"), "--out", str(tmp_path / "run"))
+    processes = [server]
     try:
         for device, why in (
             ("cpu:0", "quadratic is computed by numpy, on the CPU"),
             ("gpu", '"gpu" is no device; give cpu, cuda or cuda:0'),
         ):
             worker = start("join", address, "--device", device)
-            _, said = worker.communicate(timeout=60)
+            processes.append(worker)
+            _, said = worker.communicate(timeout=LIMIT_S)
             assert worker.returncode == ConfigError.exit_code
             assert why in said
             assert "Traceback" not in said
         assert server.poll() is None
     finally:
-        server.kill()
-        server.communicate()
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
 def test_peers_with_a_device(tmp_path):
