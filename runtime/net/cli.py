@@ -4,7 +4,6 @@ import json
 import time
 import tomllib
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,16 +71,26 @@ def authorize(
     typer.echo(f"{keys.authorize(folder, name, key)}: {name} may take part")
 
 
+def own_engine(file: Path) -> dict[str, Any]:
+    """The table of the engine that ``file`` names, if it is this one, else an empty one."""
+    from offbeat.runtime.experiment import make_part
+
+    try:
+        own = tomllib.loads(file.read_text()).get("engine", "")
+    except (OSError, ValueError):  # read says what is wrong with the file
+        return {}
+    try:
+        spec = make_part(ENGINES, own).spec if own else None
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+    return spec.table() if spec is not None and spec.name == "zmq" else {}
+
+
 def serving(file: Path, given: dict[str, Any], overrides: list[str]) -> tuple[Any, dict[str, Any]]:
     """The experiment of ``file`` with an engine that listens, and that engine's table."""
-    from offbeat.runtime.experiment import make_part, read
+    from offbeat.runtime.experiment import read
 
-    table: dict[str, Any] = {"name": "zmq", "bind": f"tcp://127.0.0.1:{PORT}"}
-    with suppress(OSError, ValueError):  # read says what is wrong with the file
-        own = tomllib.loads(file.read_text()).get("engine", "")
-        spec = make_part(ENGINES, own).spec if own else None
-        if spec is not None and spec.name == "zmq":
-            table = spec.table()
+    table = own_engine(file) or {"name": "zmq", "bind": f"tcp://127.0.0.1:{PORT}"}
     table |= {"processes": 0} | given
     found = read(file, {"engine": table}, overrides)
     if len(found) > 1:
@@ -190,8 +199,9 @@ def mount(
             typer.Option(help="Where a torch task computes, if not as in the host file."),
         ] = None,
         suspect_after_s: Annotated[
-            float, typer.Option(help="Silence after which a neighbour is suspected.")
-        ] = 1.0,
+            float | None,
+            typer.Option(help="Silence after which a neighbour is suspected; alike at all."),
+        ] = None,
         overrides: Annotated[
             list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As for run.")
         ] = None,
@@ -208,13 +218,16 @@ def mount(
             number, own = listed.node(node)
             found = read(
                 file,
-                {"engine": "zmq", "clock": "real"},
+                {"engine": own_engine(file) or "zmq", "clock": "real"},
                 (overrides or []) + _saves(max_failed_saves),
             )
             if len(found) > 1:
                 raise ConfigError(
                     f"{file}: is a comparison of {len(found)} runs; take one at a time"
                 )
+            if suspect_after_s is None:
+                usual = Liveness.suspect_after_s
+                suspect_after_s = getattr(found[0].engine, "suspect_after_s", usual)
             if not bind:
                 bind = own.endpoint if folder is None else f"tcp://*:{own.port}"
             reason = PeerProcess(

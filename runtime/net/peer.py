@@ -174,7 +174,7 @@ class PeerProcess:
         if self.elsewhere is None and isinstance(experiment.work, OwnLoop):
             raise ConfigError(f"own-loop: {ELSEWHERE}")
         self.liveness = Liveness(suspect_after_s)
-        text = lines(experiment, seats)
+        text = f"{lines(experiment, seats)}\nsuspect_after_s = {suspect_after_s:g}"
         if self.elsewhere is None:
             _prepare(experiment, device)
         bind = bind or self.seat.endpoint

@@ -2,16 +2,20 @@
 
 import json
 import signal
+from unittest.mock import Mock
 
+import deploying
 import numpy as np
 import psutil
 import pytest
 from peering import LIMIT_S, SUSPECT_S, Ring, free_port, made
 from processes import Told, metrics, start, wait_for
 from simulated import put_in
+from typer.testing import CliRunner
 
 import offbeat
 from offbeat.runtime import api
+from offbeat.runtime.cli import app
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.net import keys
 from offbeat.runtime.node import OPEN
@@ -180,6 +184,32 @@ def test_another_experiment_is_refused_with_its_difference(tmp_path):
         assert ring.join() == [2, 2]
         assert "here algorithm.lr = 0.1; there algorithm.lr = 0.2" in ring.error(0)
         assert "here algorithm.lr = 0.2; there algorithm.lr = 0.1" in ring.error(1)
+
+
+def test_peers_have_to_agree_when_silence_is_suspect(tmp_path):
+    with Ring({**table(20), "fleet": "2 0.002"}, tmp_path, n=2) as ring:
+        ring.start(0)
+        ring.start(1, suspect_after_s=3 * SUSPECT_S)
+        assert ring.join() == [2, 2]
+        assert "here suspect_after_s = 0.4; there suspect_after_s = 1.2" in ring.error(0)
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "taken"),
+    [
+        ("", [], 1.0),
+        ('engine = {name = "zmq", suspect_after_s = 3.0}', [], 3.0),
+        ('engine = {name = "zmq", suspect_after_s = 3.0}', ["--suspect-after-s", "2"], 2.0),
+    ],
+)
+def test_a_peer_takes_its_times_from_the_experiment(engine, options, taken, tmp_path, monkeypatch):
+    monkeypatch.setattr("offbeat.runtime.net.peer.PeerProcess", seen := Mock())
+    file, hosts = tmp_path / "run.toml", tmp_path / "hosts.toml"
+    file.write_text(f"{engine}\n{deploying.PEERS}")
+    hosts.write_text('[[hosts]]\nname = "a"\naddress = "127.0.0.1"\nslots = 3\n')
+    words = ["peer", str(file), "--hosts", str(hosts), "--node", "a-0", *options]
+    CliRunner().invoke(app, words, catch_exceptions=False)
+    assert seen.call_args.kwargs["suspect_after_s"] == taken
 
 
 def test_offbeat_run_watches_peers_of_its_own_and_goes_on_where_it_was(tmp_path):
