@@ -115,7 +115,8 @@ def ray(
             actors as memory holds fit on a machine.
         placement: over all machines, or on as few as possible.
         restarts: how often each actor is replaced when its process dies.
-        device: where a torch task computes, "cpu" or "cuda".
+        device: where a torch task computes, "cpu" or "cuda"; with ``num_gpus=1`` each actor has a
+            GPU of its own.
     """
     return Ray(
         workers_per_actor, address, num_cpus, num_gpus, resources, placement, restarts, device

@@ -134,15 +134,21 @@ def _digest(tree: str, arrays: dict[str, NDArray]) -> str:
 
 def _strip(tree: Any, arrays: dict[str, NDArray]) -> Any:
     """``tree`` with its arrays moved to ``arrays``."""
-    if isinstance(tree, np.ndarray):
-        key = f"{len(arrays):06d}"
-        arrays[key] = np.asarray(tree, order="C")
-        return {MARK: key}
-    if isinstance(tree, dict):
-        return {key: _strip(item, arrays) for key, item in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_strip(item, arrays) for item in tree]
-    return tree
+    places: dict[int, str] = {}  # id -> key: a model that a job in flight has, too, is kept once
+
+    def strip(tree: Any) -> Any:
+        if isinstance(tree, np.ndarray):
+            if id(tree) not in places:
+                key = places[id(tree)] = f"{len(arrays):06d}"
+                arrays[key] = np.asarray(tree, order="C")
+            return {MARK: places[id(tree)]}
+        if isinstance(tree, dict):
+            return {key: strip(item) for key, item in tree.items()}
+        if isinstance(tree, list | tuple):
+            return [strip(item) for item in tree]
+        return tree
+
+    return strip(tree)
 
 
 def _fill(tree: Any, arrays: dict[str, NDArray]) -> Any:

@@ -11,7 +11,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,15 @@ WORK = Registry("work")
 INNERS = Registry("inner optimiser")
 Kept = dict[str, NDArray]  # name -> [n, ...], a row a worker
 BLOCK = 2**15  # entries an inner optimiser goes through at a time: they stay in the cache
+
+
+def library(x: Any) -> Any:
+    """What computes with ``x``: numpy, or torch, whose functions used here are called the same."""
+    if isinstance(x, np.ndarray):
+        return np
+    import torch
+
+    return torch
 
 
 class Work(Protocol):
@@ -117,7 +126,10 @@ def own_loop(*, steps: Count = 50, loop: str = "") -> OwnLoop:
 
 
 class Inner(ABC):
-    """An inner optimiser over rows; moments are named rows ``[k, d]``, zero at the start."""
+    """An inner optimiser over rows; moments are named rows ``[k, d]``, zero at the start.
+
+    Rows are arrays, or tensors where a task keeps models elsewhere; the arithmetic is one.
+    """
 
     spec: Spec | None = None
     lr: float
@@ -138,8 +150,8 @@ class Inner(ABC):
     def rows(
         self, task: Task, y: NDArray, g: NDArray, rate: NDArray, t: list[int], *m: NDArray
     ) -> None:
-        """``step`` of whole rows ``[k, d]``, a block of columns at a time."""
-        size = max(BLOCK // len(y), 1024)
+        """``step`` of whole rows ``[k, d]``, on the CPU a block of columns at a time."""
+        size = max(BLOCK // len(y), 1024) if isinstance(y, np.ndarray) else y.shape[1]
         for first in range(0, y.shape[1], size):
             part = slice(None), slice(first, first + size)
             self.step(y[part], g[part], rate, t, *(row[part] for row in m))
@@ -179,7 +191,7 @@ class Momentum(Inner):
             g += self.beta * mean
             g *= rate
         else:
-            np.multiply(mean, rate, out=g)
+            library(g).multiply(mean, rate, out=g)
         y -= g
 
 
@@ -205,10 +217,11 @@ class AdamW(Inner):
         g *= 1 - self.beta2
         second *= self.beta2
         second += g
-        root = np.sqrt(second, out=g)
+        lib = library(g)
+        root = lib.sqrt(second, out=g)
         root /= column([math.sqrt(1 - self.beta2**s) for s in t], y)
         root += self.eps
-        np.divide(first, root, out=root)
+        lib.divide(first, root, out=root)
         root *= rate / column([1 - self.beta1**s for s in t], y)
         y -= root
 
@@ -254,11 +267,11 @@ class Muon(AdamW):
 def orthogonal(x: NDArray) -> NDArray:
     """``[k, a, b]`` with singular values near 1 and the same singular vectors: Newton-Schulz."""
     if x.shape[1] > x.shape[2]:
-        return orthogonal(x.transpose(0, 2, 1)).transpose(0, 2, 1)
-    flat = x.reshape(len(x), -1)
-    x = x / np.maximum(np.sqrt(np.vecdot(flat, flat)), 1e-7)[:, None, None]
+        return orthogonal(x.swapaxes(1, 2)).swapaxes(1, 2)
+    flat, lib = x.reshape(len(x), -1), library(x)
+    x = x / lib.sqrt(lib.linalg.vecdot(flat, flat)).clip(1e-7)[:, None, None]
     for _ in range(5):
-        gram = x @ x.transpose(0, 2, 1)
+        gram = x @ x.swapaxes(1, 2)
         x = 3.4445 * x + (-4.775 * gram + 2.0315 * (gram @ gram)) @ x
     return x
 
@@ -301,8 +314,9 @@ def muon(lr: Positive = 1e-3, *, beta: Fraction = 0.95, weight_decay: NonNegativ
 
 
 def column(values: list[float], like: NDArray) -> NDArray:
-    """``[k, 1]`` in the precision of ``like``."""
-    return np.array(values, like.dtype)[:, None]
+    """``[k, 1]`` in the precision of ``like``, and beside it."""
+    made: NDArray = library(like).asarray(values, dtype=like.dtype, device=like.device)
+    return made[:, None]
 
 
 class LocalSteps:
@@ -345,7 +359,8 @@ class LocalSteps:
         return {} if self.fresh else self._blank(n, x)
 
     def _blank(self, n: int, x: NDArray) -> Kept:
-        kept: Kept = {name: np.zeros((n, x.size), x.dtype) for name in self.inner.moments}
+        zeros, like = library(x).zeros, {"dtype": x.dtype, "device": x.device}
+        kept: Kept = {name: zeros((n, len(x)), **like) for name in self.inner.moments}
         return kept | {"steps": np.zeros(n, np.int64)} if kept else {}
 
     def rate(self, position: int, step: int) -> float:
@@ -371,24 +386,42 @@ class LocalSteps:
             losses, updates = np.empty_like(found[0]), np.empty_like(found[1])
             losses[order], updates[order] = found
             return losses, updates
+        if isinstance(x, np.ndarray) and getattr(task, "apart", False):
+            return self._apart(task, x, worker, draw, steps, kept)
         state = self._blank(len(x), x[0]) if self.fresh else kept
-        y, total = x.copy(), np.zeros(len(x))
+        y: Any = x.copy() if isinstance(x, np.ndarray) else x.clone()
+        told: list[Any] = []  # losses of each step: where a GPU computes, they are not waited for
         active, counts = len(x), steps.tolist()
         for step in range(counts[0] if counts else 0):
             while counts[active - 1] <= step:
                 active -= 1
             at = draw[:active] + step
             losses, g = task.gradient(y[:active], worker[:active], at)
-            total[:active] += losses
+            told.append(losses)
             rates = [self.rate(position, step) for position in at.tolist()]
             rows = {name: row[:active] for name, row in state.items()}
             self._step(task, y[:active], g, rates, rows)
-        return total / steps, np.subtract(x, y, out=y)
+        total = np.zeros(len(x))
+        for losses in told:
+            total[: len(losses)] += losses.tolist()
+        return total / steps, library(y).subtract(x, y, out=y)
+
+    def _apart(
+        self, task: Any, x: NDArray, worker: NDArray, draw: NDArray, steps: NDArray, kept: Kept
+    ) -> tuple[NDArray, NDArray]:
+        """``update`` where the task keeps models: a job's vectors cross once each way."""
+        moments = [name for name in kept if name in self.inner.moments]
+        there = kept | {name: task.load(kept[name]) for name in moments}
+        losses, updates = self.update(task, task.load(x), worker, draw, steps, there)
+        for name in moments:
+            kept[name][:] = task.fetch(there[name])
+        return losses, task.fetch(updates)
 
     def _step(self, task: Task, y: NDArray, g: NDArray, rates: list[float], state: Kept) -> None:
         """One inner step of rows ``[k, d]``."""
         if self.clip is not None:
-            lengths = np.sqrt(np.vecdot(g, g)).tolist()  # row by row: a batch keeps its bits
+            lib = library(g)
+            lengths = lib.sqrt(lib.linalg.vecdot(g, g)).tolist()  # row by row: same bits in a batch
             if max(lengths) > self.clip:
                 g *= column([min(1.0, self.clip / s) if s else 1.0 for s in lengths], g)
         t: list[int] = []

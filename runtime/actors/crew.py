@@ -24,6 +24,7 @@ from offbeat.runtime.actors.loops import LoopRunner, farewell, meet, runner
 from offbeat.runtime.actors.start import last_line, load, start
 from offbeat.runtime.crew import ALONE_BYTES, Answer, Back, Crew, Event, Failed, Gone, Order
 from offbeat.runtime.errors import ConfigError, CrewError
+from offbeat.workers.tasks import device as devices
 from offbeat.workers.work import Kept, OwnLoop
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Host:
 
     Args:
         parts: the task and the work.
-        device: where the task computes; "": where it does anyway.
+        device: where the task computes; "cpu": where it does anyway.
     """
 
     def __init__(self, parts: tuple[Any, Any], device: str) -> None:
@@ -69,7 +70,7 @@ class Host:
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(1)
         task, work = parts
-        self._runner = runner(task.to(device) if device else task, work)
+        self._runner = runner(devices.placed(task, device), work)
 
     def ready(self) -> None:
         """Nothing; an answer says that the actor is there."""
@@ -157,9 +158,7 @@ class RayCrew(Crew):
         self._order_s: float | None = None  # of computing, lately
         self._seats = [Seat(list(range(first, n, count))) for first in range(count)]
         self._seat = {worker: seat for seat in self._seats for worker in seat.workers}
-        device = "" if options.device == "cpu" else options.device
-        if device and not hasattr(experiment.task, "to"):
-            raise ConfigError(f'engine = "ray": this task cannot compute on device = "{device}"')
+        devices.check(experiment.task, options.device, here=options.address == "local")
         self._loops = isinstance(experiment.work, OwnLoop)
         self._session = start(options.address)
         try:
@@ -168,7 +167,7 @@ class RayCrew(Crew):
             groups = {"concurrency_groups": AT_END} if self._loops else {}
             self._make = self._ray.remote(**groups)(Host) if groups else self._ray.remote(Host)
             try:
-                self._parts = self._ray.put((experiment.task, experiment.work)), device
+                self._parts = self._ray.put((experiment.task, experiment.work)), options.device
             except (TypeError, AttributeError) as error:  # Ray explains itself at length
                 raise ConfigError(
                     'engine = "ray": the task or its work cannot be sent to an actor '

@@ -27,6 +27,7 @@ from offbeat.runtime.own.desk import ordered
 from offbeat.runtime.peer import nbytes
 from offbeat.runtime.records import Records
 from offbeat.runtime.watched import Place, Watched
+from offbeat.workers.tasks import device as devices
 from offbeat.workers.work import OwnLoop
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class GossipHost:
     Args:
         experiment: of which they are.
         nodes: their numbers.
-        device: where the task computes; "": where it does anyway.
+        device: where the task computes; "cpu": where it does anyway.
         more: see ``Hosted``.
     """
 
@@ -53,8 +54,7 @@ class GossipHost:
         threadpool_limits(1)  # as many processes as cores and more: one thread each
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(1)
-        if device:
-            experiment.task.to(device)  # type: ignore[attr-defined]
+        devices.placed(experiment.task, device)
         self._ray = load()
         self._posts: dict[int, Any] = {}  # node -> how its actor is called
         self._loops: Loops | None = None
@@ -173,10 +173,8 @@ class RayGossip(Watched[Seat]):
         records: Records,
         **around: Any,
     ) -> None:
-        device = "" if options.device == "cpu" else options.device
-        if device and not hasattr(experiment.task, "to"):
-            raise ConfigError(f'engine = "ray": this task cannot compute on device = "{device}"')
-        self._options, self._ray, self._device = options, load(), device
+        devices.check(experiment.task, options.device, here=options.address == "local")
+        self._options, self._ray, self._device = options, load(), options.device
         n = experiment.task.workers
         count = math.ceil(n / options.workers_per_actor)
         seats = [Seat(list(range(first, n, count))) for first in range(count)]

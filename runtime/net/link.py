@@ -127,6 +127,11 @@ class Link(Generic[T]):
             self._owed = 0
         return due
 
+    @property
+    def queued(self) -> int:
+        """Messages that wait for the window."""
+        return len(self._queue)
+
     def due_s(self) -> float:
         """When ``out`` or ``owes`` has something new to say, if nothing comes before."""
         again_s = self._again_s if self._flight else float("inf")

@@ -55,6 +55,7 @@ from offbeat.runtime.net.wire import PIECE_BYTES, pack, parcels
 from offbeat.runtime.node import Compute, gossip_node
 from offbeat.runtime.records import Records
 from offbeat.runtime.registry import MADE_BY_HAND
+from offbeat.workers.tasks import device as devices
 from offbeat.workers.tasks.external import ELSEWHERE, External
 from offbeat.workers.work import OwnLoop
 
@@ -727,11 +728,7 @@ EXACT = "exact"  # a file that says that all peers go on from one moment
 def _prepare(experiment: Experiment, device: str) -> None:
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
-    task: Any = experiment.task
-    if device != "cpu":
-        if not hasattr(task, "to"):
-            raise ConfigError(f"this task cannot compute on device {device}")
-        task.to(device)
+    devices.placed(experiment.task, device)
 
 
 def alone(experiment: Experiment) -> Experiment:

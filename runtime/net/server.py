@@ -44,7 +44,8 @@ LATE = 2  # ticks that the clock may wait for the end of what is there to be rea
 WAIT_S = 0.5  # for the first loop, before signals are looked at
 FIRST = 2**52  # serial of the job that asks for a model; no run has so many
 START_S = 60.0  # for the workers of this machine to be there
-GOODBYE_S = 1.0  # for members to hear that the run is over
+GOODBYE_S = 1.0  # for members to hear that the server stops,
+FAREWELL_S = 60.0  # or that the run is over: one that computes, and lives, hears it afterwards
 REMIND_S = 30.0  # between two sentences that say what is waited for
 
 
@@ -290,7 +291,8 @@ class ZmqCrew(Crew):
 
     def _part(self) -> None:
         """Tell everybody that it is over, and wait a moment for them to have heard it."""
-        hub, end_s = self._hub, time.monotonic() + GOODBYE_S
+        waits = self._done and self._nursery is None  # its workers are ended anyway
+        hub, end_s = self._hub, time.monotonic() + (FAREWELL_S if waits else GOODBYE_S)
         hub.over("the run is over" if self._done else "the server stops", self._done, end_s)
         while hub.pending() and time.monotonic() < end_s:
             self._send()

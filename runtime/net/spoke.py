@@ -231,6 +231,11 @@ class Spoke:
         """Messages that the server has not acknowledged."""
         return self._link.pending if self.state in ("building", "working") else 0
 
+    @property
+    def clogged(self) -> bool:
+        """Whether something waits until the server has acknowledged what was sent before."""
+        return self.state in ("building", "working") and self._link.queued > 0
+
     # -- Time and what goes out ------------------------------------------------------------------
 
     def tick(self, now_s: float) -> None:

@@ -31,6 +31,7 @@ from offbeat.runtime.net.jobs import Liveness
 from offbeat.runtime.net.messages import Welcome, kinds
 from offbeat.runtime.net.metrics import Exporter
 from offbeat.runtime.net.spoke import Spoke
+from offbeat.workers.tasks import device as devices
 
 LEAVE_S = 10.0  # for the job at hand, once the process is asked to end
 FAREWELL_S = 2.0  # for the server to hear that it leaves
@@ -54,7 +55,7 @@ class Worker:
         metrics: where they are served; see ``metrics.address``; "": nowhere.
 
     Raises:
-        ConfigError: no keys of that name, or an address that is none.
+        ConfigError: no such device, no keys of that name, or an address that is none.
     """
 
     def __init__(
@@ -66,6 +67,8 @@ class Worker:
         most_wait_s: float | None = None,
         metrics: str = "",
     ) -> None:
+        if device != "cpu":
+            devices.found(device)
         self.endpoint, self._device, self._most_wait_s = endpoint, device, most_wait_s
         self._waits_s: float | None = None  # since when
         self.own = keys.identity(folder, name) if folder is not None else None
@@ -137,7 +140,7 @@ class Worker:
     def _work(self) -> None:
         spoke, tick_s = self.spoke, 0.0
         while True:
-            self._drain(wait=not spoke.orders)
+            self._drain(wait=not spoke.orders or spoke.clogged)
             if (now_s := time.monotonic()) >= tick_s:
                 tick_s = now_s + spoke.liveness.tick_s
                 self._socket.rcvtimeo = round(1000 * spoke.liveness.tick_s)
@@ -160,8 +163,8 @@ class Worker:
                 return
             if spoke.welcome is not None:
                 self._build(spoke.welcome)
-            elif (order := spoke.take()) is not None:
-                self._compute(order)
+            elif not spoke.clogged and (order := spoke.take()) is not None:
+                self._compute(order)  # all of the last result is ZeroMQ's by now
                 self._send()
 
     def status(self) -> dict[str, Any]:
@@ -228,6 +231,8 @@ class Worker:
         if self._runner is None or self._built != welcome.experiment:
             self._runner, self._kinds = built(welcome.experiment, self._device)
             self._built = welcome.experiment
+            if getattr(self._runner.task, "apart", False):  # models come into memory it copies from
+                self.spoke.pool.make = self._runner.task.memory  # type: ignore[attr-defined]
         now_s = time.monotonic()
         if self.spoke.welcome is welcome:
             self.spoke.ready(self._kinds, now_s)
@@ -329,11 +334,7 @@ def built(text: str, device: str) -> tuple[Runner, Any]:
         (experiment,) = from_table(table)
     except OffbeatError as error:
         raise ConfigError(f"the server's experiment cannot be built here: {error}") from None
-    task: Any = experiment.task
-    if device != "cpu":
-        if not hasattr(task, "to"):
-            raise ConfigError(f"this task cannot compute on device {device}")
-        task = task.to(device)
+    task = devices.placed(experiment.task, device)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     x = task.initial(experiment.seed)

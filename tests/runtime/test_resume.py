@@ -154,6 +154,15 @@ def test_checkpoints_round_trip_and_only_the_last_are_kept(tmp_path):
     assert state["deep"][1:] == [float("inf"), None]
 
 
+def test_an_array_that_is_there_twice_is_kept_once(tmp_path):
+    x, y = np.arange(1000.0), np.arange(1000.0)
+    checkpoint.write(tmp_path, 0, {"x": x, "jobs": [{"x": x}, {"x": y}]})
+    assert 2 * x.nbytes < next(tmp_path.iterdir()).stat().st_size < 3 * x.nbytes
+    state, _ = checkpoint.read(tmp_path)
+    assert state["x"] is state["jobs"][0]["x"] is not state["jobs"][1]["x"]
+    np.testing.assert_array_equal(state["jobs"][1]["x"], state["x"])
+
+
 def test_a_run_does_not_go_back(folder):
     with pytest.raises(ConfigError, match="is behind the run, which has reached step 300"):
         offbeat.resume(folder, overrides="stop.steps=5")

@@ -376,6 +376,18 @@ def test_a_worker_is_asked_to_leave(tmp_path, stack):
     assert len(status["workers"]) == 2
 
 
+def test_a_worker_that_computes_hears_later_that_the_run_is_over(tmp_path, stack):
+    """The run ends in the midst of its first job, which takes longer than a goodbye to others."""
+    site = Site(tmp_path, stack)
+    site.file.write_text(site.file.read_text().replace("steps=100)", "steps=120000)"))
+    server = site.serve("--set", "stop.seconds=0.5", "--set", "fleet=1 real")
+    worker = site.join("only")
+    done(server)
+    done(worker)
+    rows = [json.loads(line) for line in (site.out / "trace.jsonl").read_text().splitlines()]
+    assert len([row for row in rows if isinstance(row, list)]) == 1  # the heads: no job was done
+
+
 @pytest.mark.parametrize("compressor", [None, "randk(0.3)"])
 def test_the_virtual_clock_does_not_notice(tmp_path, stack, compressor):
     """A worker killed in mid-run: the same bits as in one process."""

@@ -131,24 +131,33 @@ class LanguageModel(TorchTask):
         self._held = held[starts[few][:, None] + self._span].long()
         module = Transformer(vocabulary, length, *shape, seed=seed)
         super().__init__(module, next_token_loss, range(windows), seed=seed, **options)
+        if not self.apart:  # nobody trains the module's own parameters: they are the start itself
+            start = torch.from_numpy(self._initial)
+            torch.nn.utils.vector_to_parameters(start, module.parameters())
         self._vmaps = False  # attention is slower under vmap than in a loop
+
+    def to(self, device: str) -> "LanguageModel":
+        """See ``TorchTask``; the text goes along."""
+        super().to(device)
+        text = self._train, self._held, self._span
+        self._train, self._held, self._span = (part.to(self.device) for part in text)
+        return self
 
     def _labels(self) -> NDArray:
         return np.arange(len(self._data)) * 10 // len(self._data)
 
     def _samples(self, rows: NDArray) -> tuple[Any, Any]:
-        first = self._torch.from_numpy(rows) * self.length
-        tokens = self._train[first[..., None] + self._span].long().to(self.device)
+        first = self.load(rows) * self.length
+        tokens = self._train[first[..., None] + self._span].long()
         return tokens[..., :-1], tokens[..., 1:]
 
     def evaluate(self, x: NDArray) -> dict[str, float]:
         """Mean loss and perplexity on the text held out."""
-        total, flat = 0.0, self._tensor(x)
+        total, flat = 0.0, self.load(x)
         with self._torch.inference_mode():
             for windows in self._held.split(EVALUATED):
-                here = windows.to(self.device)
-                value = self._value(flat, here[:, :-1], here[:, 1:])
-                total += float(value) * len(here)
+                value = self._value(flat, windows[:, :-1], windows[:, 1:])
+                total += float(value) * len(windows)
         loss = total / len(self._held)
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 

@@ -1,7 +1,6 @@
 """Any torch module as a task."""
 
 import logging
-import warnings
 from collections.abc import Callable, Sized
 from typing import Any
 
@@ -12,6 +11,7 @@ from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import Streams
 from offbeat.runtime.registry import Count, Seed, Spec, validated
 from offbeat.workers.partition import PARTITIONS
+from offbeat.workers.tasks import device as devices
 from offbeat.workers.tasks.shards import BatchSize, Draws, Sampling
 
 log = logging.getLogger("offbeat")
@@ -37,10 +37,10 @@ class TorchTask:
         batch: samples a job, or "full".
         sampling: "replacement" or "passes".
         seed: of division, sampling and dropout.
-        device: where gradients are computed.
+        device: where gradients are computed, and a ``TensorDataset`` is kept.
 
     Raises:
-        ConfigError: running statistics, an empty dataset, parameters of several types.
+        ConfigError: no such device, running statistics, no data, parameters of several types.
     """
 
     spec: Spec | None = None
@@ -62,8 +62,9 @@ class TorchTask:
         import torch
 
         self._torch, self.workers, self._module = torch, workers, module.train()
-        self.to(device)
         self._loss, self._data = loss, dataset
+        self._tensors = getattr(dataset, "tensors", ())
+        self.to(device)
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._names, self._shapes = list(named), [p.shape for p in named.values()]
         self.tensors = [p.numel() for p in named.values()]
@@ -82,10 +83,28 @@ class TorchTask:
 
     def to(self, device: str) -> "TorchTask":
         """Compute on ``device`` from now on; answers the task itself."""
-        if device.startswith("cuda") and not self._torch.cuda.is_available():
-            raise ConfigError(f'TorchTask: device "{device}" is not there; torch sees no GPU')
-        self._module, self.device = self._module.to(device), device
+        self.device = devices.found(device)
+        self._module = self._module.to(self.device)
+        self._tensors = tuple(tensor.to(self.device) for tensor in self._tensors)
         return self
+
+    @property
+    def apart(self) -> bool:
+        """Whether models are tensors of a device, not numpy's."""
+        return str(self.device) != "cpu"
+
+    def load(self, x: NDArray) -> Any:
+        """``x`` as a tensor of the device; on the CPU the same memory, which nothing changes."""
+        return devices.load(x, self.device)
+
+    def fetch(self, x: Any) -> NDArray:
+        """A tensor of the device as an array."""
+        return devices.fetch(x)
+
+    def memory(self, nbytes: int) -> NDArray[np.uint8]:
+        """A buffer from which ``load`` is fast."""
+        made: NDArray[np.uint8] = devices.memory(nbytes, self._torch.uint8, self.device).numpy()
+        return made
 
     def _between(self) -> list[tuple[int, int, int]]:
         linear = {
@@ -110,16 +129,16 @@ class TorchTask:
                 )
 
     def _labels(self) -> NDArray:
-        if hasattr(self._data, "tensors"):
-            return np.asarray(self._data.tensors[1].reshape(len(self._data), -1)[:, 0])
+        if self._tensors:
+            return np.asarray(self._tensors[1].reshape(len(self._data), -1)[:, 0].cpu())
         return np.array([int(self._data[i][1]) for i in range(len(self._data))])
 
     def _samples(self, rows: NDArray) -> tuple[Any, Any]:
         """Inputs and targets of dataset rows ``[...]``, stacked to ``[..., *]``, on the device."""
         torch = self._torch
-        if hasattr(self._data, "tensors"):
-            at = torch.from_numpy(rows)
-            inputs, targets = (tensor[at] for tensor in self._data.tensors)
+        if self._tensors:
+            at = self.load(rows)
+            inputs, targets = (tensor[at] for tensor in self._tensors)
         else:
             collate = torch.utils.data.default_collate
             inputs, targets = collate([self._data[i] for i in rows.ravel().tolist()])
@@ -137,35 +156,36 @@ class TorchTask:
     def _value(self, flat: Any, inputs: Any, targets: Any) -> Any:
         return self._loss(self._outputs(flat, inputs), targets)
 
-    def _tensor(self, x: NDArray) -> Any:
-        """``x`` on the device; on the CPU it is the same memory, which nothing here writes to."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            return self._torch.from_numpy(x).to(self.device)
-
     def initial(self, seed: int) -> NDArray:
         """The module's parameters as they were given, for every seed."""
         return self._initial.copy()
 
-    def gradient(self, x: NDArray, worker: NDArray, draw: NDArray) -> tuple[NDArray, NDArray]:
-        """Losses ``[k]`` and gradients ``[k, d]``; see ``Task``."""
+    def gradient(self, x: Any, worker: NDArray, draw: NDArray) -> tuple[Any, Any]:
+        """Losses ``[k]`` and gradients ``[k, d]``; see ``Task``.
+
+        Where ``x`` is a tensor of the device, they are, too.
+        """
+        if isinstance(x, np.ndarray):
+            losses, gradients = self.gradient(self.load(x), worker, draw)
+            return self.fetch(losses), self.fetch(gradients)
         torch = self._torch
         if len(x) >= VMAP_FROM and self._vmaps and self._draws.batch != "full":
             inputs, targets = self._samples(self._order[self._draws.rows(worker, draw)])
             try:
-                found = torch.func.vmap(self._grad)(self._tensor(x), inputs, targets)
+                found = torch.func.vmap(self._grad)(x, inputs, targets)
             except (RuntimeError, ValueError) as error:  # a real mistake comes back in the loop
                 self._vmaps = False
                 log.warning("this module cannot be vmapped (%s); jobs are computed singly", error)
             else:
                 gradients, losses = found
-                return losses.detach().cpu().numpy(), gradients.detach().cpu().numpy()
-        losses, gradients = np.empty(len(x), x.dtype), np.empty_like(x)
-        for j, (w, t) in enumerate(zip(worker.tolist(), draw.tolist(), strict=True)):
-            losses[j], gradients[j] = self._one(x[j], w, t)
-        return losses, gradients
+                return losses.detach(), gradients.detach()
+        jobs = zip(x, worker.tolist(), draw.tolist(), strict=True)
+        values, rows = zip(*(self._one(*job) for job in jobs), strict=True)
+        gradients = torch.stack(rows) if len(rows) > 1 else rows[0][None]  # large: not copied
+        return torch.stack(values), gradients
 
-    def _one(self, x: NDArray, worker: int, draw: int) -> tuple[float, NDArray]:
+    def _one(self, x: Any, worker: int, draw: int) -> tuple[Any, Any]:
+        """A loss and a gradient ``[d]``."""
         torch = self._torch
         address = np.array([worker]), np.array([draw])
         if self._draws.batch == "full":
@@ -173,17 +193,18 @@ class TorchTask:
         else:
             rows = self._order[self._draws.rows(*address)[0]]
         inputs, targets = self._samples(rows)
-        flat = self._tensor(x).detach().requires_grad_()
-        with torch.random.fork_rng():  # dropout, if any, is addressed like the samples
+        flat = x.detach().requires_grad_()
+        gpus = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(gpus):  # dropout, if any, is addressed like the samples
             torch.manual_seed(int(self._dropout.bits(*address, 1)[0, 0] >> 1))
             value = self._value(flat, inputs, targets)
         (gradient,) = torch.autograd.grad(value, flat)
-        return float(value.detach()), gradient.cpu().numpy()
+        return value.detach().reshape(()), gradient.contiguous()
 
     def evaluate(self, x: NDArray) -> dict[str, float]:
         """loss and grad_norm of f, in evaluation mode; accuracy where targets are classes."""
         torch, draws = self._torch, self._draws
-        flat = self._tensor(x).detach().requires_grad_()
+        flat = self.load(x).detach().requires_grad_()
         total, right, classes = 0.0, 0, False
         gradient = torch.zeros_like(flat)
         self._module.eval()

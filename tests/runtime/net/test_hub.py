@@ -14,6 +14,7 @@ from offbeat.runtime.net import wire
 from offbeat.runtime.net.cli import shown
 from offbeat.runtime.net.hub import Hub
 from offbeat.runtime.net.jobs import MOST_OFFENCES, MOST_STRIKES, Liveness
+from offbeat.runtime.net.link import WINDOW
 from offbeat.runtime.net.spoke import Spoke
 from offbeat.workers.compressed import SENT
 
@@ -104,6 +105,25 @@ def test_a_model_travels_once():
         site.answer("a")
     for answer in site.heard(Answer):
         np.testing.assert_array_equal(answer.payload, 2 * X)
+
+
+def test_a_large_result_is_out_before_the_next_job_is_begun(monkeypatch):
+    """The window is full: what waits for it would wait for the next job's end, too."""
+    monkeypatch.setattr(wire, "PIECE_BYTES", 8)
+    x = np.arange(2.0 * WINDOW)
+    site = Site("a", 1, kinds=say.kinds(x, {}))
+    site.order(0, 0, x=x)
+    site.order(1, 0, x=x)
+    spoke = site.spokes["a"]
+    assert not spoke.clogged
+    order = spoke.take()
+    spoke.answer(order, Answer(order.serial, 1.0, 2 * x, {}, 0.1), site.now_s)
+    assert spoke.clogged
+    assert len(spoke.outbox) == WINDOW
+    site.settle()
+    assert not spoke.clogged
+    np.testing.assert_array_equal(site.heard(Answer)[0].payload, 2 * x)
+    assert spoke.take().serial == 2  # which came meanwhile
 
 
 def test_large_models_reuse_their_buffers(monkeypatch):

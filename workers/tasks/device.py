@@ -1,0 +1,103 @@
+"""Where a task computes: the devices that are there, and what crosses to them and back.
+
+``placed`` is for any task.  A task that torch computes has ``apart``: whether it keeps models
+elsewhere than numpy does.  Where it does, ``task.load`` and ``task.fetch`` take a vector there and
+back, and its ``gradient`` answers tensors of that device with tensors that stay there.  Memory that
+a GPU copies from and to is page-locked; torch keeps what is freed of it for the next that asks.
+
+"cpu:0" is the CPU, as the tensors of such a device: the same lines as on a GPU, without one.
+"""
+
+import re
+import warnings
+from typing import Any
+
+from numpy.typing import NDArray
+
+from offbeat.runtime.errors import ConfigError
+from offbeat.workers.tasks.contract import Task
+
+DEVICE = re.compile(r"cpu(:0)?|cuda(:\d{1,2})?")
+
+
+def found(name: str) -> Any:
+    """The ``torch.device`` called ``name``.
+
+    Raises:
+        ConfigError: it is none, or not there.
+
+    >>> found("gpu")
+    Traceback (most recent call last):
+    ...
+    offbeat.runtime.errors.ConfigError: "gpu" is no device; give cpu, cuda or cuda:0
+    """
+    import torch
+
+    if not DEVICE.fullmatch(name):
+        raise ConfigError(f'"{name}" is no device; give cpu, cuda or cuda:0')
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name.startswith("cuda") and int(name[5:] or 0) >= count:
+        sees = f"cuda:0 to cuda:{count - 1}" if count else "no GPU"
+        raise ConfigError(f'device "{name}" is not there; torch sees {sees}')
+    return torch.device(name)
+
+
+def check(task: Task, name: str, here: bool = False) -> None:
+    """Raise ConfigError where ``task`` cannot compute on device ``name``, which may be elsewhere.
+
+    Args:
+        task: which.
+        name: of the device.
+        here: it has to be on this machine.
+    """
+    if name == "cpu":
+        return
+    if not hasattr(task, "to"):
+        called = task.spec.name if task.spec is not None else type(task).__name__
+        raise ConfigError(
+            f'{called} is computed by numpy, on the CPU; on device "{name}" can be computed lm, '
+            "and any TorchTask"
+        )
+    if here:
+        found(name)
+
+
+def placed(task: Task, name: str) -> Any:
+    """``task``, computing on device ``name`` from now on; "cpu": where it does anyway."""
+    check(task, name)
+    return task if name == "cpu" else task.to(name)  # type: ignore[attr-defined]
+
+
+def memory(size: Any, dtype: Any, device: Any) -> Any:
+    """A CPU tensor of that size, from and to which ``device`` copies fast."""
+    import torch
+
+    return torch.empty(size, dtype=dtype, pin_memory=device.type == "cuda")
+
+
+def load(x: NDArray, device: Any) -> Any:
+    """``x`` on ``device``, before whatever is computed there next; not to be changed so long.
+
+    On the CPU it is the same memory.
+    """
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        here = torch.from_numpy(x)
+    if device.type == "cuda":
+        here = here.pin_memory()  # itself, where it is so already
+    return here.to(device, non_blocking=True)
+
+
+def fetch(x: Any) -> NDArray:
+    """``x`` as an array here, once it is computed and copied; on the CPU it is the same memory."""
+    import torch
+
+    if x.device.type == "cuda":
+        here = memory(x.shape, x.dtype, x.device)
+        here.copy_(x, non_blocking=True)
+        torch.cuda.current_stream(x.device).synchronize()
+        x = here
+    array: NDArray = x.numpy()
+    return array
