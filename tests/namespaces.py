@@ -145,6 +145,9 @@ class Net:
         for one in (*self._hosts, self._switch):
             os.close(one.descriptor)
 
+    def __len__(self):
+        return len(self._hosts)
+
     def __getitem__(self, number):
         return self._hosts[number]
 

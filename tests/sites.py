@@ -18,7 +18,7 @@ FILE = """
 task = "{task}"
 algorithm = "pure(lr=0.01)"
 work = "local-steps(sgd(lr=0.01), steps={local})"
-fleet = "3 real"
+fleet = "3 {seconds}"
 seed = 5
 [stop]
 steps = {steps}
@@ -42,10 +42,13 @@ class Site:
     def __init__(
         self, folder, stack, steps=100_000, secure=False, address=None,
         task="quadratic(20, noise=0.3)", local=100, every=100,
+        seconds="real",
     ):  # fmt: skip
         self.folder, self.stack, self.out = folder, stack, folder / "run"
         self.file = folder / "run.toml"
-        self.file.write_text(FILE.format(task=task, local=local, steps=steps, every=every))
+        self.file.write_text(
+            FILE.format(task=task, local=local, steps=steps, every=every, seconds=seconds)
+        )
         self.address = address or f"tcp://127.0.0.1:{free_port()}"
         self.keys = folder / "keys" if secure else None
         self.processes = []

@@ -6,38 +6,17 @@ import signal
 import numpy as np
 import psutil
 import pytest
-from peering import LIMIT_S, SUSPECT_S, Ring, made
-from simulated import put_in
+from peering import LIMIT_S, MOTEF, SUSPECT_S, Ring, keyring, made, sound, table
 
 import offbeat
 from offbeat.runtime import api
 from offbeat.runtime.net import keys
-from offbeat.runtime.node import OPEN
 from offbeat.runtime.records import Records
 from offbeat.runtime.replayed import Replayed, read_inputs
-
-MOTEF = "motef(lr=0.05, gamma=0.5, lam=0.5, compressor='topk(10)')"
-TASK = "quadratic(20, noise=0.1)"
-
-
-def table(steps, algorithm=MOTEF, topology="ring", seconds=0.002, **more):
-    return {
-        "task": TASK, "algorithm": algorithm, "topology": topology, "fleet": f"4 {seconds}",
-        "stop": {"steps": steps}, "evaluate": {"steps": 20}, "seed": 3, **more,
-    }  # fmt: skip
 
 
 def virtual(of):
     return offbeat.run(**of)
-
-
-def keyring(folder, names):
-    """A folder of keys for each name, in which all others are listed."""
-    for name in names:
-        keys.new(folder / name, name)
-    for name in names:
-        for other in names:
-            keys.authorize(folder / name, other, keys.show(folder / other, other))
 
 
 @pytest.mark.parametrize(
@@ -71,22 +50,6 @@ def test_peers_with_keys_and_one_whose_key_nobody_knows(tmp_path):
         assert ring.join() == [0] * 4
     x = np.mean([ring.state(i)["x"] for i in range(4)], axis=0)
     np.testing.assert_allclose(x, virtual(of).x, rtol=0, atol=1e-12)
-
-
-def sound(ring, steps):
-    """All did their rounds; copies are equal, and sums are what was put in (I3, I4)."""
-    nodes = ring.nodes()
-    assert {node.round for node in nodes.values()} == {steps}
-    v = sum(node.node.v for node in nodes.values())
-    np.testing.assert_allclose(v, sum(map(put_in, nodes.values())), atol=1e-9)
-    compared = 0
-    for i, node in nodes.items():
-        for j, link in node.links.items():
-            if link.is_ == OPEN and not link.anew and not nodes[j].links[i].anew:
-                mine, theirs = node.node._ends["x"], nodes[j].node._ends["x"]
-                np.testing.assert_array_equal(theirs.copies[i], mine.h)
-                compared += 1
-    assert compared == 8
 
 
 def test_kill_9_of_a_peer_and_its_return(tmp_path):
