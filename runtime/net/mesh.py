@@ -222,7 +222,7 @@ class Mesh:
         self._began_s = self._looked_s = now_s
         self._differs_s: float | None = None  # since when another run was heard of
         self._difference = ""
-        self.outbox: list[tuple[int, list[Any]]] = []  # neighbour, frames
+        self.outbox: list[tuple[int, bool, list[Any]]] = []  # neighbour, is it a beat?, frames
         self.events: list[tuple[str, int]] = []  # "down" or "up" and who, for the node
         self.mail: list[Parcel] = []  # for the node
         self.requests: list[Request] = []
@@ -300,6 +300,8 @@ class Mesh:
         if not n.up:
             self.counts["unsent"] += 1
             return
+        if parcel.again and n.link.pending:
+            return  # else a slow line would carry nothing but repetitions
         arrays = {str(k): item for k, item in enumerate(parcel.items) if item is not None}
         body = Said(parcel.kind, parcel.number, parcel.serial, len(parcel.items))
         try:
@@ -543,4 +545,4 @@ class Mesh:
             parcel, run=self.run, node=self.name, incarnation=n.mine, to=n.theirs,
             sequence=sequence, acknowledged=n.link.acknowledged,
         )  # fmt: skip
-        self.outbox.append((n.number, frames))
+        self.outbox.append((n.number, parcel.kind == "beat", frames))

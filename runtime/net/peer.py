@@ -1,7 +1,8 @@
 """A peer process: one gossip node, and its neighbours over ZeroMQ.
 
-It listens at one ROUTER socket, and speaks to every neighbour over a DEALER socket that is
-connected to that neighbour's: so whoever is listened to has proved its key.  The main thread moves
+It listens at one ROUTER socket, and speaks to every neighbour over DEALER sockets that are
+connected to that neighbour's: so whoever is listened to has proved its key.  Beats have one of
+their own, so that on a slow line they do not wait behind a model.  The main thread moves
 bytes and beats; the node, its gradients and its emulated times are in a thread of their own.
 
 What all nodes share is the experiment and the list of nodes; no process is special.  A peer ends
@@ -216,6 +217,7 @@ class PeerProcess:
         own = None
         self._router = sockets.limited(context, zmq.ROUTER, self.liveness)
         self._router.router_handover = 1
+        sockets.patient(self._router)
         if keys_folder is not None:
             own = keys.identity(keys_folder, self.seat.name)
             self._gate = keys.Gate(context, keys_folder)
@@ -225,17 +227,22 @@ class PeerProcess:
         self.endpoint = sockets.bound(self._router, bind)
         if self._gate is not None and own is not None:
             self._gate.self_test(keys.knock(self.endpoint), own.public)
-        self._dealers: dict[int, zmq.Socket] = {}
+        self._dealers: dict[tuple[int, bool], zmq.Socket] = {}  # whether for beats
         self._monitors: dict[int, zmq.Socket] = {}
         for j in self.mesh.neighbours:
             seat = self._seats[j]
-            dealer = self._dealers[j] = sockets.limited(context, zmq.DEALER, self.liveness)
-            dealer.reconnect_ivl, dealer.reconnect_ivl_max = RECONNECT_MS
-            dealer.linger = 0 if self._watched else round(1000 * FAREWELL_S)
-            if own is not None and keys_folder is not None:
-                keys.as_client(dealer, own, keys.public(keys_folder, seat.name))
+            for beats in (False, True):
+                dealer = sockets.limited(context, zmq.DEALER, self.liveness)
+                if not beats:
+                    sockets.patient(dealer)
+                dealer.reconnect_ivl, dealer.reconnect_ivl_max = RECONNECT_MS
+                dealer.linger = 0 if self._watched else round(1000 * FAREWELL_S)
+                if own is not None and keys_folder is not None:
+                    keys.as_client(dealer, own, keys.public(keys_folder, seat.name))
+                self._dealers[j, beats] = dealer
             self._monitors[j] = dealer.get_monitor_socket(sockets.FAILED)
-            sockets.connected(dealer, seat.endpoint)
+            for beats in (False, True):
+                sockets.connected(self._dealers[j, beats], seat.endpoint)
 
     # -- The loop --------------------------------------------------------------------------------
 
@@ -312,9 +319,9 @@ class PeerProcess:
         if self.mesh.incarnation != self._claim.incarnation:
             self._claim.take(self.mesh.incarnation)  # before anybody hears of it
         posts, self.mesh.outbox = self.mesh.outbox, []
-        for j, frames in posts:
+        for j, beats, frames in posts:
             try:
-                self._dealers[j].send_multipart(frames, zmq.NOBLOCK, copy=False)
+                self._dealers[j, beats].send_multipart(frames, zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 self.mesh.counts["unreachable"] += 1  # the link sends it again
         while self._parts:
@@ -399,6 +406,9 @@ class PeerProcess:
         events, self.mesh.events = self.mesh.events, []
         for what, j in events:
             log.info("%s: %s is %s", self.seat.name, self._seats[j].name, what)
+            if what == "down":  # what is on its way is of no use, and TCP may try for long
+                self._dealers[j, False].disconnect(self._seats[j].endpoint)
+                sockets.connected(self._dealers[j, False], self._seats[j].endpoint)
             self._hosted.tell(what, j)
             self.records.event({"event": what, "node": j}, self._hosted.now_s())
         if self.mesh.mail:
