@@ -191,6 +191,7 @@ class Mesh:
         saved: whether it has a checkpoint to go on from.
         joins: whether a node can join others that run.
         now_s: the time.
+        resend_s: see ``Link``; short where messages can be lost without ``lost`` being called.
     """
 
     def __init__(
@@ -208,10 +209,12 @@ class Mesh:
         saved: bool,
         joins: bool,
         now_s: float,
+        resend_s: float | None = None,
     ) -> None:
         self.run, self._text, self.me, self.name = run, text, me, names[me]
         self.liveness, self._kinds, self._joins = liveness, kinds, joins
         self._nonce = nonce
+        self._resend_s = resend_s or liveness.resend_s
         self._reader = Reader(run, kinds)
         self.standing = SAVED if saved else GATHERING
         self.round = self._beats = 0
@@ -248,7 +251,7 @@ class Mesh:
 
     def _renew(self, n: Neighbour) -> None:
         """A new link to ``n``."""
-        n.link = Link(resend_s=self.liveness.resend_s, ack_s=self.liveness.tick_s)
+        n.link = Link(resend_s=self._resend_s, ack_s=self.liveness.tick_s)
         n.assembly = Assembly(self._kinds)
         n.knows = False
         n.beat_s = -np.inf
@@ -491,6 +494,12 @@ class Mesh:
         differs_s = np.inf if self._differs_s is None else self._differs_s
         if alone and not self.begun and now_s - differs_s > DIFFER_S:
             self.fate = ConfigError(self._difference)
+
+    def lost(self, number: int, now_s: float) -> None:
+        """The connection to a neighbour is a new one: what was on its way may be lost."""
+        n = self.neighbours[number]
+        n.link.lost(now_s)
+        self._flush(n, now_s)
 
     def due_s(self) -> float:
         """When ``tick`` has something to do, if nothing comes before."""

@@ -184,6 +184,7 @@ class PeerProcess:
                 self.liveness, incarnation=self._claim.incarnation,
                 nonce=random.SystemRandom().randrange(1, mesh.PROCESS),
                 saved=self._state is not None, joins=node.bears, now_s=time.monotonic(),
+                resend_s=sockets.PIECE_S,
             )  # fmt: skip
             self._open(bind, keys_folder, descriptor)
         except BaseException:
@@ -228,7 +229,7 @@ class PeerProcess:
         if self._gate is not None and own is not None:
             self._gate.self_test(keys.knock(self.endpoint), own.public)
         self._dealers: dict[tuple[int, bool], zmq.Socket] = {}  # whether for beats
-        self._monitors: dict[int, zmq.Socket] = {}
+        self._monitors: dict[tuple[int, bool], zmq.Socket] = {}
         for j in self.mesh.neighbours:
             seat = self._seats[j]
             for beats in (False, True):
@@ -240,9 +241,9 @@ class PeerProcess:
                 if own is not None and keys_folder is not None:
                     keys.as_client(dealer, own, keys.public(keys_folder, seat.name))
                 self._dealers[j, beats] = dealer
-            self._monitors[j] = dealer.get_monitor_socket(sockets.FAILED)
-            for beats in (False, True):
-                sockets.connected(self._dealers[j, beats], seat.endpoint)
+                seen = sockets.FAILED if beats else zmq.EVENT_HANDSHAKE_SUCCEEDED
+                self._monitors[j, beats] = dealer.get_monitor_socket(seen)
+                sockets.connected(dealer, seat.endpoint)
 
     # -- The loop --------------------------------------------------------------------------------
 
@@ -424,7 +425,7 @@ class PeerProcess:
         self.mesh.notes.clear()
         if now_s >= self._look_s:
             self._look_s = now_s + self.liveness.heartbeat_s
-            self._knock()
+            self._knock(now_s)
             if self._gate is not None:
                 self.mesh.revoked |= self._gate.revoked()
         if self._hosted is None or self._watched:
@@ -487,10 +488,13 @@ class PeerProcess:
                 "checkpoint is intact: make room or mend the rights, then start the peer again"
             ) from None
 
-    def _knock(self) -> None:
-        """What sockets say of neighbours that do not let this peer in."""
-        for j, monitor in self._monitors.items():
+    def _knock(self, now_s: float) -> None:
+        """What sockets say of connections that are new, and of neighbours that refuse them."""
+        for (j, beats), monitor in self._monitors.items():
             for event, _ in sockets.told(monitor):
+                if not beats:  # TCP loses nothing but with its connection
+                    self.mesh.lost(j, now_s)
+                    continue
                 name = self._seats[j].name
                 self.mesh.counts["handshakes_refused"] += 1
                 if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and self._hosted is None:
