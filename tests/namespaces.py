@@ -11,6 +11,8 @@ import shutil
 import subprocess
 from contextlib import contextmanager
 
+import pytest
+
 CLONE_NEWNET = 0x40000000
 OURS = "/proc/thread-self/ns/net"
 PORT = 5555
@@ -165,3 +167,7 @@ class Net:
     def heal(self):
         for host in self._hosts:
             host.heal()
+
+
+WHY = lacking()
+needed = pytest.mark.skipif(bool(WHY), reason=WHY)

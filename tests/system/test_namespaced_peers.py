@@ -11,14 +11,13 @@ import numpy as np
 import psutil
 import pytest
 import tomli_w
-from namespaces import PORT, Net, lacking
+from namespaces import PORT, Net, needed
 from peering import LIMIT_S, SUSPECT_S, Ring, keyring, sound, table
 
 import offbeat
 from offbeat.runtime.net.cli import asking
 
-WHY = lacking()
-pytestmark = pytest.mark.skipif(bool(WHY), reason=WHY)
+pytestmark = needed
 
 
 class Wide(Ring):
@@ -189,3 +188,18 @@ def test_links_come_and_go_every_second(tmp_path):
             assert 0 < len(ring.events(i, "down")) <= 30
         assert ring.join(limit_s=120.0) == [0] * 4
         sound(ring, steps)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("rate", "dim", "suspect_after_s"), [("1mbit", 2**16, 3.0), ("8mbit", 250_000, 1.0)]
+)
+def test_a_narrow_line_kills_nobody(tmp_path, rate, dim, suspect_after_s):
+    """Models of 0.5 and 2 MB, of which a round takes many seconds."""
+    of = table(3, "dsgd(lr=0.1)", task=f"quadratic({dim}, noise=0.1, workers=4)")
+    with Wide(of, tmp_path, suspect_after_s) as ring:
+        for i in range(4):
+            ring.net[i].limit(rate)
+        assert ring.start().join(limit_s=180.0) == [0] * 4
+        assert min(ring.net[i].held_up for i in range(4)) > 100
+        equal(ring, of)

@@ -2,16 +2,16 @@
 keys.  Each test proves that the fault happened: nftables count what they drop, tbf what it held up.
 """
 
+import socket
 import time
 from contextlib import ExitStack
 
 import psutil
 import pytest
-from namespaces import Net, lacking
+from namespaces import PORT, Net, needed
 from sites import LIMIT_S, Site, done, here, sound
 
-WHY = lacking()
-pytestmark = pytest.mark.skipif(bool(WHY), reason=WHY)
+pytestmark = needed
 
 
 @pytest.fixture
@@ -150,4 +150,67 @@ def test_a_link_comes_and_goes_every_second(tmp_path, stack, net):
     status = site.all_here()
     assert status["counts"].get("gone", 0) <= 30
     site.until(lambda status: server.num_fds() <= opened + 4)
+    site.ends()
+
+
+@pytest.mark.soak
+def test_a_long_partition_heals_at_once(tmp_path, stack, net):
+    """What tries to connect meanwhile does not wait as long again."""
+    site = Wide(tmp_path, stack, net, seconds=0.02)
+    site.all_here()
+    net.cut([0], [1])
+    site.until(lambda status: state(status, "w1") is None)
+    time.sleep(40.0)
+    assert net[0].hits + net[1].hits > 0
+    net.heal()
+    healed_s = time.monotonic()
+    site.all_here()
+    assert time.monotonic() - healed_s < 10.0
+    site.ends()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("rate", "dim"), [("1mbit", 2**16), ("8mbit", 250_000)])
+def test_a_narrow_line_kills_nobody(tmp_path, stack, net, rate, dim):
+    """Models of 0.5 and 2 MB, each of which takes seconds."""
+    for host in (1, 2):
+        net[host].limit(rate)
+    task = f"quadratic({dim}, noise=0.3, workers=3)"
+    site = Wide(tmp_path, stack, net, task=task, local=1, every=10_000)
+    status = site.all_here()
+    assert min(net[1].held_up, net[2].held_up) > 100
+    assert status["counts"].get("gone", 0) == 0
+    assert status["resends"] == 0  # nothing was repeated that was on its way
+    site.ends()
+
+
+@pytest.mark.soak
+def test_a_worker_that_reads_slowly_is_in_nobodys_way(tmp_path, stack, net):
+    task = f"quadratic({2**16}, noise=0.3, workers=3)"
+    site = Wide(tmp_path, stack, net, task=task, local=1, every=10_000)
+    site.all_here()
+    memory = psutil.Process(site.server.pid).memory_info
+    before, jobs = memory().rss, site.goes_on()["jobs"]
+    net[1].limit("1mbit")
+    status = site.until(lambda status: status["jobs"] > jobs + 200)
+    assert net[1].held_up > 100
+    assert status["counts"].get("gone", 0) == 0
+    assert memory().rss < before + 100 * 2**20
+    site.ends()
+
+
+@pytest.mark.soak
+def test_five_hundred_silent_connections_from_another_host(tmp_path, stack, net):
+    site = Wide(tmp_path, stack, net)
+    site.all_here()
+    with net[1].entered():
+        silent = [socket.create_connection((net[0].address, PORT)) for _ in range(500)]
+    for one in silent:
+        stack.callback(one.close)
+    end_s = time.monotonic() + 10.0
+    for one in silent:  # each is ended by the server
+        one.settimeout(max(0.01, end_s - time.monotonic()))
+        while one.recv(4096):
+            pass
+    assert site.goes_on()["counts"].get("gone", 0) == 0
     site.ends()
