@@ -126,15 +126,13 @@ def test_offbeat_run_watches_peers_of_its_own_and_goes_on_where_it_was(tmp_path)
     np.testing.assert_allclose(more.x, virtual(longer).x, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("algorithm", ["dsgd(lr=0.1)", MOTEF.replace("10", "0.1")])
-def test_models_of_several_pieces(tmp_path, algorithm):
-    """Of 4 MB, as four messages each."""
-    task = "quadratic(500000, noise=0.1, workers=4)"
-    of = table(4, algorithm, task=task, evaluate={"steps": 4})
+@pytest.mark.parametrize("dim", [200_000, pytest.param(600_000, marks=pytest.mark.soak)])
+def test_models_of_several_pieces(tmp_path, dim):
+    of = table(4, "dsgd(lr=0.1)", task=f"quadratic({dim}, workers=4)", evaluate={"steps": 4})
     there = offbeat.run(**of, engine="zmq", folder=tmp_path / "run")
     here = virtual(of)
     np.testing.assert_allclose(there.x, here.x, rtol=0, atol=1e-12)
-    assert there.facts["bytes"] == here.facts["bytes"] > 3 * PIECE_BYTES
+    assert there.facts["bytes"] == here.facts["bytes"] > 4 * PIECE_BYTES
 
 
 def test_what_asynchronous_peers_did_is_replayed_from_their_traces(tmp_path):
