@@ -1,5 +1,6 @@
 """`offbeat deploy` and `offbeat doctor`."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -91,7 +92,14 @@ def compose(
         file, nodes=nodes, run=name, device=device, port=port, experiment="/config/experiment.toml"
     )
     files = render.compose(made, image=image(image_))
-    _write(made, "compose", files, out, overwrite, "./prepare.sh && docker compose up --build")
+    _write(
+        made,
+        "compose",
+        files,
+        out,
+        overwrite,
+        "./prepare.sh && docker compose build && docker compose up",
+    )
 
 
 @deploy.command()
@@ -229,4 +237,4 @@ def _write(
     for note in made.notes:
         console.print(f"note: {note}", soft_wrap=True)
     console.print(f"{made.about}: {len(files)} files in {folder}", soft_wrap=True)
-    console.print(f"next: cd {folder} && {then}", soft_wrap=True)
+    console.print(f"next: cd {shlex.quote(str(folder))} && {then}", soft_wrap=True)

@@ -13,7 +13,7 @@ import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from offbeat.deploy.hosts import Host, Hosts, endpoint
 from offbeat.deploy.plan import SERVER
 from offbeat.runtime.errors import ConfigError, nearest
 from offbeat.runtime.experiment import read
+from offbeat.runtime.net import keys as keyring
 
 CONNECT_S = 3.0  # for a host to answer
 TRIES = 3  # of which the fastest is the latency
@@ -191,14 +192,26 @@ def _experiment(found: Found, experiment: Path) -> None:
         found.wrong("experiment", str(error), "mend the file, and bring it to all hosts")
 
 
+def _folders(hosts: Hosts, here: Host, folder: Path) -> dict[str, Path]:
+    """Where the keys of each node of ``here`` are."""
+    mine = [node.name for node in here.nodes()] + [SERVER] * (here is hosts.server)
+    return {node: folder / node if (folder / node).is_dir() else folder for node in mine}
+
+
+def public_keys(hosts: Hosts, here: Host, folder: Path) -> dict[str, dict[str, str]]:
+    """For each node of ``here``: its own public key, and those it lists, by whose they are."""
+    found = {}
+    for node, inner in _folders(hosts, here, folder).items():
+        with suppress(ConfigError):  # what cannot be read is a finding
+            listed = {name: key.decode() for key, name in keyring.authorized(inner).items()}
+            found[node] = listed | {node: keyring.show(inner, node)}
+    return found
+
+
 def _keys(found: Found, hosts: Hosts, here: Host, folder: Path) -> None:
     """The own secret, that nobody else can read it, and the public keys of who is spoken to."""
     names = [node.name for node in hosts.nodes()]
-    mine = [node.name for node in here.nodes()]
-    if here is hosts.server:
-        mine.append(SERVER)
-    for node in mine:
-        inner = folder / node if (folder / node).is_dir() else folder
+    for node, inner in _folders(hosts, here, folder).items():
         if hosts.server is None:
             needed = [name for name in names if name != node]
         else:
@@ -250,28 +263,31 @@ def _resolves(found: Found, host: Host) -> bool:
 
 @contextmanager
 def listening(found: Found, ear: Address) -> Iterator[socket.socket | None]:
-    """Listens at an own address, and says whether that can be done."""
+    """Listens as nodes with keys do, at all addresses, and says whether that can be done."""
     where = endpoint(*ear)
     with ExitStack() as stack:
         server = None
         try:
             family, _, _, _, to = socket.getaddrinfo(*ear, type=socket.SOCK_STREAM)[0]
-            server = stack.enter_context(closing(socket.socket(family, socket.SOCK_STREAM)))
-            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            server.bind(to)
-            server.listen()
+            both = socket.has_dualstack_ipv6()
+            everywhere = socket.AF_INET6 if both else socket.AF_INET
+            server = stack.enter_context(
+                socket.create_server(("", ear[1]), family=everywhere, dualstack_ipv6=both)
+            )
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.bind((to[0], 0))
             found.good("bind", f"{where} can be bound")
         except OSError as error:
-            server = None
             if error.errno == errno.EADDRINUSE:
                 found.note(
                     "bind", f"{where} is in use",
                     "fine if it is the run; else stop what listens there, or give another port",
                 )  # fmt: skip
             elif error.errno == errno.EADDRNOTAVAIL:
-                found.wrong(
+                found.note(
                     "bind", f"{where} is no address of this machine",
-                    "give the address at which the others reach it (ip address shows its own)",
+                    "fine if it is forwarded here; else give the address at which the others "
+                    "reach it (ip address shows its own)",
                 )  # fmt: skip
             elif error.errno == errno.EACCES:
                 found.wrong("bind", f"{where} is not allowed", "give a port above 1023")
@@ -334,6 +350,9 @@ def _tell(found: Found, reached: Reached, keys: bool) -> None:
     if greeting.startswith(DOCTOR):
         said = f"{where} in {ms:.1f} ms, {_bandwidth(reached.ear) / 1e6:,.0f} MB/s"
         return found.good("reach", said)
+    if not greeting:
+        said = f"{where} takes connections, but says nothing in {CONNECT_S:g} s"
+        return found.wrong("reach", said, "see what listens there, and whether it hangs: ss -ltnp")
     if len(greeting) < 32 or greeting[0] != 0xFF:
         said = f"{where} is taken by something that is not offbeat"
         return found.wrong("reach", said, "stop it, or give the host another port")

@@ -26,6 +26,7 @@ from offbeat.deploy.doctor import (
     fingerprint,
     listening,
     look,
+    public_keys,
     versions,
 )
 from offbeat.deploy.hosts import Host, Hosts
@@ -69,12 +70,13 @@ def _answer(server: socket.socket) -> None:
 
 
 def report(hosts: Hosts, here: Host, keys: Path | None, experiment: Path | None) -> str:
-    """What a host tells who asked: findings, versions and settings, as a line of JSON."""
+    """What a host tells who asked: findings, versions, public keys and settings, as JSON."""
     findings = look(hosts, here, keys=keys, experiment=experiment, bind=False)
     broken = any(one.check == "experiment" and one.state == "wrong" for one in findings)
     said = {
         "findings": [finding._asdict() for finding in findings],
         "versions": versions(),
+        "keys": public_keys(hosts, here, keys) if keys is not None else {},
         "settings": fingerprint(experiment) if experiment is not None and not broken else {},
     }
     return json.dumps(said, default=str)
@@ -209,6 +211,14 @@ def compare(found: list[Finding], told: Mapping[str, Mapping[str, Any]]) -> None
                     f"pip install {package}=={usual}")
             for name, number in have.items() if number != usual
         ]  # fmt: skip
+    own = {node: ring[node] for said in told.values() for node, ring in said["keys"].items()}
+    found += [
+        Finding(name, "keys", "wrong", f"{node} lists another public key of {other} than it has",
+                f"bring {node} its keys again, or: offbeat keys authorize {other} {own[other]!r}")
+        for name, said in told.items()
+        for node, ring in said["keys"].items()
+        for other, key in ring.items() if own.get(other, key) != key
+    ]  # fmt: skip
     marks = {name: digest(said["settings"]) for name, said in told.items() if said["settings"]}
     usual = max(marks.values(), key=list(marks.values()).count, default="")
     model: dict[str, Any] = next(

@@ -127,19 +127,6 @@ class Node(NamedTuple):
         """
         return endpoint(self.address, self.port)
 
-    @property
-    def listen(self) -> str:
-        """Where it listens: ZeroMQ binds addresses, not names.
-
-        >>> [Node("a", "a", at, 5555, "cpu").listen for at in ("10.0.0.1", "a.cluster")]
-        ['tcp://10.0.0.1:5555', 'tcp://0.0.0.0:5555']
-        """
-        try:
-            ipaddress.ip_address(self.address)
-        except ValueError:
-            return endpoint("0.0.0.0", self.port)
-        return self.endpoint
-
 
 class Hosts(NamedTuple):
     """The machines of a run; ``server`` is the one that serves, where a method has a server."""

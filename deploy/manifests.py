@@ -42,8 +42,8 @@ def compose(plan: Plan, image: str) -> str:
     """compose.yaml: every node a container of one machine."""
     port = plan.port
     common: dict[str, Any] = {
-        "build": {"context": ".", "target": f"offbeat-{plan.device}"},
         "image": image,
+        "pull_policy": "never",
         # Keys are readable by their owner alone, so nodes run as whoever made them.
         "user": "${OFFBEAT_UID:?run ./prepare.sh first}:${OFFBEAT_GID:?run ./prepare.sh first}",
         "init": True,
@@ -51,14 +51,11 @@ def compose(plan: Plan, image: str) -> str:
         "stop_grace_period": f"{GRACE_S}s",
         "read_only": True,
         "tmpfs": ["/tmp"],
-        "environment": {"HOME": "/tmp"},
+        "environment": {"HOME": "/tmp", "USER": "offbeat"},  # its number has no name there
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges:true"],
         "logging": {"driver": "json-file", "options": {"max-size": "10m", "max-file": "3"}},
     }
-    if plan.cuda:
-        gpu = {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
-        common["deploy"] = {"resources": {"reservations": {"devices": [gpu]}}}
     config = [{"source": "experiment", "target": EXPERIMENT}]
 
     def secrets(node: str, *others: str) -> list[dict[str, str]]:
@@ -69,16 +66,26 @@ def compose(plan: Plan, image: str) -> str:
             *({"source": key, "target": f"authorized/{key}"} for key in authorized),
         ]
 
+    def gpu(number: int) -> dict[str, Any]:
+        """One of its own: of a mere count, Docker gives every container the first."""
+        own = {"driver": "nvidia", "device_ids": [str(number)], "capabilities": ["gpu"]}
+        return {"deploy": {"resources": {"reservations": {"devices": [own]}}}} if plan.cuda else {}
+
+    data = [
+        {"type": "bind", "source": path, "target": path, "read_only": True}
+        for path in (str(path).replace("$", "$$") for path in plan.data)
+    ]
     services: dict[str, Any] = {}
     if plan.peers:
         config.append({"source": "hosts", "target": f"{CONFIG}/hosts.toml"})
-        for node in plan.nodes:
+        for number, node in enumerate(plan.nodes):
             services[node] = {
                 **common,
+                **gpu(number),
                 "command": plan.peer(f"{CONFIG}/hosts.toml", node, "/run/secrets", f"{RUN}/{node}"),
                 "configs": config,
                 "secrets": secrets(node, *(n for n in plan.nodes if n != node)),
-                "volumes": [f"./run:{RUN}"],
+                "volumes": [f"./run:{RUN}", *data],
                 "healthcheck": _healthcheck(listening(port)),
             }
     else:
@@ -87,17 +94,23 @@ def compose(plan: Plan, image: str) -> str:
             "command": plan.serve(port, "/run/secrets", f"{RUN}/server"),
             "configs": config,
             "secrets": secrets(SERVER, SERVER, *plan.participants),
-            "volumes": [f"./run:{RUN}"],
+            "volumes": [f"./run:{RUN}", *data],
             "healthcheck": _healthcheck(listening(port)),
         }
-        for node in plan.participants:
+        for number, node in enumerate(plan.participants):
             services[node] = {
                 **common,
+                **gpu(number),
                 "command": plan.join(f"tcp://server:{port}", node, "/run/secrets"),
                 "secrets": secrets(node, SERVER),
+                **({"volumes": data} if data else {}),
                 "depends_on": {"server": {"condition": "service_healthy"}},
                 "healthcheck": _healthcheck(connected(port)),
             }
+    # Only one of them: several that build the same image at once fail as they tag it.
+    first = services[plan.nodes[0]]
+    del first["pull_policy"]
+    first["build"] = {"context": ".", "target": f"offbeat-{plan.device}"}
     document = {
         "name": plan.name,
         "services": services,
@@ -248,7 +261,7 @@ def _pod(
     node = {"name": "NODE", **({"value": "server"} if role == "server" else pod_name)}
     well = {"exec": {"command": ["sh", "-c", f"[ -e {DONE} ] || {shlex.join(ready)}"]}}
     probe = {**well, "periodSeconds": 10, "timeoutSeconds": 5}
-    gpu = {"nvidia.com/gpu": 1} if plan.cuda else {}
+    gpu = {"nvidia.com/gpu": 1} if plan.cuda and role != "server" else {}
     main: dict[str, Any] = {
         "name": "offbeat",
         "image": image,
@@ -273,10 +286,10 @@ def _pod(
         main["startupProbe"] = {**probe, "failureThreshold": 60}
         main["livenessProbe"] = {**probe, "failureThreshold": 6}
     # Files of secrets can be read by the pod's group; a copy of its own can not, and has of all
-    # the secrets in the role's only this pod's.
+    # the secrets in the role's only this pod's. It may be made again, over one that is read-only.
     copy = (
-        f"umask 077 && mkdir -p {KEYS}/own/authorized && cp /secret/$NODE.key_secret {KEYS}/own/ "
-        f"&& cp /secret/*.key {KEYS}/own/authorized/"
+        f"umask 077 && rm -rf {KEYS}/own && mkdir -p {KEYS}/own/authorized "
+        f"&& cp /secret/$NODE.key_secret {KEYS}/own/ && cp /secret/*.key {KEYS}/own/authorized/"
     )
     return {
         "automountServiceAccountToken": False,

@@ -36,6 +36,7 @@ class Plan:
         offbeat: the program, as a name or path.
         experiment: where nodes find the experiment's file.
         hosts: the machines, where they are known beforehand.
+        data: files that every node needs, at these paths.
         notes: what its user has to see to.
     """
 
@@ -49,6 +50,7 @@ class Plan:
     offbeat: str = "offbeat"
     experiment: str = "experiment.toml"
     hosts: Hosts | None = None
+    data: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -78,7 +80,7 @@ class Plan:
 
     def serve(self, port: int | str, keys: str, out: str) -> list[str]:
         """Arguments of the server's command."""
-        bind = f"tcp://0.0.0.0:{port}"
+        bind = f"tcp://*:{port}"  # over IPv4 and IPv6
         return ["serve", self.experiment, "--bind", bind, "--keys", keys, "--out", out]
 
     def join(self, server: str, node: str, keys: str, device: str | None = None) -> list[str]:
@@ -127,8 +129,10 @@ def plan(
         )
     what = experiments[0]
     own = str(what.engine.spec.name if what.engine.spec else "virtual")
-    notes = _data_notes(file, what) + _engine_notes(file, what, own, engine)
-    called = name(run or _named(file))
+    data = _data(file, what)
+    notes = [f"every node needs {path} at that path" for path in data]
+    notes += _engine_notes(file, what, own, engine, device)
+    called = _name(run or _named(file))
     peers = isinstance(what.algorithm, Gossip)
     size = what.fleet.workers
     if isinstance(nodes, Hosts):
@@ -142,6 +146,7 @@ def plan(
             raise ConfigError(f"--nodes must be from 1 to {MOST_HOSTS}, not {count}")
         stem = prefix[peers].format(run=called)
         names = tuple(f"{stem}{number}" for number in range(count))
+        _name(names[-1])
     if peers and own != "ray" and len(names) != size:
         raise ConfigError(
             f"{file}: the graph has {size} nodes, but {len(names)} are to take part; gossip needs "
@@ -169,14 +174,15 @@ def plan(
         offbeat=word(offbeat, "--offbeat"),
         experiment=experiment,
         hosts=nodes if isinstance(nodes, Hosts) else None,
+        data=tuple(data),
         notes=tuple(notes),
     )
 
 
-def _data_notes(file: Path, what: Experiment) -> list[str]:
+def _data(file: Path, what: Experiment) -> list[Path]:
     """What nodes need besides the experiment's file."""
     spec = what.task.spec
-    notes = []
+    found = []
     for key in FILES & dict(spec.options if spec else {}).keys():
         given = Path(str(spec.options[key])).expanduser()  # type: ignore[union-attr]
         if not given.is_file():
@@ -186,11 +192,11 @@ def _data_notes(file: Path, what: Experiment) -> list[str]:
                 f'{file}: task.{key} = "{given}" is another file on every machine; give the whole '
                 "path at which all of them have it"
             )
-        notes.append(f"every node needs {given} at that path")
-    return notes
+        found.append(given)
+    return found
 
 
-def _engine_notes(file: Path, what: Experiment, own: str, wanted: str) -> list[str]:
+def _engine_notes(file: Path, what: Experiment, own: str, wanted: str, device: str) -> list[str]:
     if wanted != "ray":
         if own == "ray":
             raise ConfigError(f'{file}: has engine = "ray"; deploy it with kuberay, or take "zmq"')
@@ -203,6 +209,11 @@ def _engine_notes(file: Path, what: Experiment, own: str, wanted: str) -> list[s
             f"{file}: the engine begins a Ray of its own; to join the cluster, give [engine] "
             'address = "auto"'
         )
+    if device != "cpu" and not (options["num_gpus"] and options["device"] != "cpu"):
+        raise ConfigError(
+            f"{file}: for actors to compute on the GPUs of --device {device}, give [engine] "
+            'num_gpus = 1 and device = "cuda"'
+        )
     if not options["num_cpus"]:
         return ["engine.num_cpus is 0, so actors may be put on the head too; give it 1"]
     return []
@@ -214,7 +225,14 @@ def _named(file: Path) -> str:
     >>> _named(Path("examples/Async_Local.toml"))
     'async-local'
     """
-    return re.sub(r"[^a-z0-9]+", "-", file.stem.lower()).strip("-")[:MOST_NAME]
+    return re.sub(r"[^a-z0-9]+", "-", file.stem.lower()).strip("-")[:MOST_NAME].rstrip("-")
+
+
+def _name(text: str) -> str:
+    try:
+        return name(text)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; give another, with --name") from None
 
 
 def word(text: str, option: str) -> str:

@@ -7,6 +7,7 @@ makes keys where it is run.
 
 import math
 import re
+import shlex
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,7 @@ CUDA_BASE = "nvidia/cuda:12.8.1-base-ubuntu24.04"
 FIRST_PORT = 20000  # of Slurm's jobs; each has a hundred
 MOST_PER_MACHINE = 100
 SLURM_GRACE_S = 180  # before a job's end, to save and be queued again
+HIDDEN = ("/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/")  # from units
 MOST_PODS = 1000  # whose keys fit into one secret of 1 MiB
 
 Files = dict[str, str]
@@ -68,6 +70,8 @@ def slurm(
         "machines": math.ceil(len(plan.nodes) / per_machine),
         "per_machine": min(per_machine, len(plan.nodes)),
         "cpus": cpus,
+        # Of every step, so that tasks fall on the same machines; srun has no CPUs from sbatch.
+        "layout": f"--distribution=block --cpus-per-task={cpus}",
         "time": time,
         "partition": partition,
         "grace_s": SLURM_GRACE_S,
@@ -92,6 +96,12 @@ def systemd(plan: Plan, *, user: str = "offbeat") -> Files:
         raise ConfigError(
             f'--offbeat: units need the whole path of the program, not "{plan.offbeat}"'
         )
+    for path in (plan.offbeat, *map(str, plan.data)):
+        if path.startswith(HIDDEN):
+            raise ConfigError(
+                f"units see nothing of {', '.join(HIDDEN)}, so not {path}; put it elsewhere, as "
+                "in /opt/offbeat"
+            )
     if not re.fullmatch(r"[a-z_][a-z0-9_-]{0,30}", user):
         raise ConfigError(f'--user: "{user}" is no name of a user')
     machines, hosts, nodes_of = _by_host(plan)
@@ -197,7 +207,7 @@ def ssh(plan: Plan, *, folder: str | None = None) -> Files:
         "keep.sh": _fill("shared/keep.sh"),
         "launch.sh": _fill(
             "ssh/launch.sh", plan=plan, dir=folder or f"offbeat-{plan.name}", remotes=remotes,
-            commands=commands, port=port,
+            commands={node: shlex.join(words) for node, words in commands.items()}, port=port,
         ),
     }  # fmt: skip
 

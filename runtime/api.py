@@ -28,15 +28,17 @@ from offbeat.runtime.experiment import (
     with_more,
 )
 from offbeat.runtime.farmed import FarmedWork
+from offbeat.runtime.logs import tell
 from offbeat.runtime.loop import Loop
 from offbeat.runtime.pairs import Pairs
 from offbeat.runtime.records import TRACE_COLUMNS, Records, column, read_timers, read_trace
 from offbeat.runtime.remote import LiveWorkers, RemoteWorkers
-from offbeat.runtime.replayed import Replayed, read_inputs
+from offbeat.runtime.replayed import Replayed, of_peers, peers, read_inputs
 from offbeat.runtime.rounds import Rounds
 from offbeat.runtime.settings import DEFAULT_STEPS, Evaluate, Stop
 from offbeat.runtime.virtual import VirtualWorkers
 from offbeat.topologies import TOPOLOGIES, Topology
+from offbeat.workers.compressed import Compressed
 from offbeat.workers.fleet import Fleet, Timing
 from offbeat.workers.speeds import Clock
 from offbeat.workers.tasks import TASKS, Task
@@ -220,7 +222,7 @@ def run(
         topology=made_topology,
         mode=mode,
         replicas=replicas,
-        work=make_part(WORK, work),
+        work=make_part(WORK, work, seed=seed),
         stop=made_stop,
         evaluate=make_settings(Evaluate, evaluate)
         if evaluate is not None
@@ -306,9 +308,13 @@ def replay(
 ) -> Result:
     """Run a recorded run again, in memory, with its arrivals as its trace has them.
 
-    The result's model equals the recorded one bit for bit; ``offbeat replay`` compares them.
+    The result's model equals the recorded one bit for bit; ``offbeat replay`` compares them.  Peers
+    that were started one by one are replayed together: ``folder`` is then that of all theirs.
     """
     folder = Path(folder)
+    if parts := peers(folder):
+        experiment = load_experiment(parts[0], task, algorithm, work)
+        return _replay(experiment, of_peers(parts, experiment.fleet.workers)[0])
     experiment = load_experiment(folder, task, algorithm, work)
     if not checkpoint.exist(folder / "checkpoint"):
         raise ConfigError(f"{folder}: has not begun; there is nothing to replay")
@@ -317,12 +323,7 @@ def replay(
     state = checkpointed(folder)
     if experiment.real and isinstance(experiment.algorithm, Gossip):
         length = state["records"]["lengths"]["trace.jsonl"]
-        inputs = read_inputs(folder / "trace.jsonl", length)
-        loop = Replayed(
-            experiment, inputs, Records(experiment.fleet, None),
-            stop=experiment.stop, evaluate=experiment.evaluate,
-        )  # fmt: skip
-        return _finish(loop, experiment, None)
+        return _replay(experiment, read_inputs(folder / "trace.jsonl", length))
     trace = read_trace(folder / "trace.jsonl")[: state["records"]["flushed"]]
     engine = _engine(experiment, None, None, trace)
     if isinstance(engine, Engine):
@@ -333,6 +334,23 @@ def replay(
     if engine.step < state["step"]:  # steps that a timer made after the last arrival
         engine.stop = Stop(steps=state["step"])
     return _finish(engine, experiment, None)
+
+
+def _replay(experiment: Experiment, inputs: dict[int, Any]) -> Result:
+    """What gossip nodes were given, given to them again."""
+    records = Records(experiment.fleet, None)
+    loop = Replayed(experiment, inputs, records, stop=experiment.stop, evaluate=experiment.evaluate)
+    return _finish(loop, experiment, None)
+
+
+def recorded(folder: Path) -> NDArray:
+    """The model that a run in ``folder`` reached; see ``replay``."""
+    if parts := peers(folder):
+        n = load_experiment(parts[0]).fleet.workers
+        models: NDArray = of_peers(parts, n)[1].mean(axis=0)
+        return models
+    model: NDArray = checkpointed(folder)["x"]
+    return model
 
 
 def checkpointed(folder: Path) -> dict[str, Any]:
@@ -374,6 +392,7 @@ def _engine(
         assert folder is not None
         try:
             checkpoint.write(folder / "checkpoint", state["records"]["flushed"], state)
+            tell("saved", f"saved a checkpoint of step {state['step']}", step=state["step"])
         except OSError as error:
             kept = checkpoint.exist(folder / "checkpoint")
             raise StorageError(
@@ -389,6 +408,7 @@ def _engine(
         "seed": e.seed,
         "save": None if folder is None else save,
         "save_every_s": e.record.save_every_s,
+        "max_failed_saves": e.record.max_failed_saves,
         "progress": progress,
     }
     try:
@@ -423,7 +443,8 @@ def _loop(
     if trace is not None:
         workers = VirtualWorkers(e.task, e.fleet, RecordedTiming(trace), e.work, x)
         return Engine(e.task, algorithm, workers, records, **around)
-    jobs = e.task, e.fleet, e.fleet.timing(e.seed, int(x.nbytes)), e.work, x
+    sized = isinstance(e.work, Compressed)
+    jobs = e.task, e.fleet, e.fleet.timing(e.seed, int(x.nbytes), sized), e.work, x
     if (crew := e.engine.crew(e, folder)) is None:
         return Engine(e.task, algorithm, VirtualWorkers(*jobs), records, **around)
     try:
@@ -466,9 +487,12 @@ def _finish(
     try:
         if state is not None:
             engine.restore(state)
+            text = f"goes on from the checkpoint of step {engine.step}"
+            tell("resumed", text, step=engine.step, skipped=notes or [])
         elif folder is not None:
             records.begin()
         reason, final = engine.run()
+        tell("ended", f"the run has ended ({reason})", reason=reason)
     finally:
         records.close()
         engine.close()

@@ -83,7 +83,7 @@ class Ray:
         """Actors."""
         from offbeat.runtime.actors.crew import RayCrew
 
-        return RayCrew(experiment, self)
+        return RayCrew(experiment, self, folder)
 
     def gossip(self, experiment: "Experiment", records: "Records", **around: Any) -> "Loop | None":
         """Actors that speak to one another, under a real clock."""
@@ -133,6 +133,7 @@ class Zmq:
     processes: int | None
     suspect_after_s: float
     most_idle_s: float | None
+    metrics: str
 
     def crew(self, experiment: "Experiment", folder: Path | None = None) -> "Crew | None":
         """Whoever joins."""
@@ -157,6 +158,7 @@ def zmq(
     processes: Natural | None = None,
     suspect_after_s: Positive = 1.0,
     most_idle_s: Positive | None = None,
+    metrics: str = "",
 ) -> Zmq:
     """Processes that share nothing but a network, on this machine and others.
 
@@ -166,6 +168,7 @@ def zmq(
         processes: workers begun on this machine; None: as many as the fleet has.
         suspect_after_s: silence after which a worker gets no new jobs; all other times follow.
         most_idle_s: without any worker for so long, the run ends; None: it waits.
+        metrics: where Prometheus can read them: a port of this machine alone, or host:port.
     """
     Liveness(suspect_after_s)
-    return Zmq(bind, keys, processes, suspect_after_s, most_idle_s)
+    return Zmq(bind, keys, processes, suspect_after_s, most_idle_s, metrics)

@@ -7,6 +7,9 @@ Loading takes the newest whose digest is right and says which it skipped.
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging import ERROR
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
 from offbeat.runtime.errors import StorageError
+from offbeat.runtime.logs import tell
 
 FORMAT = "offbeat checkpoint 1"
 KEPT = 2
@@ -56,6 +60,31 @@ def write_whole(path: Path, data: bytes) -> None:
         os.close(directory)
 
 
+class Attempts:
+    """Failed saves in a row, of which a run bears so many.
+
+    Args:
+        most: with how many it ends.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.failed = most, 0
+
+    @contextmanager
+    def bear(self) -> Iterator[None]:
+        """Save in this; raises StorageError where it was the last attempt."""
+        try:
+            yield
+        except StorageError as error:
+            self.failed += 1
+            if self.failed >= self.most:
+                raise
+            text = f"failed save {self.failed} of {self.most} in a row, the run goes on: {error}"
+            tell("save_failed", text, ERROR, failed=self.failed, most=self.most, why=str(error))
+        else:
+            self.failed = 0
+
+
 def exist(folder: Path) -> bool:
     """Whether ``folder`` has a checkpoint, good or not."""
     return bool(_newest_first(folder))
@@ -67,7 +96,7 @@ def read(folder: Path) -> tuple[dict[str, Any], list[str]]:
     for path in _newest_first(folder):
         try:
             return _read_one(path), skipped
-        except (ValueError, KeyError, OSError, SafetensorError) as error:
+        except (ValueError, KeyError, TypeError, OSError, SafetensorError, RecursionError) as error:
             skipped.append(f"skipped {path}: {error}")
     found = "; ".join(skipped) or "there is none"
     raise StorageError(f"{folder}: no readable checkpoint ({found})")
@@ -82,7 +111,8 @@ def _read_one(path: Path) -> dict[str, Any]:
     if header["digest"] != _digest(header["state"], arrays):
         raise ValueError("its digest is wrong")
     state = _fill(json.loads(header["state"]), arrays)
-    assert isinstance(state, dict)
+    if not isinstance(state, dict):
+        raise ValueError("it holds no state")
     return state
 
 

@@ -185,7 +185,7 @@ def replay(folder: Annotated[Path, typer.Argument(help="The folder of a run.")])
     """Run a recorded run again from its trace and compare the models bit for bit."""
     for part in _parts(folder) or [folder]:
         replayed = api.replay(part).x
-        recorded = api.checkpointed(part)["x"]
+        recorded = api.recorded(part)
         if not np.array_equal(recorded, replayed):
             apart = float(np.abs(recorded - replayed).max())
             raise StorageError(f"{part}: the replay differs from the run (by up to {apart:.3g})")
@@ -393,7 +393,7 @@ def _report(results: dict[str, api.Result], folder: Path) -> None:
     """The table, the picture, and where things are."""
     from offbeat.runtime.plots import picture
 
-    gossip = any("bytes" in result.final for result in results.values())
+    gossip = any(result.experiment.topology is not None for result in results.values())
     columns = [key for key in COLUMNS if any(key in r.final for r in results.values())]
     if gossip:
         columns = [key for key in columns if key not in ("grad_norm", "staleness_max")]

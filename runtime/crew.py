@@ -15,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from offbeat.algorithms.compression import Message
+from offbeat.workers.compressed import SENT, Compressed
 from offbeat.workers.tasks.contract import Task
 from offbeat.workers.work import Gradient, Kept, Work
 
@@ -45,12 +47,14 @@ class Answer(NamedTuple):
     serial: int
     loss: float | None
     """Not a number where loss or payload is not finite; None where nobody said what it is."""
-    payload: NDArray
-    """``[d]``."""
+    payload: NDArray | bytes
+    """``[d]``, or the compressor's frame that stands for it."""
     kept: Kept
-    """Rows ``[1, ...]`` that the worker keeps from now on."""
+    """Rows ``[1, ...]`` that the worker keeps from now on; but for h of compressed work."""
     spent_s: float
     """Real seconds that were spent computing."""
+    nbytes: int = 0
+    """Of the frame, where ``payload`` was one and is read already."""
 
 
 class Gone(NamedTuple):
@@ -137,15 +141,22 @@ class Runner:
         x = np.array([o.x for o in orders]) if len(orders) > 1 else orders[0].x[None]
         shard, draw, steps = np.array([(o.shard, o.draw, o.steps) for o in orders]).T
         mine = [self._keeps(order) for order in orders]
-        kept = {name: np.concatenate([row[name] for row in mine]) for name in mine[0]}
-        losses, payloads = rows(self.task, self.work, x, shard, draw, steps, kept)
+        kept = {  # copies: of a job that fails nothing is kept
+            name: np.concatenate([row[name] for row in mine])
+            if name != SENT or len(mine) > 1
+            else mine[0][name]
+            for name in mine[0]
+        }
+        losses, payloads, message = rows(self.task, self.work, x, shard, draw, steps, kept)
+        sent = payloads if message is None else message.encode()
         spent_s = (time.perf_counter() - began_s) / len(orders)
         answers = []
         for j, (order, loss) in enumerate(zip(orders, losses, strict=True)):
             row = {name: held[j : j + 1] for name, held in kept.items()}
             if row:
                 self._kept[order.worker] = row
-            answers.append(Answer(order.serial, loss, payloads[j], row, spent_s))
+            told = {name: held for name, held in row.items() if name != SENT}
+            answers.append(Answer(order.serial, loss, sent[j], told, spent_s))
         return answers
 
     def _keeps(self, order: Order) -> Kept:
@@ -158,10 +169,16 @@ class Runner:
 
 def rows(
     task: Task, work: Work, x: NDArray, shard: NDArray, draw: NDArray, steps: NDArray, kept: Kept
-) -> tuple[list[float], NDArray]:
-    """Losses and payloads ``[k, d]`` of k jobs; the loss of what is not finite is not a number."""
+) -> tuple[list[float], NDArray, Message | None]:
+    """Losses and payloads ``[k, d]`` of k jobs, and the message that travels in their stead.
+
+    The loss of what is not finite is not a number.
+    """
+    message = None
     if type(work) is Gradient:
         losses, payloads = task.gradient(x, shard, draw)
+    elif isinstance(work, Compressed):
+        losses, payloads, message = work.coded(task, x, shard, draw, steps, kept)
     else:
         losses, payloads = work.update(task, x, shard, draw, steps, kept)
     flat = payloads.reshape(-1)
@@ -169,4 +186,4 @@ def rows(
     if not np.isfinite(flat.dot(flat) + sum(told)):
         good = np.isfinite(payloads).all(axis=1) & np.isfinite(losses)
         told = np.where(good, losses, np.nan).tolist()
-    return told, payloads
+    return told, payloads, message

@@ -76,7 +76,7 @@ class ServerState:
         """Queue a job that says more than the model it begins with."""
         if steps is not None and steps < 1:
             raise ConfigError(f"the method assigned {steps} local steps; a job has at least one")
-        if self._workers.plain and (steps or 1) > 1:
+        if self._workers.single and (steps or 1) > 1:
             raise ConfigError(
                 f"the method assigned {steps} local steps to workers that compute one gradient a "
                 'job; give work = "local-steps(adamw, steps=50)"'

@@ -15,16 +15,18 @@ from offbeat.algorithms.server import ALGORITHMS, Algorithm
 from offbeat.runtime.backends import ENGINES, Backend, Virtual, virtual
 from offbeat.runtime.errors import ConfigError, nearest
 from offbeat.runtime.network import Network
-from offbeat.runtime.registry import MADE_BY_HAND, MOST_SEEDS, Positive, Registry, settings
+from offbeat.runtime.registry import MADE_BY_HAND, MOST_SEEDS, Count, Positive, Registry, settings
 from offbeat.runtime.settings import DEFAULT_STEPS, Evaluate, Stop
 from offbeat.topologies import TOPOLOGIES, Topology
+from offbeat.workers.compressed import Compressed
 from offbeat.workers.fleet import Fleet, Outage
 from offbeat.workers.tasks import TASKS, Task
-from offbeat.workers.work import WORK, Work, gradient
+from offbeat.workers.work import WORK, OwnLoop, Work, gradient
 
 T = TypeVar("T")
 
 MOST_NODES = 200  # whose losses are recorded one by one
+SAVING = "record.save_every_s", "record.max_failed_saves"
 
 
 @settings
@@ -35,11 +37,13 @@ class Record:
         trace: every arrival (needed for replay and the timeline).
         nodes: the loss at each node's model, of gossip on at most 200 nodes; slower.
         save_every_s: wall seconds between checkpoints of a run with a folder.
+        max_failed_saves: of them in a row, on a full disk for instance, after which the run ends.
     """
 
     trace: bool = True
     nodes: bool = False
     save_every_s: Positive = 30.0
+    max_failed_saves: Count = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,11 +137,21 @@ class Experiment:
         name = method.spec.name if method.spec else type(method).__name__
         if self.topology is None:
             raise ConfigError(f'{name} is a gossip method: give a topology, as topology = "ring"')
+        if isinstance(self.work, Compressed):
+            raise ConfigError(
+                f"{name}: gossip compresses what it sends by the method's own compressor; give "
+                "the work that is compressed alone"
+            )
         elsewhere = not isinstance(self.engine, Virtual)
         if elsewhere and self.work.keep(1, self.task.initial(self.seed)):
             raise ConfigError(
                 f'{name}: with engine = "{self.engine.spec}" a gossip node keeps nothing between '
                 "rounds; give its work fresh = true"
+            )
+        if method.points > 1 and isinstance(self.work, OwnLoop):
+            raise ConfigError(
+                f"{name} wants gradients at {method.points} points on one sample, and a training "
+                "loop makes its steps from one; take motef"
             )
         if self.mode not in (None, *MODES):
             raise ConfigError(f'mode must be one of {", ".join(MODES)}, not "{self.mode}"')
@@ -276,7 +290,7 @@ def from_table(table: Mapping[str, Any]) -> list[Experiment]:
     stop = attempt(make_settings, Stop, table.get("stop", {"steps": DEFAULT_STEPS}))
     evaluate = attempt(make_settings, Evaluate, table["evaluate"]) if "evaluate" in table else None
     record = attempt(make_settings, Record, table.get("record", {}))
-    work = attempt(make_part, WORK, table.get("work", "gradient"))
+    work = attempt(make_part, WORK, table.get("work", "gradient"), seed=seed)
     engine = attempt(make_part, ENGINES, table.get("engine", "virtual"))
     for key in ("algorithm", "topology", "mode"):
         if table.get(key) == []:
@@ -369,9 +383,9 @@ def with_more(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
     """``experiment`` with other ends: nothing else can change in mid-run."""
     table = experiment.table()
     for override in overrides:
-        if not override.startswith(("stop.", "record.save_every_s")):
+        if not override.startswith(("stop.", *SAVING)):
             raise ConfigError(
-                f'"{override}" would make it another run; only stop.* and record.save_every_s '
+                f'"{override}" would make it another run; only stop.* and {" and ".join(SAVING)} '
                 "can be set when resuming"
             )
         apply_override(table, override)

@@ -115,7 +115,8 @@ def measure(
     mean = models.mean(axis=0)
     apart = distances2(models, mean)
     row = evaluated(mean)
-    row["loss_worst"] = evaluated(models[apart.argmax()])["loss"]
+    if "loss" in row:  # training loops may not have said any yet
+        row["loss_worst"] = evaluated(models[apart.argmax()])["loss"]
     row["consensus"] = math.sqrt(float(apart.mean()))
     if nodes:
         return {**row, "node_loss": [evaluated(model)["loss"] for model in models]}

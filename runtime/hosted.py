@@ -50,6 +50,7 @@ class Report:
     def __init__(self) -> None:
         self.rows: list[tuple[float, ...]] = []  # of the trace
         self.models: list[tuple[int, int, float, NDArray]] = []  # round, node, time, [d]
+        self.losses: list[float] = []  # of loops, that nobody else can say
         self.inputs: dict[int, list[Input]] = {}
         self.answers: dict[int, Any] = {}  # to what was asked
         self.rounds: dict[int, int] = {}
@@ -71,6 +72,8 @@ class Hosted:
         incarnation, joining: see ``GossipNode``.
         states: what ``state`` answered for each, to go on from; None: the run begins.
         refuse: called with who sent what no node sends, and why; None: that ends the run.
+        elsewhere: called with a node and its job, where they are not computed here; what comes of
+            it goes to ``computed`` or ``failed``.
     """
 
     def __init__(
@@ -83,8 +86,11 @@ class Hosted:
         joining: bool = False,
         states: Mapping[int, dict[str, Any]] | None = None,
         refuse: Callable[[int, PeerError], None] | None = None,
+        elsewhere: Callable[[int, Compute], None] | None = None,
     ) -> None:
         self._carry, self._states, self._refuse = carry, states, refuse
+        self._elsewhere = elsewhere
+        self._given_s: dict[int, float] = {}  # node whose job is elsewhere -> since when
         self._incarnation, self._joining = incarnation, joining
         self.nodes: dict[int, GossipNode] = {
             i: gossip_node(experiment, i, incarnation=incarnation, joining=joining) for i in nodes
@@ -95,6 +101,7 @@ class Hosted:
         self._fleet, self._steps, self._seed = fleet, experiment.work.steps, experiment.seed
         self._every = experiment.evaluate.steps if not experiment.asynchronous else None
         self._tracing = experiment.record.trace
+        self._reports = hasattr(experiment.task, "report")
         self._queue: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._out: list[Parcel] = []
         self._here: deque[Parcel] = deque()  # parcels between nodes of this process
@@ -131,6 +138,14 @@ class Hosted:
     def ask(self, question: int, what: str) -> None:
         """Have the next report answer by ``question``: "state" or "model" of every node."""
         self._queue.put(("ask", question, what))
+
+    def computed(self, i: int, number: int, losses: list[float], gradient: Any) -> None:
+        """What came of node ``i``'s job, which was computed elsewhere."""
+        self._queue.put(("came", i, number, losses, gradient))
+
+    def failed(self, error: Exception) -> None:
+        """What was to be computed elsewhere cannot be: that ends the run."""
+        self._queue.put(("fail", error))
 
     def report(self, wait_s: float) -> Report:
         """What happened, waiting so long unless there is something that cannot wait."""
@@ -205,7 +220,8 @@ class Hosted:
         now_s = time.monotonic()
         with self._lock:
             for i, node in self.nodes.items():
-                if now_s - self._moved_s[i] > AGAIN_S and not node.quiet:
+                computes = i in self._given_s
+                if now_s - self._moved_s[i] > AGAIN_S and not (node.quiet or computes):
                     self._moved_s[i] = now_s
                     self._note(i, "again")
                     self._do(i, node.again(), again=True)
@@ -215,7 +231,7 @@ class Hosted:
         self._rests = False
         handlers: dict[str, Callable[..., None]] = {
             "mail": self._mail, "post": self._post_now, "done": self._done, "tell": self._tell,
-            "ask": self._answer, "end": self._end,
+            "ask": self._answer, "end": self._end, "came": self._came, "fail": self._fail,
         }  # fmt: skip
         with self._lock:  # a report is of a moment between two events
             handlers[kind](*what)
@@ -325,14 +341,30 @@ class Hosted:
         heapq.heappush(self._timers, (time_s, next(self._order), event))
 
     def _compute(self, i: int, job: Compute, given_s: float) -> None:
-        began_s = self.now_s()
-        losses, gradient = self.nodes[i].answer(job)
-        due_s = -math.inf
         if self._measured:
-            given_s = began_s
+            given_s = self.now_s()
+        if self._elsewhere is None:
+            self._finish(i, job.number, *self.nodes[i].answer(job), given_s)
         else:
-            due_s = self._clock.finish(i, job.number, given_s, self._steps)
-        event = "done", i, job.number, losses, gradient, given_s
+            self._given_s[i] = given_s
+            self._elsewhere(i, job)
+
+    def _came(self, i: int, number: int, losses: list[float], gradient: Any) -> None:
+        if self._reports:
+            self._report.losses += losses
+        self._finish(i, number, losses, gradient, self._given_s.pop(i))
+
+    def _fail(self, error: Exception) -> None:
+        raise error
+
+    def _finish(
+        self, i: int, number: int, losses: list[float], gradient: Any, given_s: float
+    ) -> None:
+        """It is told now, or when its emulated time has passed."""
+        due_s = -math.inf
+        if not self._measured:
+            due_s = self._clock.finish(i, number, given_s, self._steps)
+        event = "done", i, number, losses, gradient, given_s
         if due_s > self.now_s():
             self._later(due_s, *event)
         else:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from offbeat.runtime.checkpoint import Attempts
 from offbeat.runtime.errors import ConfigError, Diverged, nearest
 from offbeat.runtime.records import Records
 from offbeat.runtime.settings import Evaluate, Stop
@@ -41,6 +42,8 @@ class Loop(ABC):
         evaluate: when to evaluate.
         save: called with the state of the run to write a checkpoint, or None.
         save_every_s: wall seconds between checkpoints.
+        max_failed_saves: with so many in a row the run ends; its first and its last one must not
+            fail at all.
         progress: called now and then with the fraction of the run that is done.
     """
 
@@ -53,10 +56,12 @@ class Loop(ABC):
         evaluate: Evaluate,
         save: Save | None = None,
         save_every_s: float = math.inf,
+        max_failed_saves: int = 1,
         progress: Callable[[float], None] | None = None,
     ) -> None:
         self.task, self.records, self.stop, self.evaluate = task, records, stop, evaluate
         self._save, self._save_every_s, self._progress = save, save_every_s, progress
+        self._saves = Attempts(max_failed_saves)
         self._started = False
         self._next_step = self._next_s = self._next_gradients = math.inf  # of evaluation
         self._alarm_s = self._next_save_s = self._wall_end_s = math.inf  # wall clock
@@ -153,7 +158,8 @@ class Loop(ABC):
         if now_s >= self._wall_end_s:
             return "wall time"
         if now_s >= self._next_save_s:
-            self._checkpoint()
+            with self._saves.bear():
+                self._checkpoint()
             self._next_save_s = time.monotonic() + self._save_every_s
         if self._progress is not None:
             self._progress(self._fraction())

@@ -8,15 +8,22 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _MOST = 2**31 - 1
 
 
-@cache
 def keep_freed() -> bool:
-    """Ask glibc not to give freed blocks back to the system; whether there was one to ask.
+    """Ask glibc not to give back to the system what is freed from now on; whether it will.
 
     By default it returns every large block when it is freed and gets a new one, page by page, for
-    the next array: a round of a thousand nodes takes twice as long.
+    the next array: a round of a thousand nodes takes twice as long.  What was freed before, as
+    graphs are made, goes back.
     """
-    name = ctypes.util.find_library("c")
-    mallopt = getattr(ctypes.CDLL(name), "mallopt", None) if name else None
-    if mallopt is None:  # not glibc
+    libc = _glibc()
+    if libc is None:
         return False
-    return bool(mallopt(_TRIM_THRESHOLD, _MOST) and mallopt(_MMAP_THRESHOLD, _MOST))
+    libc.malloc_trim(0)
+    return bool(libc.mallopt(_TRIM_THRESHOLD, _MOST) and libc.mallopt(_MMAP_THRESHOLD, _MOST))
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    name = ctypes.util.find_library("c")
+    libc = ctypes.CDLL(name) if name else None
+    return libc if hasattr(libc, "mallopt") else None

@@ -135,7 +135,7 @@ class Network:
 
     def _round(self, k: int) -> Round:
         matrix = self.topology.matrix(k)
-        coo = matrix.tocoo()  # by rows, as dst is to be
+        coo = matrix.tocoo(copy=False)  # by rows, as dst is to be
         other = coo.row != coo.col
         return Round(matrix, coo.col[other], coo.row[other], coo.data[other])
 

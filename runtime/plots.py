@@ -44,7 +44,7 @@ def picture(results: Sequence["Result"], path: Path, labels: Sequence[str] | Non
     shown = [r for r in results if len(r.trace)]
     shown = shown[:TIMELINES] if len(shown) <= TIMELINES else []
     rows = (len(shown) + 1) // 2
-    gossip = all("bytes" in result.final for result in results)
+    gossip = all(result.experiment.topology is not None for result in results)
     across = GOSSIP_AXES if gossip else AXES
     lines = _lines(results)
     width = 15 if gossip else 11

@@ -5,7 +5,7 @@ import os
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,72 @@ from offbeat.workers.speeds import away
 TRACE_COLUMNS = ("time_s", "worker", "job", "read_step", "step", "start_s", "end_s")
 MOST_TRACED = 1024  # workers up to which the jobs of a round are recorded one by one
 ROWS_HELD = 1024  # arrivals held before they are counted and written; more leave the cache
+HELD_BYTES = 2**13  # of a file, before they are handed to the system
+MOST_HELD = 2**26  # while the disk is full, before the run ends
+
+
+class Growing:
+    """A file that is only added to; what a full disk does not take waits here.
+
+    Args:
+        path: of the file, which is left as it is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._held = bytearray()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            self._file = path.open("r+b", buffering=0)
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def cut(self, length: int) -> None:
+        """Go on from there; raises StorageError where it is shorter."""
+        self._held.clear()
+        if (there := self._file.seek(0, os.SEEK_END)) < length:
+            raise StorageError(
+                f"{self.path}: has {there} bytes, but the checkpoint was written at {length}; "
+                "it was cut or replaced, so the run cannot go on from it"
+            )
+        self._file.truncate(length)
+        self._file.seek(length)
+
+    def write(self, text: str) -> None:
+        """Add ``text``; raises StorageError where too much waits for a disk that takes nothing."""
+        self._held += text.encode()
+        if len(self._held) >= HELD_BYTES:
+            try:
+                self._flush()
+            except OSError as error:  # told with the next checkpoint, if it lasts
+                if len(self._held) >= MOST_HELD:
+                    raise self._unwritable(error) from None
+
+    def durable(self) -> int:
+        """Have all of it on the disk; answers its length, or raises StorageError."""
+        try:
+            self._flush()
+            os.fsync(self._file.fileno())
+            return self._file.tell()
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def close(self) -> None:
+        """Close it; what the last checkpoint counts on is on the disk already."""
+        with suppress(OSError):  # a full disk has been reported where it was met
+            self._flush()
+        self._file.close()
+
+    def _flush(self) -> None:
+        while self._held:
+            del self._held[: self._file.write(self._held)]
+
+    def _unwritable(self, error: OSError) -> StorageError:
+        return StorageError(
+            f"{self.path}: cannot be written ({error.strerror}); the last checkpoint is intact: "
+            "make room or mend the rights, then resume the run"
+        )
 
 
 class Records:
@@ -49,15 +115,15 @@ class Records:
         self.events: list[dict[str, Any]] = []  # outages
         self._keep = trace
         self._chunks: list[NDArray] = []
-        self._files: dict[str, BinaryIO] = {}
+        self._files: dict[str, Growing] = {}
         if folder is not None:
             names = ["metrics.jsonl"] + (["trace.jsonl"] if trace else [])
-            self._files = {name: _open(folder / name) for name in names}
+            self._files = {name: Growing(folder / name) for name in names}
 
     def begin(self) -> None:
         """Start empty files."""
         for file in self._files.values():
-            file.truncate(0)
+            file.cut(0)
         self._write("trace.jsonl", json.dumps(TRACE_COLUMNS) + "\n")
 
     @property
@@ -141,6 +207,8 @@ class Records:
         self.flush()
         gradients = self.flushed + workers.extra
         row = {"time_s": workers.now_s, "step": step, "gradients": gradients}
+        if workers.coded:
+            row["bytes"] = workers.uploaded
         busy, outstanding = self.busy(workers), workers.outstanding
         return row | facts | self.staleness() | {"busy": busy, "outstanding": outstanding}
 
@@ -189,14 +257,7 @@ class Records:
     def state(self) -> dict[str, Any]:
         """For a checkpoint; what is written so far is made durable first."""
         self.flush()
-        lengths = {}
-        for name, file in self._files.items():
-            try:
-                file.flush()
-                os.fsync(file.fileno())
-                lengths[name] = file.tell()
-            except OSError as error:
-                raise _unwritable(file.name, error) from None
+        lengths = {name: file.durable() for name, file in self._files.items()}
         return {
             "flushed": self.flushed,
             "histogram": self.histogram,
@@ -211,45 +272,18 @@ class Records:
         self.flushed, self.histogram = state["flushed"], state["histogram"]
         self.done, self.busy_s, self.events = state["done"], state["busy_s"], state["events"]
         for name, file in self._files.items():
-            length = state["lengths"].get(name, 0)
-            if (there := file.seek(0, os.SEEK_END)) < length:
-                raise StorageError(
-                    f"{file.name}: has {there} bytes, but the checkpoint was written at {length}; "
-                    "it was cut or replaced, so the run cannot go on from it"
-                )
-            file.truncate(length)
-            file.seek(length)
+            file.cut(state["lengths"].get(name, 0))
         if "metrics.jsonl" in self._files:
-            self.metrics = read_lines(Path(self._files["metrics.jsonl"].name))
+            self.metrics = read_lines(self._files["metrics.jsonl"].path)
 
     def close(self) -> None:
-        """Close the files; what the last checkpoint counts on is on the disk already."""
+        """Close the files."""
         for file in self._files.values():
-            with suppress(OSError):  # a full disk has been reported where it was met
-                file.close()
+            file.close()
 
     def _write(self, name: str, text: str) -> None:
         if name in self._files:
-            try:
-                self._files[name].write(text.encode())
-            except OSError as error:
-                raise _unwritable(self._files[name].name, error) from None
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        return path.open("r+b")
-    except OSError as error:
-        raise _unwritable(path, error) from None
-
-
-def _unwritable(path: Path | str, error: OSError) -> StorageError:
-    return StorageError(
-        f"{path}: cannot be written ({error.strerror}); the last checkpoint is intact: "
-        "make room or mend the rights, then resume the run"
-    )
+            self._files[name].write(text)
 
 
 def read_lines(path: Path) -> list[Any]:

@@ -8,9 +8,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from offbeat.algorithms.compression import decode
 from offbeat.runtime.crew import Answer, Crew, Event, Failed, Gone, Order
 from offbeat.runtime.errors import CrewError
 from offbeat.runtime.virtual import Job, Joined, Left, More, Note, Timer, VirtualWorkers
+from offbeat.workers.compressed import SENT
 from offbeat.workers.fleet import Fleet, Timing
 from offbeat.workers.tasks.contract import Task
 from offbeat.workers.work import Work
@@ -100,9 +102,8 @@ class RemoteWorkers(VirtualWorkers):
         if isinstance(event, Answer):
             if (job := self._sent.pop(event.serial, None)) is not None:  # else it was dropped
                 self._failures.pop(event.serial, None)
-                job.loss, job.payload, job.spent_s = event.loss, event.payload, event.spent_s
-                if event.kept:
-                    job.kept = event.kept
+                job.loss, job.spent_s = event.loss, event.spent_s
+                self._receive(job, event)
                 if self._report is not None and event.loss is not None:
                     self._report(event.loss)
                 self._answered(job)
@@ -112,6 +113,20 @@ class RemoteWorkers(VirtualWorkers):
             self._gone(event)
         else:
             self._back(event.worker)
+
+    def _receive(self, job: Job, answer: Answer) -> None:
+        """Take what was sent for ``job``, and make of it what its worker made of it, too."""
+        payload, job.nbytes, kept = answer.payload, answer.nbytes, answer.kept
+        if isinstance(payload, bytes):
+            payload, job.nbytes = decode([payload], job.x.size).dense(), len(payload)
+        if SENT in self._kept:
+            payload = self._kept[SENT][job.worker] + payload
+            kept = kept | {SENT: payload[None]}
+        job.payload = payload
+        if kept:
+            job.kept = kept
+        if self._byte_s:
+            self._charge(job)
 
     def _answered(self, job: Job) -> None:
         """The payload of ``job`` is here."""
@@ -245,6 +260,8 @@ class LiveWorkers(RemoteWorkers):
         job.order, job.late = self._order, False
         self._order += 1
         if job.payload is not None:
+            if self._byte_s:
+                self._charge(job)
             self._answered(job)
 
     def _answered(self, job: Job) -> None:

@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.algorithms.gossip import Gossip
-from offbeat.runtime.errors import PeerError, StorageError
+from offbeat.runtime import checkpoint
+from offbeat.runtime.errors import ConfigError, PeerError, StorageError
 from offbeat.runtime.experiment import Experiment
 from offbeat.runtime.gossip import COUNTS, measure
 from offbeat.runtime.loop import Loop
@@ -28,6 +29,7 @@ from offbeat.runtime.node import HELLO, Effect, GossipNode, Send, gossip_node
 from offbeat.runtime.records import Records
 
 Key = tuple[int, int, int]  # from, incarnation, serial
+PEER = "peer.json"  # of a peer's own folder
 
 
 def read_inputs(path: Path, length: int) -> dict[int, deque[list[Any]]]:
@@ -42,6 +44,50 @@ def read_inputs(path: Path, length: int) -> dict[int, deque[list[Any]]]:
     except (OSError, ValueError) as error:
         raise StorageError(f"{path}: cannot be read ({error})") from None
     return inputs
+
+
+def peers(folder: Path) -> list[Path]:
+    """The folders of single peers in ``folder``, where those are what it holds.
+
+    Raises:
+        ConfigError: it is such a folder itself, which alone says too little.
+    """
+    if (folder / PEER).exists():
+        raise ConfigError(
+            f"{folder}: is the folder of one peer; its trace says which messages came, and not "
+            "what was in them: put the folders of all peers into one folder, and replay that"
+        )
+    if (folder / "experiment.toml").exists():
+        return []
+    return sorted(path.parent for path in folder.glob(f"*/{PEER}"))
+
+
+def of_peers(folders: Sequence[Path], n: int) -> tuple[dict[int, deque[list[Any]]], NDArray]:
+    """What all ``n`` nodes were given (see ``read_inputs``), and the models ``[n, d]`` they had.
+
+    Raises:
+        ConfigError: that is not all there, or not from the beginning to the end.
+    """
+    inputs: dict[int, deque[list[Any]]] = {}
+    models: dict[int, NDArray] = {}
+    for folder in folders:
+        state = checkpoint.read(folder / "checkpoint")[0]
+        given = read_inputs(folder / "trace.jsonl", state["records"]["lengths"]["trace.jsonl"])
+        said = json.loads((folder / "summary.json").read_text())
+        (began,) = [
+            [one for one in its if one[0] in ("start", "restore")] for its in given.values()
+        ]
+        fresh = len(began) == 1 and began[0][0] == "start" and not began[0][2]  # it joined nobody
+        if said["reason"] != "steps" or not fresh:
+            raise ConfigError(
+                f"{folder}: was stopped or started again, and what it was given last is not known; "
+                "peers are replayed where all did their rounds without that"
+            )
+        models |= dict.fromkeys(given, state["x"])
+        inputs |= given
+    if len(inputs) != n:
+        raise ConfigError(f"{folders[0].parent}: has the folders of {len(inputs)} of {n} peers")
+    return inputs, np.stack([models[i] for i in sorted(models)])
 
 
 class Replayed(Loop):

@@ -63,7 +63,6 @@ class Rounds(GossipLoop):
             task, method, topology, fleet, timing, records,
             seed=seed, work=work, asynchronous=False, **around,
         )  # fmt: skip
-        keep_freed()
         self._windows = fleet.windows() if self.network.dropping else {}
         self._reach: NDArray | None = None  # [n], who must hear every message
         if replicas == "global" and not self.network.fixed and not method.exact:
@@ -92,7 +91,7 @@ class Rounds(GossipLoop):
             return Shares(n, lossy=self.network.loss > 0)
         still = self.network.fixed or self._reach is not None or not channel.memory
         if method.exact or still:
-            return Broadcast(method.compressor, channel, method.exact, seed, name)
+            return Broadcast(method.compressor, channel, method.exact, n, seed, name)
         return Links(method.compressor, n, seed, name)
 
     @property
@@ -130,6 +129,7 @@ class Rounds(GossipLoop):
             return True
         now = self.network.round(k, present)
         self._send(now)
+        ready = self._ready(now)  # now: what it keeps must not take a piece of a freed [n, d]
         before = node.snapshot() if present is not None else None
         kept = {} if present is None else {name: held.copy() for name, held in self._kept.items()}
         try:
@@ -141,12 +141,14 @@ class Rounds(GossipLoop):
             raise Diverged(
                 f"a node's model is not finite after round {k}; take a smaller step size"
             ) from None
-        self._spend(k + 1, self._ready(now), present)
+        self._spend(k + 1, ready, present)
         if before is not None and present is not None:
             node.keep(before, ~present)
             for name, held in kept.items():
                 self._kept[name][~present] = held[~present]
         self.round += 1
+        if self.round == 1:  # what is made once is there: nothing will take a piece of an [n, d]
+            keep_freed()
         return True
 
     def _gradients(self, wanted: Points, draw: int) -> Any:

@@ -66,9 +66,11 @@ class Round:
     def _heard(self) -> NDArray:
         """``[most, n]``: whom each node hears; n stands for nobody."""
         n, count = self.matrix.shape[0], self._count
+        first = np.cumsum(count) - count
         heard = np.full((count.max(initial=0), n), n)
-        place = np.arange(len(self.dst)) - np.repeat(np.cumsum(count) - count, count)
-        heard[place, self.dst] = self.src
+        for place, row in enumerate(heard):
+            more = count > place
+            row[more] = self.src[first[more] + place]
         return heard
 
     def latest(self, time_s: NDArray, sent_s: NDArray) -> NDArray:
@@ -80,9 +82,8 @@ class Round:
             return latest
         if most * len(time_s) > len(self.dst):
             sent_s = np.append(sent_s, -np.inf)
-        for heard in self._heard:
-            time_s = np.maximum(time_s, sent_s[heard])
-        return time_s
+        latest = np.maximum.reduce(sent_s.take(self._heard), axis=0, initial=-np.inf)
+        return np.maximum(time_s, latest)
 
     def received(self, x: NDArray) -> NDArray:
         """``x [m, ...]`` of the messages that are received."""
@@ -99,7 +100,9 @@ class Product:
     def __call__(self, matrix: sparse.csr_array, x: NDArray) -> NDArray:
         """``[n, d]``, new."""
         if self._of is not matrix or self._as.dtype != x.dtype:
-            self._of, self._as = matrix, matrix.astype(x.dtype)
+            data = matrix.data.astype(x.dtype)
+            self._of = matrix  # which shares its indices: they are as large as its numbers
+            self._as = sparse.csr_array((data, matrix.indices, matrix.indptr), matrix.shape)
             if matrix.shape[0] <= DENSE:
                 self._as = self._as.toarray()
         return self._as @ x
@@ -175,21 +178,20 @@ class Broadcast(Wire):
     """See the module; ``exact`` channels are not compressed."""
 
     def __init__(
-        self, compressor: Compressor, channel: Channel, exact: bool, seed: int, name: str
+        self, compressor: Compressor, channel: Channel, exact: bool, n: int, seed: int, name: str
     ) -> None:
         self._compressor, self._channel, self._exact = compressor, channel, exact
         self._seed, self._name, self._product = seed, f"compress {name}", Product()
         self.count = 0  # of what was published
         self.value: Any = None  # [n, d], the public copies that neighbours mix with
         self.h: Any = None  # [n, d], where differences are taken to others: damped copies
-        self.sizes = 0
+        self.sizes = 0 if exact else np.zeros(n, np.int64)
         self._now: Any = None
 
     def start(self, value: NDArray) -> None:
         """See ``Wire``."""
         if self._channel.memory or self._exact:
             self.value = value if self._exact else value.copy()
-            self.sizes = 0
             if self._channel.damping < 1:
                 self.h = value
         else:
@@ -206,7 +208,7 @@ class Broadcast(Wire):
         if h is None:
             h = np.zeros_like(value)
         apart = value - h if self._channel.memory else value
-        q, self.sizes = compress(
+        q, self.sizes[:] = compress(
             self._compressor, apart, self._seed, self._name, np.arange(len(value)), self.count,
             own=len(value) <= OWN_STREAM,
         )  # fmt: skip
@@ -415,7 +417,7 @@ class Stacked:
 
     def snapshot(self) -> tuple[dict[str, Any], list[Any]]:
         """What ``keep`` can put back."""
-        return self.fields(), [(wire.value, wire.sizes) for wire in self._wires.values()]
+        return self.fields(), [(wire.value, np.copy(wire.sizes)) for wire in self._wires.values()]
 
     def keep(self, snapshot: tuple[dict[str, Any], list[Any]], nodes: NDArray) -> None:
         """Put ``nodes [n]`` (a mask) back to where they were: they have sat a round out."""

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple, final
 import numpy as np
 from numpy.typing import NDArray
 
+from offbeat.algorithms.compression import Message
 from offbeat.runtime.crew import ALONE_BYTES, rows
+from offbeat.workers.compressed import Compressed
 from offbeat.workers.fleet import Fleet, Timing
 from offbeat.workers.tasks.contract import Task
 from offbeat.workers.work import Gradient, Work
@@ -39,6 +41,7 @@ class Job:
         "kept",
         "late",
         "loss",
+        "nbytes",
         "number",
         "order",
         "payload",
@@ -58,6 +61,7 @@ class Job:
     late: bool  # of a crew: it took longer than its worker would have
     spent_s: float  # of a crew: real seconds
     loss: float | None
+    nbytes: int  # of its compressed update
     order: int  # of start, among all jobs: breaks ties
     start_s: float
     end_s: float
@@ -124,6 +128,11 @@ class VirtualWorkers:
         self.task, self._plan, self._finish = task, timing.plan, timing.finish
         n = self.n = fleet.workers
         self.work, self.plain = work, type(work) is Gradient
+        self.coded = isinstance(work, Compressed)
+        inner = work.work if isinstance(work, Compressed) else work
+        self.single = type(inner) is Gradient  # one gradient a job
+        self.uploaded = 0  # bytes of the compressed updates that arrived
+        self._byte_s = timing.byte_s
         self._kept = work.keep(n, x)
         self.extra = 0  # gradients in the results that arrived, beyond one each
         self.most_steps = work.steps  # of a job so far
@@ -221,11 +230,20 @@ class VirtualWorkers:
         self._running[worker] = job
         job.order = order = self._order
         self._order = order + 1
+        if self._byte_s:
+            self._charge(job)
+            time_s = job.time_s
         if self._popped:
             self._popped = False
             heapreplace(self._heap, (time_s, order, job))
         else:
             heappush(self._heap, (time_s, order, job))
+
+    def _charge(self, job: Job) -> None:
+        """Have ``job`` arrive when its update is sent, once it began and its size is known."""
+        if job.order >= 0 and job.payload is not None:
+            sent_s = self._plan(job.worker, job.number, job.assigned_s, job.start_s, job.steps)[2]
+            job.time_s = max(job.time_s, sent_s + job.nbytes * self._byte_s)
 
     def after(self, seconds: float, token: int) -> None:
         """Answer ``Timer(token)`` when so many seconds have passed, behind results due then."""
@@ -241,16 +259,20 @@ class VirtualWorkers:
         if self._popped:
             self._popped = False
             heappop(heap)
-        while heap and heap[0][2].dropped:
-            heappop(heap)
-        time_s, _, job = heap[0] if heap else NEVER
-        if self._change_s < time_s:
-            return self._change() if self._change_s < before_s else None
-        if time_s >= before_s:
-            return None
+        while True:
+            while heap and heap[0][2].dropped:
+                heappop(heap)
+            time_s, order, job = heap[0] if heap else NEVER
+            if self._change_s < time_s:
+                return self._change() if self._change_s < before_s else None
+            if time_s >= before_s:
+                return None
+            if job.payload is None:
+                self._compute(job)
+            if job.time_s <= time_s:
+                break
+            heapreplace(heap, (job.time_s, order, job))  # so long its update is under way
         self._popped = True
-        if job.payload is None:
-            self._compute(job)
         self.now_s = time_s
         worker = job.worker
         self.outstanding -= 1
@@ -364,33 +386,41 @@ class VirtualWorkers:
         x = np.array([job.x for job in jobs]) if len(jobs) > 1 else jobs[0].x[None]
         worker = np.array([job.shard for job in jobs])
         draw = np.array([job.draw for job in jobs])
-        losses, payloads = self._work(jobs, x, worker, draw)
+        losses, payloads, message = self._work(jobs, x, worker, draw)
         for job, loss, payload in zip(jobs, losses, payloads, strict=True):
             job.loss, job.payload = loss, payload
+        if message is not None:
+            for job, nbytes in zip(jobs, message.sizes.tolist(), strict=True):
+                job.nbytes = nbytes
+                if self._byte_s:
+                    self._charge(job)
 
     def _work(
         self, jobs: list[Job], x: NDArray, shard: NDArray, draw: NDArray
-    ) -> tuple[list[float], NDArray]:
-        """Losses and updates ``[k, d]``, and in each job what its worker shall keep."""
+    ) -> tuple[list[float], NDArray, Message | None]:
+        """Losses, updates ``[k, d]`` and their message; in each job what its worker shall keep."""
         if self.plain:
             return rows(self.task, self.work, x, shard, draw, draw, {})
         steps = np.array([job.steps for job in jobs])
-        if jobs[0].x.nbytes >= ALONE_BYTES:  # it is due: its worker's rows may change in place
+        if jobs[0].x.nbytes >= ALONE_BYTES and not self.coded:
+            # It is due: its worker's rows may change in place.
             mine = slice(jobs[0].worker, jobs[0].worker + 1)
             kept = {name: held[mine] for name, held in self._kept.items()}
             return rows(self.task, self.work, x, shard, draw, steps, kept)
         # It is ahead of its time, and leaves no trace if it is cancelled.
         worker = np.array([job.worker for job in jobs])
         kept = {name: held[worker] for name, held in self._kept.items()}
-        losses, updates = rows(self.task, self.work, x, shard, draw, steps, kept)
+        losses, updates, message = rows(self.task, self.work, x, shard, draw, steps, kept)
         if kept:
             for j, job in enumerate(jobs):
                 job.kept = {name: held[j : j + 1] for name, held in kept.items()}
-        return losses, updates
+        return losses, updates, message
 
     def _arrived(self, job: Job) -> None:
         """Count the gradients of a result, and keep what its worker shall keep."""
         self.extra += job.steps - 1
+        if self.coded:
+            self.uploaded += job.nbytes
         if hasattr(job, "kept"):
             for name, row in job.kept.items():
                 self._kept[name][job.worker : job.worker + 1] = row
@@ -460,7 +490,7 @@ class VirtualWorkers:
     _COUNTERS: tuple[str, ...] = (
         *("now_s", "outstanding", "peak", "lost", "reassigned", "cancelled"),
         *("_serial", "_order", "_held", "_next_change", "_numbers", "_free_s"),
-        *("extra", "most_steps", "_drawn", "_kept", "_spare"),
+        *("extra", "most_steps", "uploaded", "_drawn", "_kept", "_spare"),
     )
 
     def state(self) -> dict[str, Any]:

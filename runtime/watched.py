@@ -216,6 +216,8 @@ class Watched(Loop, Generic[P]):
             raise (kind or CrewError)(said)
         seat.told, seat.now_s = told, told.now_s
         seat.answers |= told.answers
+        for loss in told.losses:
+            self.experiment.task.report(loss)  # type: ignore[attr-defined]
         self._rounds |= told.rounds
         counts = sum(map(Counter, told.counts.values()), Counter())
         self._counts[self._seats.index(seat), seat.replaced] = counts

@@ -1,9 +1,13 @@
-"""A server in a thread, for training loops that join it."""
+"""Training loops that join runs, and a server in a thread."""
 
 import socket
 import threading
 import time
 from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
 
 import offbeat
 
@@ -46,3 +50,71 @@ def serving(task, algorithm, fleet, work="own-loop(steps=5)", processes=0, **opt
     finally:
         thread.join(60)
     assert not thread.is_alive()
+
+
+def together(*loops):
+    """Run every loop in a thread; answers what they return, or raises what one raised."""
+    found = [None] * len(loops)
+
+    def call(at):
+        try:
+            found[at] = loops[at]()
+        except BaseException as error:
+            found[at] = error
+
+    threads = [threading.Thread(target=call, args=(at,), daemon=True) for at in range(len(loops))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for one in found:
+        if isinstance(one, BaseException):
+            raise one
+    return found
+
+
+class Net(nn.Module):
+    """The built-in perceptron with one hidden layer, its parameters in its order."""
+
+    def __init__(self, task):
+        super().__init__()
+        dtype = torch.from_numpy(task.initial(0)).dtype
+        for name, (i, o) in zip("ab", task.model.shapes, strict=True):
+            self.register_parameter(f"{name}0", nn.Parameter(torch.zeros(i, o, dtype=dtype)))
+            self.register_parameter(f"{name}1", nn.Parameter(torch.zeros(o, dtype=dtype)))
+
+    def forward(self, inputs):
+        return torch.relu(inputs @ self.a0 + self.a1) @ self.b0 + self.b1
+
+
+def digits_loop(address, task, optimizer, exact=False, join=offbeat.join, **options):
+    """Train on the samples that the built-in worker would draw; answers the run's counts."""
+    net = Net(task)
+    steps = optimizer(net.parameters())
+    with join(address, net, steps, **options) as run:
+        while not run.over:
+            where = np.array([run.shard]), np.array([run.draw])
+            steps.zero_grad()
+            if exact:
+                x = nn.utils.parameters_to_vector(net.parameters()).detach().numpy()
+                losses, gradients = task.gradient(x[None], *where)
+                loss = float(losses[0])
+                nn.utils.vector_to_parameters(
+                    torch.from_numpy(gradients[0]), (g := Net(task)).parameters()
+                )
+                for p, q in zip(net.parameters(), g.parameters(), strict=True):
+                    p.grad = q.detach()
+            else:
+                a, y = task.shards.samples(*where)
+                loss = nn.functional.cross_entropy(
+                    net(torch.from_numpy(a[0])), torch.from_numpy(y[0])
+                )
+                loss.backward()
+            steps.step()
+            run.step(loss)
+    return run.jobs
+
+
+def little(width=4):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, 1))

@@ -63,6 +63,8 @@ class Party:
     def _begin(self, how):
         m, net = self.mesh, self.net
         net.counts[how] += 1
+        if how == mesh.OVER:
+            return
         node = self.node = gossip_node(
             net.experiment, self.i, incarnation=m.incarnation, joining=how == mesh.JOIN
         )

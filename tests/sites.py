@@ -17,7 +17,7 @@ from offbeat.runtime.net.cli import asking
 FILE = """
 task = "{task}"
 algorithm = "pure(lr=0.01)"
-work = "local-steps(sgd(lr=0.01), steps={local})"
+work = "{work}"
 fleet = "3 {seconds}"
 seed = 5
 [stop]
@@ -27,6 +27,8 @@ steps = {every}
 [record]
 save_every_s = 0.1
 """
+PLAIN = "local-steps(sgd(lr=0.01), steps=100)"
+COMPRESSED = "compressed(topk(3), local-steps(momentum(lr=0.001), steps=100))"
 LIMIT_S = 90.0  # of anything that is waited for
 
 
@@ -41,13 +43,13 @@ class Site:
 
     def __init__(
         self, folder, stack, steps=100_000, secure=False, address=None,
-        task="quadratic(20, noise=0.3)", local=100, every=100,
+        task="quadratic(20, noise=0.3)", work=PLAIN, every=100,
         seconds="real",
     ):  # fmt: skip
         self.folder, self.stack, self.out = folder, stack, folder / "run"
         self.file = folder / "run.toml"
         self.file.write_text(
-            FILE.format(task=task, local=local, steps=steps, every=every, seconds=seconds)
+            FILE.format(task=task, work=work, steps=steps, every=every, seconds=seconds)
         )
         self.address = address or f"tcp://127.0.0.1:{free_port()}"
         self.keys = folder / "keys" if secure else None

@@ -42,7 +42,7 @@ class Topology:
         self.n, self.period, self.directed = n, period, directed
         self._graph, self._made = graph, matrix
         kept = min(period or 1, KEPT_ROUNDS)
-        self._matrix = lru_cache(maxsize=kept)(lambda k: _finished(matrix(k)))
+        self._matrix = lru_cache(maxsize=kept)(lambda k: finished(matrix(k)))
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the matrices that are kept."""
@@ -65,20 +65,27 @@ class Topology:
         """
         if self._graph is not None:
             return self._graph(self._place(k))
-        kind = nx.DiGraph if self.directed else nx.Graph
-        graph = nx.empty_graph(self.n, create_using=kind)
-        hears, heard = self.matrix(k).nonzero()
-        other = hears != heard
-        graph.add_edges_from(zip(heard[other].tolist(), hears[other].tolist(), strict=True))
-        return graph
+        return graph_of(self.matrix(k), self.directed)
 
     def _place(self, k: int) -> int:
         return k % self.period if self.period else k
 
 
-def _finished(matrix: sparse.csr_array) -> sparse.csr_array:
+def finished(matrix: sparse.csr_array) -> sparse.csr_array:
+    """A read-only copy in canonical form, without stored zeros; ``matrix`` itself if it is one."""
+    if not matrix.data.flags.writeable and matrix.has_canonical_format and matrix.data.all():
+        return matrix
     matrix = sparse.csr_array(matrix, dtype=np.float64, copy=True)
     matrix.sum_duplicates()
     matrix.eliminate_zeros()
     matrix.data.flags.writeable = False  # it is shared by all who ask
     return matrix
+
+
+def graph_of(matrix: sparse.csr_array, directed: bool) -> nx.Graph:
+    """The networkx graph with an edge j -> i, j not i, where ``matrix [n, n]`` is not zero."""
+    graph = nx.empty_graph(matrix.shape[0], create_using=nx.DiGraph if directed else nx.Graph)
+    hears, heard = matrix.nonzero()
+    other = hears != heard
+    graph.add_edges_from(zip(heard[other].tolist(), hears[other].tolist(), strict=True))
+    return graph

@@ -1,7 +1,10 @@
-"""Fixed graphs.  Most come from networkx; whatever networkx can make, ``from_networkx`` takes."""
+"""Fixed graphs: as arrays, which a hundred thousand nodes need, or by networkx.
+
+Whatever networkx can make, ``from_networkx`` takes.
+"""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -14,8 +17,8 @@ from scipy import sparse
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.registry import Count, Natural, Positive, Seed
-from offbeat.topologies.contract import TOPOLOGIES, Topology
-from offbeat.topologies.weights import Weights, check, weigh
+from offbeat.topologies.contract import TOPOLOGIES, Topology, finished
+from offbeat.topologies.weights import Edges, Weights, check, weigh
 
 MAX_DRAWS = 100  # of a random graph, until one is connected
 
@@ -56,12 +59,21 @@ the largest: 1; add edges, or pass allow_disconnected=True
         kind = nx.DiGraph if directed else nx.Graph
         graph = kind(nx.convert_node_labels_to_integers(graph, label_attribute="label"))
         graph.remove_edges_from(list(nx.selfloop_edges(graph)))
-    matrix = weigh(graph, weights, allow_disconnected=allow_disconnected)
-    n, m = len(graph), graph.number_of_edges()
-    links = matrix.nnz - np.count_nonzero(matrix.diagonal())
-    if _plain(graph) and links == (m if directed else 2 * m):
-        return Topology(n, lambda k: matrix, directed=directed)  # which says all, in less memory
-    return Topology(n, lambda k: matrix, graph=lambda k: graph, directed=directed)
+    own = None if _plain(graph) else lambda k: graph
+    return _fixed(Edges.of(graph), weights, own, allow_disconnected)
+
+
+def _fixed(
+    edges: Edges,
+    weights: Weights,
+    graph: Callable[[int], nx.Graph] | None = None,
+    allow_disconnected: bool = False,
+) -> Topology:
+    """The topology of ``edges``; ``graph`` where a graph says more than they do."""
+    matrix = finished(weigh(edges, weights, allow_disconnected=allow_disconnected))
+    if graph is None and matrix.nnz - np.count_nonzero(matrix.diagonal()) < edges.hears.nnz:
+        graph = lambda k: edges.graph  # noqa: E731 - which has edges without weight
+    return Topology(edges.n, lambda k: matrix, graph=graph, directed=edges.directed)
 
 
 def _plain(graph: nx.Graph) -> bool:
@@ -88,41 +100,45 @@ def from_matrix(matrix: NDArray | sparse.sparray) -> Topology:
 @TOPOLOGIES.register("ring")
 def ring(n: Count, weights: Weights = "metropolis") -> Topology:
     """A circle."""
-    return from_networkx(nx.cycle_graph(n), weights)
+    return _fixed(_circulant(n, [1]), weights)
 
 
 @TOPOLOGIES.register("path")
 def path(n: Count, weights: Weights = "metropolis") -> Topology:
     """A line."""
-    return from_networkx(nx.path_graph(n), weights)
+    return _fixed(Edges(n, np.arange(n - 1), np.arange(1, n)), weights)
 
 
 @TOPOLOGIES.register("star")
 def star(n: Count, weights: Weights = "metropolis") -> Topology:
     """Node 0 in the middle of all others."""
-    graph = nx.star_graph(n - 1)
-    nx.set_node_attributes(graph, {0: (0, 0)}, "pos")
-    return from_networkx(graph, weights)
+    edges = Edges(n, np.zeros(n - 1, int), np.arange(1, n))
+    return _fixed(edges, weights, lambda k: _placed(edges, {0: (0, 0)}))
 
 
 @TOPOLOGIES.register("complete")
 def complete(n: Count, weights: Weights = "metropolis") -> Topology:
     """Everyone with everyone: W = J."""
-    return from_networkx(nx.complete_graph(n), weights)
+    return _fixed(Edges(n, *np.triu_indices(n, 1)), weights)
 
 
 @TOPOLOGIES.register("grid")
 def grid(rows: Count, columns: Count, weights: Weights = "metropolis") -> Topology:
     """A rectangle."""
-    graph = nx.grid_2d_graph(rows, columns)
-    nx.set_node_attributes(graph, {(r, c): (c, -r) for r, c in graph}, "pos")
-    return from_networkx(graph, weights)
+    at = np.arange(rows * columns).reshape(rows, columns)
+    edges = Edges(at.size, np.append(at[:-1], at[:, :-1]), np.append(at[1:], at[:, 1:]))
+
+    def graph(k: int) -> nx.Graph:
+        return _placed(edges, {i: (i % columns, -(i // columns)) for i in range(edges.n)})
+
+    return _fixed(edges, weights, graph)
 
 
 @TOPOLOGIES.register("torus")
 def torus(rows: Count, columns: Count, weights: Weights = "metropolis") -> Topology:
     """A rectangle whose opposite sides are joined."""
-    return from_networkx(nx.grid_2d_graph(rows, columns, periodic=True), weights)
+    at = np.arange(rows * columns).reshape(rows, columns)
+    return _fixed(Edges(at.size, [at, at], [np.roll(at, -1, 0), np.roll(at, -1, 1)]), weights)
 
 
 @TOPOLOGIES.register("hypercube")
@@ -133,23 +149,33 @@ def hypercube(n: Count, weights: Weights = "metropolis") -> Topology:
         raise ConfigError(
             f"a hypercube has 2^d nodes, not {n}; take {2**dimension} or {2 ** (dimension + 1)}"
         )
-    # networkx has no cube of dimension 0.
-    graph = nx.hypercube_graph(dimension) if dimension else nx.empty_graph(1)
-    return from_networkx(graph, weights)
+    i = np.tile(np.arange(n), (dimension, 1))
+    return _fixed(Edges(n, i, i ^ 2 ** np.arange(dimension)[:, None]), weights)
 
 
 @TOPOLOGIES.register("exponential")
 def exponential(n: Count, weights: Weights = "uniform") -> Topology:
     """Directed: i sends to i + 1, i + 2, i + 4, ... (Ying et al., NeurIPS 2021)."""
-    graph = nx.empty_graph(n, create_using=nx.DiGraph)
-    graph.add_edges_from((i, (i + 2**b) % n) for i in range(n) for b in range(levels(n)))
-    return from_networkx(graph, weights)
+    return _fixed(_circulant(n, (2**b for b in range(levels(n))), directed=True), weights)
 
 
 @TOPOLOGIES.register("undirected-exponential")
 def undirected_exponential(n: Count, weights: Weights = "metropolis") -> Topology:
     """Neighbours at the distances 1, 2, 4, ... on a circle."""
-    return from_networkx(nx.circulant_graph(n, [2**b for b in range(levels(n))]), weights)
+    return _fixed(_circulant(n, (2**b for b in range(levels(n)))), weights)
+
+
+def _circulant(n: int, shifts: Iterable[int], *, directed: bool = False) -> Edges:
+    """i sends to i + a modulo n, a in ``shifts``."""
+    a = np.array(list(shifts), int)[:, None]
+    i = np.tile(np.arange(n), (len(a), 1))
+    return Edges(n, i, (i + a) % n, directed=directed)
+
+
+def _placed(edges: Edges, places: dict[int, tuple[int, int]]) -> nx.Graph:
+    """The graph of ``edges``, with places to draw its nodes at."""
+    nx.set_node_attributes(edges.graph, places, "pos")
+    return edges.graph
 
 
 def levels(n: int) -> int:
@@ -179,9 +205,37 @@ def random_regular(
             f"no graph of {n} nodes has the degree {degree} everywhere: "
             "it must be less than n, and n x degree even"
         )
-    return _connected(
-        lambda g: nx.random_regular_graph(degree, n, g), "random-regular", weights, seed
-    )
+
+    def attempt(g: np.random.Generator) -> Edges | None:
+        edges = next(filter(None, (_paired(n, degree, g) for _ in range(MAX_DRAWS))), None)
+        return edges if edges and edges.pieces()[0] == 1 else None
+
+    return _fixed(_redraw(attempt, "random-regular", seed), weights)
+
+
+def _paired(n: int, degree: int, g: np.random.Generator) -> Edges | None:
+    """The ends of n ``degree``/2 edges, paired at random; those of loops and parallel edges again.
+
+    None where what is left cannot be paired.  Steger and Wormald, Generating random regular graphs
+    quickly, 1999.  From the same numbers it makes the same graphs as networkx, without its sets.
+    """
+    shuffle = nx.utils.create_py_random_state(g).shuffle
+    made, ends = np.empty(0, np.int64), np.tile(np.arange(n), degree)
+    while len(ends):
+        shuffle(memoryview(ends.data))
+        pairs = np.sort(ends.reshape(-1, 2))
+        keys = pairs @ [n, 1]
+        good = np.zeros(len(keys), bool)
+        good[np.unique(keys, return_index=True)[1]] = True
+        good &= (pairs[:, 0] != pairs[:, 1]) & ~np.isin(keys, made)
+        made = np.append(made, keys[good])
+        left, first, count = np.unique(pairs[~good], return_index=True, return_counts=True)
+        within = np.isin(made // n, left) & np.isin(made % n, left)
+        if len(left) and 2 * within.sum() == len(left) * (len(left) - 1):
+            return None  # all that have ends left are neighbours
+        order = np.argsort(first)
+        ends = np.repeat(left[order], count[order])
+    return Edges(n, made // n, made % n)
 
 
 @TOPOLOGIES.register("watts-strogatz")

@@ -16,10 +16,10 @@ from offbeat.runtime.randomness import rng
 from offbeat.runtime.registry import Count, Positive, Seed
 from offbeat.topologies.contract import TOPOLOGIES, Topology
 from offbeat.topologies.graphs import Probability, cyclic, levels, table
-from offbeat.topologies.weights import check_connected, metropolis_pairs, pairwise
+from offbeat.topologies.weights import Edges, check_connected, metropolis_pairs, pairwise
 
 Nodes = Sequence[int]
-Edges = list[tuple[int, int, float]]  # (i, j, w_ij = w_ji) of one round
+Pairs = list[tuple[int, int, float]]  # (i, j, w_ij = w_ji) of one round
 
 
 @TOPOLOGIES.register("one-peer-exponential")
@@ -67,7 +67,7 @@ def base(n: Count, peers: Count = 1) -> Topology:
     return _exact(n, rounds if len(rounds) < len(simple) else simple)
 
 
-def _exact(n: int, rounds: list[Edges]) -> Topology:
+def _exact(n: int, rounds: list[Pairs]) -> Topology:
     """The cyclic sequence of ``rounds``, each symmetric; a single node has one idle round."""
 
     def matrix(k: int) -> sparse.csr_array:
@@ -92,7 +92,7 @@ def _factors(n: int, most: int) -> list[int] | None:
     return factors if rest == 1 else None
 
 
-def _hyper(nodes: Nodes, factors: list[int]) -> list[Edges]:
+def _hyper(nodes: Nodes, factors: list[int]) -> list[Pairs]:
     """Hyper-hypercube: round l averages groups of f_l nodes that lie f_1 ... f_{l-1} apart."""
     rounds, stride = [], 1
     for f in factors:
@@ -111,7 +111,7 @@ def _hyper(nodes: Nodes, factors: list[int]) -> list[Edges]:
     return rounds
 
 
-def _simple(nodes: Nodes, most: int) -> list[Edges]:
+def _simple(nodes: Nodes, most: int) -> list[Pairs]:
     """The Simple Base Graph of ``nodes``; the paper's k + 1 is ``most``."""
     n = len(nodes)
     factors, rest = _split(n, most)
@@ -142,7 +142,7 @@ def _simple(nodes: Nodes, most: int) -> list[Edges]:
     ]
     last = len(parts) - 1
     for r in range(len(inner[0]) + 1):
-        edges: Edges = []
+        edges: Pairs = []
         if r < last:
             left = sum(map(len, groups[r:]))
             weight = len(groups[r]) / (len(parts[r]) * left)
@@ -162,7 +162,7 @@ def _nodes(parts: Sequence[Nodes]) -> list[int]:
     return [node for part in parts for node in part]
 
 
-def _together(sequences: list[list[Edges]]) -> list[Edges]:
+def _together(sequences: list[list[Pairs]]) -> list[Pairs]:
     """Sequences of equal length on disjoint nodes, run side by side."""
     return [[edge for edges in step for edge in edges] for step in zip(*sequences, strict=True)]
 
@@ -345,9 +345,7 @@ def timed(file: str, n: Count | None = None, allow_disconnected: bool = False) -
         raise ConfigError(f"{file}: has no edges")
     size = n or int(edges[:, 1:].max()) + 1
     if not allow_disconnected:
-        union = nx.empty_graph(size)
-        union.add_edges_from(edges[:, 1:].tolist())
-        check_connected(union)
+        check_connected(Edges(size, *edges[:, 1:].T))
 
     def matrix(k: int) -> sparse.csr_array:
         return metropolis_pairs(size, *edges[edges[:, 0] == k, 1:].T)

@@ -4,6 +4,7 @@ W[i, j] is the weight with which node i takes node j's vector: x_i <- sum_j W[i,
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import networkx as nx
@@ -13,18 +14,67 @@ from scipy import sparse
 
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.registry import Registry
+from offbeat.topologies.contract import graph_of
 from offbeat.topologies.spectral import laplacian_ends
 
 WEIGHTS = Registry("weights")
 TOLERANCE = 1e-9  # of sums of rows and columns, and of symmetry
 NAMED = 5  # members of a component that an error names
 
-Rule = Callable[[nx.Graph], sparse.csr_array]
 Weights: TypeAlias = str | np.ndarray | sparse.sparray  # a rule's text, or a matrix
 
 
+class Edges:
+    """A graph on nodes 0..n-1 as arrays, without loops, each edge once.
+
+    Args:
+        n: nodes.
+        src, dst: ``[m]``, the edges src -> dst, or {src, dst}.
+        directed: whether they go one way.
+        graph: the same as a networkx graph, where there is one.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        src: ArrayLike,
+        dst: ArrayLike,
+        *,
+        directed: bool = False,
+        graph: nx.Graph | None = None,
+    ) -> None:
+        self.n, self.directed, self._graph = n, directed, graph
+        src, dst = np.ravel(src).astype(np.int32), np.ravel(dst).astype(np.int32)  # as scipy's own
+        if not directed:
+            src, dst = np.concatenate([src, dst]), np.concatenate([dst, src])
+        other = src != dst
+        place = dst[other], src[other]
+        hears = sparse.coo_array((np.ones(len(place[0])), place), shape=(n, n)).tocsr()
+        hears.data[:] = 1  # parallel edges are not two
+        self.hears = hears
+        """``[n, n]``: 1 at (i, j) where i hears j."""
+
+    @staticmethod
+    def of(graph: nx.Graph) -> "Edges":
+        """The edges of a networkx graph on 0..n-1."""
+        src, dst = np.array(list(graph.edges()), int).reshape(-1, 2).T
+        return Edges(len(graph), src, dst, directed=graph.is_directed(), graph=graph)
+
+    @cached_property
+    def graph(self) -> nx.Graph:
+        """The networkx graph."""
+        return graph_of(self.hears, self.directed) if self._graph is None else self._graph
+
+    def pieces(self) -> tuple[int, NDArray]:
+        """How many (strongly) connected components there are, and each node's, ``[n]``."""
+        return sparse.csgraph.connected_components(self.hears, self.directed, "strong")
+
+
+Rule = Callable[[Edges], sparse.csr_array]
+
+
 def weigh(
-    graph: nx.Graph, weights: Weights = "metropolis", *, allow_disconnected: bool = False
+    graph: nx.Graph | Edges, weights: Weights = "metropolis", *, allow_disconnected: bool = False
 ) -> sparse.csr_array:
     """W ``[n, n]`` for ``graph`` on nodes 0..n-1.
 
@@ -37,24 +87,25 @@ def weigh(
         ConfigError: pieces, an unknown rule, a rule that does not suit the graph, a W that is
             not doubly stochastic or has weight where there is no edge.
     """
+    edges = graph if isinstance(graph, Edges) else Edges.of(graph)
     if not allow_disconnected:
-        check_connected(graph)
+        check_connected(edges)
     if isinstance(weights, str):
-        return WEIGHTS.parse(weights)(graph)
-    check(weights, symmetric=not graph.is_directed(), graph=graph)
+        return WEIGHTS.parse(weights)(edges)
+    check(weights, symmetric=not edges.directed, graph=edges)
     return sparse.csr_array(weights, copy=True)
 
 
-def check_connected(graph: nx.Graph) -> None:
+def check_connected(edges: Edges) -> None:
     """Refuse a graph in several pieces.
 
     Raises:
         ConfigError: names their sizes and a few members of the smaller ones.
     """
-    find = nx.strongly_connected_components if graph.is_directed() else nx.connected_components
-    pieces = sorted(map(sorted, find(graph)), key=len, reverse=True)
-    if len(pieces) <= 1:
+    count, of = edges.pieces()
+    if count == 1:
         return
+    pieces = sorted((np.flatnonzero(of == k).tolist() for k in range(count)), key=len, reverse=True)
     sizes = ", ".join(str(len(piece)) for piece in pieces[:NAMED])
     apart = "; ".join(
         ", ".join(map(str, piece[:NAMED])) + (", ..." if len(piece) > NAMED else "")
@@ -68,7 +119,10 @@ def check_connected(graph: nx.Graph) -> None:
 
 
 def check(
-    matrix: ArrayLike | sparse.sparray, *, symmetric: bool = False, graph: nx.Graph | None = None
+    matrix: ArrayLike | sparse.sparray,
+    *,
+    symmetric: bool = False,
+    graph: nx.Graph | Edges | None = None,
 ) -> None:
     """Refuse a matrix that is not doubly stochastic.
 
@@ -90,8 +144,9 @@ column must sum to 1
     w: Any = matrix if sparse.issparse(matrix) else np.asarray(matrix, dtype=np.float64)
     if w.ndim != 2 or w.shape[0] != w.shape[1] or not w.shape[0]:
         raise ConfigError(f"mixing matrix: it must be n x n, not {list(w.shape)}")
-    if graph is not None and len(graph) != w.shape[0]:
-        raise ConfigError(f"mixing matrix: {list(w.shape)} for {len(graph)} nodes")
+    edges = Edges.of(graph) if isinstance(graph, nx.Graph) else graph
+    if edges is not None and edges.n != w.shape[0]:
+        raise ConfigError(f"mixing matrix: {list(w.shape)} for {edges.n} nodes")
     w = sparse.csr_array(w)
     sums = {"row": w.sum(axis=1), "column": w.sum(axis=0)}
 
@@ -118,18 +173,9 @@ column must sum to 1
             )
     if symmetric and abs(apart := w - w.T).max() > TOLERANCE:
         refuse(apart, lambda i, j: f"which has {w[j, i]:.6g} for it; here W must be symmetric")
-    if graph is not None:
-        allowed = adjacency(graph) + sparse.eye_array(len(graph))
+    if edges is not None:
+        allowed = edges.hears + sparse.eye_array(edges.n)
         refuse(w - w * allowed, lambda i, j: "with which it shares no edge")
-
-
-def adjacency(graph: nx.Graph) -> sparse.csr_array:
-    """``[n, n]``, 1 at (i, j) where i hears j: edge {i, j}, or j -> i."""
-    edges = nx.to_scipy_sparse_array(graph, nodelist=range(len(graph)), weight=None, dtype=float)
-    edges -= sparse.diags_array(edges.diagonal())  # a loop is no neighbour
-    edges.eliminate_zeros()
-    edges.data[:] = 1  # nor are parallel edges two
-    return sparse.csr_array(edges.T)
 
 
 def with_diagonal(off: sparse.sparray) -> sparse.csr_array:
@@ -154,9 +200,9 @@ def metropolis_pairs(n: int, i: NDArray, j: NDArray) -> sparse.csr_array:
 def metropolis() -> Rule:
     """Metropolis-Hastings: 1/(1 + the larger degree); suits every undirected graph."""
 
-    def rule(graph: nx.Graph) -> sparse.csr_array:
-        i, j = sparse.triu(_undirected(graph, "metropolis"), k=1).nonzero()
-        return metropolis_pairs(len(graph), i, j)
+    def rule(edges: Edges) -> sparse.csr_array:
+        i, j = sparse.triu(_undirected(edges, "metropolis"), k=1).nonzero()
+        return metropolis_pairs(edges.n, i, j)
 
     return rule
 
@@ -165,8 +211,8 @@ def metropolis() -> Rule:
 def max_degree() -> Rule:
     """1/(1 + the largest degree of all) on every edge."""
 
-    def rule(graph: nx.Graph) -> sparse.csr_array:
-        a = _undirected(graph, "max-degree")
+    def rule(edges: Edges) -> sparse.csr_array:
+        a = _undirected(edges, "max-degree")
         return with_diagonal(a / (1 + a.sum(axis=1).max()))
 
     return rule
@@ -180,8 +226,8 @@ def best_constant() -> Rule:
     Control Letters 2004).
     """
 
-    def rule(graph: nx.Graph) -> sparse.csr_array:
-        a = _undirected(graph, "best-constant")
+    def rule(edges: Edges) -> sparse.csr_array:
+        a = _undirected(edges, "best-constant")
         if a.nnz == 0:
             return with_diagonal(a)
         low, high = laplacian_ends(sparse.diags_array(a.sum(axis=1)) - a)
@@ -194,8 +240,8 @@ def best_constant() -> Rule:
 def uniform() -> Rule:
     """1/(1 + degree); for graphs whose nodes all have the same degree, directed ones too."""
 
-    def rule(graph: nx.Graph) -> sparse.csr_array:
-        a = adjacency(graph)
+    def rule(edges: Edges) -> sparse.csr_array:
+        a = edges.hears
         hears, heard = a.sum(axis=1), a.sum(axis=0)
         if (ends := (min(hears.min(), heard.min()), max(hears.max(), heard.max())))[0] != ends[1]:
             raise ConfigError(
@@ -211,16 +257,17 @@ def uniform() -> Rule:
 def attribute(name: str = "weight") -> Rule:
     """The edges' attribute of this name; the diagonal takes what is missing to 1."""
 
-    def rule(graph: nx.Graph) -> sparse.csr_array:
+    def rule(edges: Edges) -> sparse.csr_array:
+        graph = edges.graph
         for i, j, value in graph.edges(data=name):
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ConfigError(
                     f'weights: edge {i}, {j} has {value!r} as its "{name}", which is no number'
                 )
-        nodes = range(len(graph))
-        edges = nx.to_scipy_sparse_array(graph, nodelist=nodes, weight=name, dtype=float)
-        matrix = with_diagonal(sparse.csr_array(edges.T))
-        check(matrix, symmetric=not graph.is_directed())
+        nodes = range(edges.n)
+        given = nx.to_scipy_sparse_array(graph, nodelist=nodes, weight=name, dtype=float)
+        matrix = with_diagonal(sparse.csr_array(given.T))
+        check(matrix, symmetric=not edges.directed)
         return matrix
 
     return rule
@@ -230,10 +277,10 @@ def attribute(name: str = "weight") -> Rule:
 def lazy(of: str = "metropolis") -> Rule:
     """(I + W)/2 of another rule's W: no negative eigenvalue, about half the gap."""
     inner = WEIGHTS.parse(of)
-    return lambda graph: sparse.csr_array((sparse.eye_array(len(graph)) + inner(graph)) / 2)
+    return lambda edges: sparse.csr_array((sparse.eye_array(edges.n) + inner(edges)) / 2)
 
 
-def _undirected(graph: nx.Graph, rule: str) -> sparse.csr_array:
-    if graph.is_directed():
+def _undirected(edges: Edges, rule: str) -> sparse.csr_array:
+    if edges.directed:
         raise ConfigError(f"{rule} weights need an undirected graph; take uniform or lazy(uniform)")
-    return adjacency(graph)
+    return edges.hears

@@ -112,13 +112,19 @@ class Fleet:
             mine.append((outage.from_s, float(end)))
         return windows
 
-    def timing(self, seed: int, model_bytes: int) -> "Timing":
-        """The times of this fleet's jobs, each message carrying ``model_bytes`` bytes."""
+    def timing(self, seed: int, model_bytes: int, sized: bool = False) -> "Timing":
+        """The times of this fleet's jobs, each message carrying ``model_bytes`` bytes.
+
+        With ``sized``, only what goes to workers does; what comes back is as large as it turns out.
+        """
         clock = self.law().clock(self.workers, seed, self.factors())
         if self.on_outage == "pause" and self.outages:
             clock = Paused(clock, self.windows())
         message_s = self.latency_s + (model_bytes / self.bandwidth if self.bandwidth else 0.0)
-        return Timing(clock, seed, message_s, self.jitter_s, self.workers)
+        timing = Timing(clock, seed, message_s, self.jitter_s, self.workers)
+        if sized and self.bandwidth:
+            timing.up_s, timing.byte_s = self.latency_s, 1 / self.bandwidth
+        return timing
 
     @staticmethod
     def parse(text: str) -> "Fleet":
@@ -161,7 +167,12 @@ class Fleet:
 
 @dataclass
 class Timing:
-    """Start, end and arrival of jobs; a pure function of seed, worker, number and start."""
+    """Start, end and arrival of jobs; a pure function of seed, worker, number and start.
+
+    Where ``byte_s`` is not 0, each byte of a result takes so long on top of the arrival planned.
+    """
+
+    byte_s = 0.0
 
     clock: Clock
     seed: int
@@ -171,6 +182,7 @@ class Timing:
 
     def __post_init__(self) -> None:
         """See the fields."""
+        self.up_s = self.message_s
         self._blocks: dict[int, tuple[int, list[list[float]]]] = {}
         linked = self.message_s > 0 or self.jitter_s > 0
         # Without links a job starts when it is its turn and arrives when it ends: no plan needed.
@@ -180,7 +192,7 @@ class Timing:
         self, worker: int, number: int, assigned_s: float, free_s: float, steps: int = 1
     ) -> tuple[float, float, float]:
         """(start, end, arrival at the server) of a job assigned then, the worker free since."""
-        down = up = self.message_s
+        down, up = self.message_s, self.up_s
         if self.jitter_s:
             extra = self._jitter(worker, number)
             down, up = down + extra[0], up + extra[1]

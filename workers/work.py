@@ -8,7 +8,9 @@ place, that whoever runs the workers stores.
 """
 
 import math
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -76,12 +78,18 @@ def gradient() -> Gradient:
 
 
 class OwnLoop:
-    """So many steps of a training loop that is not here: nothing can be computed without it."""
+    """So many steps of a training loop that is not here: nothing can be computed without it.
+
+    Args:
+        steps: of a job.
+        loop: what Ray's actors run, called with the address to join: a function, or
+            "module:function"; "": the loops join by themselves.
+    """
 
     spec: Spec | None = None
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    def __init__(self, steps: int, loop: str | Callable[[str], object] = "") -> None:
+        self.steps, self.loop = steps, loop
 
     def keep(self, n: int, x: NDArray) -> Kept:
         """Nothing: the loop keeps what it wants to."""
@@ -95,9 +103,17 @@ class OwnLoop:
 
 
 @WORK.register("own-loop")
-def own_loop(*, steps: Count = 50) -> OwnLoop:
-    """Steps of a user's own training loop, which joins with ``offbeat.join``."""
-    return OwnLoop(steps)
+def own_loop(*, steps: Count = 50, loop: str = "") -> OwnLoop:
+    """Steps of a user's own training loop, which joins with ``offbeat.join``.
+
+    Args:
+        steps: of the loop's optimiser in a job.
+        loop: with engine = "ray", the "module:function" that its actors run with the address to
+            join; "": the loops join by themselves.
+    """
+    if loop and not re.fullmatch(r"[\w.]+:\w+", loop):
+        raise ConfigError(f'own-loop: loop = "{loop}" is no function; write "module:function"')
+    return OwnLoop(steps, loop)
 
 
 class Inner(ABC):

@@ -97,6 +97,8 @@ class Gossip(ABC):
     """Whether it gives shares away (columns of the weights sum to 1) instead of mixing."""
     overlap = False
     """Whether a round's gradient can be computed while its messages are on their way."""
+    points = 1
+    """At how many points it wants gradients in a round, on one sample."""
     partners = "all"
     """With whom an asynchronous node exchanges after a gradient: "all" neighbours, or "one"."""
 

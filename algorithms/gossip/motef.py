@@ -63,6 +63,8 @@ class MoTEF(Gossip):
 class MoTEFVR(MoTEF):
     """MoTEF with the momentum of STORM: two gradients on one sample; see the module."""
 
+    points = 2
+
     def ask(self, node: Node) -> tuple[NDArray, NDArray]:  # type: ignore[override]
         """See ``Gossip``."""
         before = node.x

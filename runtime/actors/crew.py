@@ -12,6 +12,7 @@ import traceback
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ref as weak
 
@@ -19,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from offbeat.runtime.actors.start import load, start
-from offbeat.runtime.crew import ALONE_BYTES, Answer, Back, Crew, Event, Failed, Gone, Order, Runner
+from offbeat.runtime.actors.loops import LoopRunner, farewell, meet, runner
+from offbeat.runtime.actors.start import last_line, load, start
+from offbeat.runtime.crew import ALONE_BYTES, Answer, Back, Crew, Event, Failed, Gone, Order
 from offbeat.runtime.errors import ConfigError, CrewError
-from offbeat.workers.work import Kept
+from offbeat.workers.work import Kept, OwnLoop
 
 if TYPE_CHECKING:
     from offbeat.runtime.backends import Ray
@@ -34,6 +36,7 @@ MOST_ORDERS = 1024  # in a call
 MOST_BYTES = 2**22  # of models in a call, unless one is larger
 INLINE_BYTES = 100_000  # models up to this size travel in the call, larger ones in Ray's store
 START_S, START_EACH_S = 60.0, 10.0  # for all actors to be there, and more for each
+AT_END = {"end": 1}  # beside what an actor computes, it can be told that the run is over
 SHORTEST_S = 1e-3  # Ray waits in whole milliseconds
 
 
@@ -43,7 +46,7 @@ class Reply(NamedTuple):
     done: list[int]
     losses: list[float | None]
     spent_s: list[float]
-    payloads: NDArray  # [k, d], or [d] of a single one
+    payloads: Any  # [k, d] or k frames; of a single order [d] or a frame
     kept: Kept  # rows [k, ...]
     failed: dict[int, str]  # order -> traceback
 
@@ -66,10 +69,15 @@ class Host:
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(1)
         task, work = parts
-        self._runner = Runner(task.to(device) if device else task, work)
+        self._runner = runner(task.to(device) if device else task, work)
 
     def ready(self) -> None:
         """Nothing; an answer says that the actor is there."""
+
+    def end(self) -> None:
+        """The run is over: loops that are run here may end by themselves."""
+        if isinstance(self._runner, LoopRunner):
+            self._runner.loops.end()
 
     def compute(self, asked: Asked, *large: NDArray) -> Reply:
         """Compute orders; ``large`` are models ``[d]`` from Ray's store, where they are large."""
@@ -81,11 +89,12 @@ class Host:
         ]
         answers, failed = self._attempt(orders)
         payloads = [answer.payload for answer in answers]
+        coded = any(isinstance(payload, bytes) for payload in payloads)
         return Reply(
             [answer.serial for answer in answers],
             [answer.loss for answer in answers],
             [answer.spent_s for answer in answers],
-            payloads[0] if len(payloads) == 1 else np.array(payloads),
+            payloads[0] if len(payloads) == 1 else payloads if coded else np.array(payloads),
             {
                 name: np.concatenate([answer.kept[name] for answer in answers])
                 for name in (answers[0].kept if answers else ())
@@ -129,13 +138,16 @@ class RayCrew(Crew):
     Args:
         experiment: whose jobs.
         options: see ``backends.ray``.
+        folder: of the run.
 
     Raises:
         ConfigError: no Ray; actors that no machine has room for; a task that cannot travel.
         CrewError: the actors do not start.
     """
 
-    def __init__(self, experiment: "Experiment", options: "Ray") -> None:
+    def __init__(
+        self, experiment: "Experiment", options: "Ray", folder: Path | None = None
+    ) -> None:
         n = experiment.fleet.workers
         count = math.ceil(n / options.workers_per_actor)
         self._options, self._ray = options, load()
@@ -148,10 +160,13 @@ class RayCrew(Crew):
         device = "" if options.device == "cpu" else options.device
         if device and not hasattr(experiment.task, "to"):
             raise ConfigError(f'engine = "ray": this task cannot compute on device = "{device}"')
+        self._loops = isinstance(experiment.work, OwnLoop)
         self._session = start(options.address)
         try:
             self._where = places(self._ray, count, options)
-            self._make = self._ray.remote(Host)
+            meet(self._ray, experiment, options, folder)
+            groups = {"concurrency_groups": AT_END} if self._loops else {}
+            self._make = self._ray.remote(**groups)(Host) if groups else self._ray.remote(Host)
             try:
                 self._parts = self._ray.put((experiment.task, experiment.work)), device
             except (TypeError, AttributeError) as error:  # Ray explains itself at length
@@ -269,7 +284,9 @@ class RayCrew(Crew):
         alone = len(reply.done) == 1
         for j, place in enumerate(reply.done):
             # A row of many is copied: one slow worker's would keep all of them in memory.
-            payload = reply.payloads if alone else reply.payloads[j].copy()
+            payload = reply.payloads if alone else reply.payloads[j]
+            if not alone and isinstance(payload, np.ndarray):
+                payload = payload.copy()
             kept = {
                 name: held if alone else held[j : j + 1].copy() for name, held in reply.kept.items()
             }
@@ -357,6 +374,11 @@ class RayCrew(Crew):
         with suppress(self._ray.exceptions.RayError):
             self._ray.kill(seat.actor)
 
+    def ended(self, reason: str) -> None:
+        """See ``Crew``: loops end by themselves, if they do soon."""
+        if self._loops:
+            farewell(self._ray, [seat.actor for seat in self._seats if seat.ready is None], "end")
+
     def close(self) -> None:
         """See ``Crew``: the actors, and the Ray that was begun for them."""
         for seat in self._seats:
@@ -414,8 +436,3 @@ def why(error: Exception) -> str:
     if "connection error code 2" in said:
         return "the process of its Ray actor died"
     return next((text for key, text in known.items() if key in said), last_line(error))
-
-
-def last_line(error: Exception) -> str:
-    """Of an error's text, which may be a traceback."""
-    return str(error).strip().split("\n")[-1]

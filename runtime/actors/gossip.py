@@ -15,14 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 from threadpoolctl import threadpool_limits
 
-from offbeat.runtime.actors.crew import INLINE_BYTES, START_EACH_S, START_S, last_line, places, why
-from offbeat.runtime.actors.start import load, start
+from offbeat.runtime.actors.crew import INLINE_BYTES, START_EACH_S, START_S, places, why
+from offbeat.runtime.actors.loops import Loops, farewell, meet
+from offbeat.runtime.actors.start import last_line, load, start
+from offbeat.runtime.crew import Answer
 from offbeat.runtime.errors import ConfigError, CrewError
 from offbeat.runtime.hosted import Hosted, Parcel, Report
 from offbeat.runtime.memory import keep_freed
+from offbeat.runtime.node import Compute
+from offbeat.runtime.own.desk import ordered
 from offbeat.runtime.peer import nbytes
 from offbeat.runtime.records import Records
 from offbeat.runtime.watched import Place, Watched
+from offbeat.workers.work import OwnLoop
 
 if TYPE_CHECKING:
     from offbeat.runtime.backends import Ray
@@ -52,6 +57,11 @@ class GossipHost:
             experiment.task.to(device)  # type: ignore[attr-defined]
         self._ray = load()
         self._posts: dict[int, Any] = {}  # node -> how its actor is called
+        self._loops: Loops | None = None
+        if isinstance(experiment.work, OwnLoop):
+            self._loops = Loops(experiment.work, self._came)
+            more |= {"elsewhere": self._give}
+        self._steps = experiment.work.steps
         self._hosted = Hosted(experiment, nodes, self._carry, **more)
 
     def ready(self) -> None:
@@ -88,6 +98,24 @@ class GossipHost:
     def report(self, wait_s: float) -> Report:
         """See ``Hosted``."""
         return self._hosted.report(wait_s)
+
+    def _give(self, i: int, job: Compute) -> None:
+        """A job for a loop."""
+        assert self._loops is not None
+        self._loops.give(ordered(i, job, self._steps))
+
+    def _came(self, i: int, came: Answer | Exception) -> None:
+        """From a loop's thread: what became of its job."""
+        if isinstance(came, Exception):
+            self._hosted.failed(came)
+        else:
+            losses = [] if came.loss is None else [came.loss]
+            self._hosted.computed(i, came.serial, losses, came.payload)
+
+    def end(self) -> None:
+        """The run is over: loops that are run here may end by themselves."""
+        if self._loops is not None:
+            self._loops.end()
 
     def _carry(self, parcels: list[Parcel]) -> None:
         """One call to every actor; what is large is put into Ray's store once."""
@@ -156,6 +184,7 @@ class RayGossip(Watched[Seat]):
         self._session = start(options.address)
         try:
             self._where = places(self._ray, count, options)
+            meet(self._ray, experiment, options)
             self._make = self._ray.remote(concurrency_groups={"watch": 1})(GossipHost)
             try:
                 travels = copy.copy(experiment)
@@ -305,6 +334,9 @@ class RayGossip(Watched[Seat]):
 
     def close(self) -> None:
         """See ``Loop``: the actors, and the Ray that was begun for them."""
+        if isinstance(self.experiment.work, OwnLoop):
+            here = [seat.actor for seat in self._seats if seat.actor is not None and seat.here]
+            farewell(self._ray, here, "watch")
         for seat in self._seats:
             if seat.actor is not None:
                 with suppress(self._ray.exceptions.RayError):

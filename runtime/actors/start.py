@@ -147,3 +147,8 @@ def _quiet() -> dict[str, object]:
 
 def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".split("\n")[0]
+
+
+def last_line(error: Exception) -> str:
+    """Of an error's text, which may be a traceback."""
+    return str(error).strip().split("\n")[-1]

@@ -1,11 +1,9 @@
 """The commands of runs over a network: serve, join, peer, status, keys."""
 
 import json
-import logging
 import time
 import tomllib
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +17,7 @@ from rich.table import Table
 from offbeat.algorithms.gossip import Gossip
 from offbeat.runtime.backends import ENGINES
 from offbeat.runtime.errors import ConfigError, CrewError
+from offbeat.runtime.logs import FORM, telling
 from offbeat.runtime.net import keys, sockets, wire
 from offbeat.runtime.net import messages as say
 from offbeat.runtime.net.jobs import Liveness
@@ -29,6 +28,16 @@ ASK_S = 5.0  # for a server to answer
 Keys = Annotated[
     Path | None,
     typer.Option("--keys", envvar="OFFBEAT_KEYS", help="A folder of keys; see offbeat keys."),
+]
+Form = Annotated[
+    str,
+    typer.Option("--log", envvar=FORM, help="text; or json: one object a line, on standard error."),
+]
+Saves = Annotated[
+    int | None, typer.Option(help="Saves that fail in a row, on a full disk, before it ends.")
+]
+Metrics = Annotated[
+    str, typer.Option(help="Where Prometheus can read: a port of this machine, or host:port.")
 ]
 Address = Annotated[str, typer.Argument(help="Of the server, as tcp://host:5555.")]
 Folder = Annotated[
@@ -62,16 +71,26 @@ def authorize(
     typer.echo(f"{keys.authorize(folder, name, key)}: {name} may take part")
 
 
+def own_engine(file: Path) -> dict[str, Any]:
+    """The table of the engine that ``file`` names, if it is this one, else an empty one."""
+    from offbeat.runtime.experiment import make_part
+
+    try:
+        own = tomllib.loads(file.read_text()).get("engine", "")
+    except (OSError, ValueError):  # read says what is wrong with the file
+        return {}
+    try:
+        spec = make_part(ENGINES, own).spec if own else None
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+    return spec.table() if spec is not None and spec.name == "zmq" else {}
+
+
 def serving(file: Path, given: dict[str, Any], overrides: list[str]) -> tuple[Any, dict[str, Any]]:
     """The experiment of ``file`` with an engine that listens, and that engine's table."""
-    from offbeat.runtime.experiment import make_part, read
+    from offbeat.runtime.experiment import read
 
-    table: dict[str, Any] = {"name": "zmq", "bind": f"tcp://127.0.0.1:{PORT}"}
-    with suppress(OSError, ValueError):  # read says what is wrong with the file
-        own = tomllib.loads(file.read_text()).get("engine", "")
-        spec = make_part(ENGINES, own).spec if own else None
-        if spec is not None and spec.name == "zmq":
-            table = spec.table()
+    table = own_engine(file) or {"name": "zmq", "bind": f"tcp://127.0.0.1:{PORT}"}
     table |= {"processes": 0} | given
     found = read(file, {"engine": table}, overrides)
     if len(found) > 1:
@@ -79,6 +98,10 @@ def serving(file: Path, given: dict[str, Any], overrides: list[str]) -> tuple[An
     if isinstance(found[0].algorithm, Gossip):
         raise ConfigError(f"{file}: a gossip method has no server; see offbeat peer")
     return found[0], table
+
+
+def _saves(most: int | None) -> list[str]:
+    return [] if most is None else [f"record.max_failed_saves={most}"]
 
 
 def mount(
@@ -117,24 +140,29 @@ def mount(
         out: Annotated[
             Path | None, typer.Option(help="The run's folder; a run that is there goes on.")
         ] = None,
+        max_failed_saves: Saves = None,
+        metrics: Metrics = "",
+        form: Form = "text",
     ) -> None:
         """Serve an experiment to workers that join, or go on with one that was stopped."""
-        _log()
         options = {
             "bind": bind,
             "keys": str(folder) if folder else None,
             "processes": processes,
             "suspect_after_s": suspect_after_s,
             "most_idle_s": max_idle_s,
+            "metrics": metrics or None,
         }
         given = {key: value for key, value in options.items() if value is not None}
-        experiment, table = serving(file, given, overrides or [])
-        place = out or fresh(file.stem)
-        parts = {str(experiment.algorithm.spec.name): place}
-        if (place / "experiment.toml").exists():
-            go_on(parts, place, engine=table)
-        else:
-            go_on(parts, place, experiment)
+        with telling(form):
+            saves = _saves(max_failed_saves)
+            experiment, table = serving(file, given, (overrides or []) + saves)
+            place = out or fresh(file.stem)
+            parts = {str(experiment.algorithm.spec.name): place}
+            if (place / "experiment.toml").exists():
+                go_on(parts, place, engine=table, overrides=saves)
+            else:
+                go_on(parts, place, experiment)
 
     @app.command()
     def join(
@@ -145,12 +173,14 @@ def mount(
         max_wait_s: Annotated[
             float | None, typer.Option(help="Without a server for so long, give up.")
         ] = None,
+        metrics: Metrics = "",
+        form: Form = "text",
     ) -> None:
         """Work for a server until its run is over; it is waited for, and found again."""
         from offbeat.runtime.net.worker import Worker
 
-        _log()
-        Worker(address, name, folder, device, max_wait_s).run()
+        with telling(form):
+            Worker(address, name, folder, device, max_wait_s, metrics).run()
 
     @app.command()
     def peer(
@@ -169,34 +199,48 @@ def mount(
             typer.Option(help="Where a torch task computes, if not as in the host file."),
         ] = None,
         suspect_after_s: Annotated[
-            float, typer.Option(help="Silence after which a neighbour is suspected.")
-        ] = 1.0,
+            float | None,
+            typer.Option(help="Silence after which a neighbour is suspected; alike at all."),
+        ] = None,
         overrides: Annotated[
             list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As for run.")
         ] = None,
+        max_failed_saves: Saves = None,
+        metrics: Metrics = "",
+        form: Form = "text",
     ) -> None:
         """Be one node of a gossip run; started again, it returns to the run."""
         from offbeat.runtime.experiment import read
         from offbeat.runtime.net.peer import PeerProcess, Seat, alone
 
-        _log()
-        listed = read_hosts(hosts)
-        number, own = listed.node(node)
-        found = read(file, {}, overrides or [])
-        if len(found) > 1:
-            raise ConfigError(f"{file}: is a comparison of {len(found)} runs; take one at a time")
-        if not bind:
-            bind = own.endpoint if folder is None else f"tcp://*:{own.port}"
-        reason = PeerProcess(
-            alone(found[0]),
-            [Seat(one.name, one.endpoint) for one in listed.nodes()],
-            number,
-            out or Path("runs") / f"{file.stem}-{node}",
-            bind=bind,
-            keys_folder=folder,
-            device=device or own.device,
-            suspect_after_s=suspect_after_s,
-        ).run()
+        with telling(form):
+            listed = read_hosts(hosts)
+            number, own = listed.node(node)
+            found = read(
+                file,
+                {"engine": own_engine(file) or "zmq", "clock": "real"},
+                (overrides or []) + _saves(max_failed_saves),
+            )
+            if len(found) > 1:
+                raise ConfigError(
+                    f"{file}: is a comparison of {len(found)} runs; take one at a time"
+                )
+            if suspect_after_s is None:
+                usual = Liveness.suspect_after_s
+                suspect_after_s = getattr(found[0].engine, "suspect_after_s", usual)
+            if not bind:
+                bind = own.endpoint if folder is None else f"tcp://*:{own.port}"
+            reason = PeerProcess(
+                alone(found[0]),
+                [Seat(one.name, one.endpoint) for one in listed.nodes()],
+                number,
+                out or Path("runs") / f"{file.stem}-{node}",
+                bind=bind,
+                keys_folder=folder,
+                device=device or own.device,
+                suspect_after_s=suspect_after_s,
+                metrics=metrics,
+            ).run()
         typer.echo(f"{node}: the run is over ({reason})")
         if reason == "interrupted":
             raise typer.Exit(INTERRUPTED)
@@ -223,10 +267,6 @@ def mount(
                     while True:
                         time.sleep(1.0)
                         live.update(shown(ask()))
-
-
-def _log() -> None:
-    logging.getLogger("offbeat").setLevel("INFO")
 
 
 def _peers(status: dict[str, Any]) -> Table:

@@ -25,6 +25,7 @@ from offbeat.runtime.errors import (
     WrongRun,
     WrongVersion,
 )
+from offbeat.runtime.logs import Note
 from offbeat.runtime.net import messages as say
 from offbeat.runtime.net import shapes
 from offbeat.runtime.net.jobs import (
@@ -112,6 +113,7 @@ class Hub:
         self._experiment, self._kinds, self._package = experiment, kinds, package
         self._manifest, self._resend_s = say.manifest(kinds), resend_s or liveness.resend_s
         self._reader, self._pool = Reader(run, kinds), Pool()
+        self._keeping = any(name.startswith(say.KEPT) for name in kinds["work"].arrays)
         self.roster, self.jobs = Roster(slots, liveness), Jobs()
         self.seats: dict[str, Seat] = {}
         self._slots: list[Seat | None] = [None] * slots  # who is ready
@@ -119,13 +121,15 @@ class Hub:
         self.events: list[Event] = [Gone(slot, "nobody has joined yet") for slot in range(slots)]
         self.outbox: list[Post] = []
         self.cuts: list[tuple[bytes, str]] = []  # addresses to be cut off, and why
-        self.notes: list[str] = []  # sentences for the log
+        self.notes: list[Note] = []  # for the log
         self.counts: Counter[str] = Counter()
         self._opinions: dict[int, tuple[Answer, str]] = {}  # serial -> a result to be checked
         self._newest = 0  # step of the newest order
         self.dim: int | None = None  # of the model of loops, where workers are such
         self.shapes = ""  # of its parameters; see ``runtime.net.shapes``
         self._rates_s = 0.0  # when rates were measured
+        self.bytes_in = self.bytes_out = 0  # of whole messages
+        self._spent_s, self._staleness = 0.0, 0  # of all results
 
     # -- What the run asks for -------------------------------------------------------------------
 
@@ -166,8 +170,8 @@ class Hub:
         """Messages that members have not acknowledged."""
         return sum(seat.link.pending for seat in self.seats.values())
 
-    def status(self, now_s: float) -> str:
-        """How the run is, as JSON."""
+    def status(self, now_s: float) -> dict[str, Any]:
+        """How the run is."""
         rows = [
             {
                 "worker": seat.member.slot,
@@ -181,22 +185,27 @@ class Hub:
                 "loss": seat.loss
                 if math.isfinite(seat.loss)
                 else None,  # JSON has no other numbers
+                "waiting": seat.link.pending,
             }
             for seat in sorted(self.seats.values(), key=lambda seat: seat.member.slot)
         ]
-        whole = {
+        results = self.jobs.counts["accepted"]
+        return {
             "run": self.run,
             "incarnation": self.incarnation,
             "slots": self.roster.slots,
-            "jobs": self.jobs.counts["accepted"],
+            "jobs": results,
+            "spent_s": [self._spent_s, results],
+            "staleness": [self._staleness, results],
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
             "out": len(self.jobs.outstanding),
             "step": self._newest,
             "resends": sum(seat.link.resends for seat in self.seats.values()),
             "duplicates": sum(seat.link.duplicates for seat in self.seats.values()),
             "workers": rows[:MOST_SHOWN],
-            "counts": self.counts,
+            "counts": dict(self.counts),
         }
-        return json.dumps(whole)
 
     def _state(self, member: Member, now_s: float) -> str:
         if not member.ready:
@@ -229,6 +238,8 @@ class Hub:
 
     def _take(self, address: bytes, node: str | None, message: Message, now_s: float) -> None:
         head = message.head
+        if node == "":
+            raise WrongNode(f"the key of who says that it is {head.node} is not in the list")
         if node is not None and head.node != node:
             raise WrongNode(f"{node} says that it is {head.node}")
         if head.kind == "hello":
@@ -237,7 +248,7 @@ class Hub:
         if head.kind == "ask":
             if why := self.roster.quarantined.get(node or ""):
                 raise WrongNode(why)
-            self._post(address, "status", say.Status(self.status(now_s)), 0)
+            self._post(address, "status", say.Status(json.dumps(self.status(now_s))), 0)
             return
         if head.run != self.run:
             raise BadHeader(f"a {head.kind} of a stranger")
@@ -287,13 +298,15 @@ class Hub:
     def _hello(self, address: bytes, head: Header, hello: say.Hello, now_s: float) -> None:
         if hello.package != self._package:
             why = f"it runs offbeat {hello.package}, the server {self._package}"
-            self.notes.append(f"{head.node} was refused: {why}")
+            self._refuse(head.node, why)
             self._post(address, "refusal", say.Refusal(hello.nonce, why, -1.0), 0)
             return
         try:
             member = self.roster.hello(head.node, hello.nonce, now_s)
         except NotNow as refusal:
             retry_s = -1.0 if refusal.retry_s is None else refusal.retry_s
+            if retry_s < 0:
+                self._refuse(head.node, refusal.why)
             answer = say.Refusal(hello.nonce, refusal.why, retry_s, refusal.replaced)
             self._post(address, "refusal", answer, 0)
             return
@@ -311,13 +324,18 @@ class Hub:
         )  # fmt: skip
         self._post(address, "welcome", welcome, 0)
 
+    def _refuse(self, node: str, why: str) -> None:
+        self.notes.append(
+            Note("refused", f"{node} was refused: {why}", {"member": node, "why": why})
+        )
+
     def _again(self, address: bytes, head: Header) -> None:
         """Tell who speaks that it is not known: after a restart, a partition, a long sleep."""
         if self.roster.replaced(head.node, head.incarnation) and head.to == self.incarnation:
             why = f"another process joined as {head.node}"
             self._post(address, "refusal", say.Refusal(0, why, -1.0, True), head.incarnation)
         else:
-            self._post(address, "again", say.Again(), head.incarnation)
+            self._post(address, "again", say.Again(head.to), head.incarnation)
 
     def _hear(self, seat: Seat, message: Message, now_s: float) -> None:
         """A message in its order, whole."""
@@ -333,17 +351,20 @@ class Hub:
                 member.ready = True
                 self._slots[member.slot] = seat
                 self.events.append(Back(member.slot))
-                self.notes.append(f"{member.node} ({seat.where}) is worker {member.slot}")
+                fields = {"member": member.node, "worker": member.slot, "where": seat.where}
+                text = f"{member.node} ({seat.where}) is worker {member.slot}"
+                self.notes.append(Note("joined", text, fields))
         elif kind == "failure":
             serial = self.jobs.accept(member, body.job)
             self._orders.pop(serial, None)
             self.counts["failures"] += 1
-            self.notes.append(f"{member.node}, job {body.job}: {body.why}")
+            fields = {"member": member.node, "job": body.job, "why": body.why}
+            self.notes.append(Note("raised", f"{member.node}, job {body.job}: {body.why}", fields))
             self.events.append(Failed(serial, body.why))
         elif kind == "leave":
             link = seat.link
             self._post(seat.address, "pulse", say.Pulse(), member.incarnation, link.acknowledged)
-            self._lose(member, body.why)
+            self._lose(member, body.why, "left")
         elif kind != "pulse":
             raise BadHeader(f"a worker does not say {kind}")
 
@@ -373,11 +394,15 @@ class Hub:
             if name.startswith(say.KEPT)
         }
         finite = (body.loss is None or math.isfinite(body.loss)) and _finite(payload)
-        answer = Answer(serial, body.loss if finite else np.nan, payload, kept, body.spent_s)
+        nbytes = sum(one.nbytes for one in message.head.arrays if one.name == "payload")
+        loss = body.loss if finite else np.nan
+        answer = Answer(serial, loss, payload, kept, body.spent_s, nbytes)
         order = self._orders.pop(serial)
         seat.jobs += 1
         seat.loss = np.nan if body.loss is None else body.loss
         seat.staleness = self._newest - order.step
+        self._staleness += seat.staleness
+        self._spent_s += body.spent_s
         if finite:
             member.strikes = 0
             self._settle(serial, now_s)
@@ -398,7 +423,7 @@ class Hub:
             s for s in self._slots if s is not None and s is not seat
             and not self.roster.suspects(s.member, now_s)
         ]  # fmt: skip
-        if answer.kept or not others:  # nobody else could
+        if self._keeping or not others:  # nobody else could
             self.events.append(answer)
             return
         self._opinions[answer.serial] = answer, seat.member.node
@@ -428,7 +453,9 @@ class Hub:
             if seat is not None:
                 self._flush(seat, now_s)
             return
-        self.notes.append(f"{node or 'a peer'}: {error.name}: {error}")
+        text = f"{node or 'a peer'}: {error.name}: {error}"
+        fields = {"member": node or None, "reason": error.name, "why": str(error)}
+        self.notes.append(Note("rejected", text, fields))
         if isinstance(error, WrongRun):
             self._post(address, "again", say.Again(), 0)
         elif isinstance(error, WrongVersion):
@@ -449,18 +476,21 @@ class Hub:
         return next((seat for seat in self.seats.values() if seat.address == address), None)
 
     def _shut_out(self, seat: Seat, why: str) -> None:
+        self.roster.quarantine(seat.member, why)
+        self._dismiss(seat, why)
+
+    def _dismiss(self, seat: Seat, why: str) -> None:
         refusal = say.Refusal(seat.member.nonce, why, -1.0)
         self._post(seat.address, "refusal", refusal, seat.member.incarnation)
         self.cuts.append((seat.address, why))
-        self.roster.quarantine(seat.member, why)
         self._lose(seat.member, why)
 
     def revoke(self, node: str) -> None:
-        """``node`` may not take part any more."""
+        """The key of ``node`` is not listed any more: until one is, it is nobody."""
         if (seat := self.seats.get(node)) is not None:
-            self._shut_out(seat, f"the key of {node} is not in the run's list any more")
+            self._dismiss(seat, f"the key of {node} is not in the run's list any more")
 
-    def _lose(self, member: Member, why: str) -> None:
+    def _lose(self, member: Member, why: str, event: str = "gone") -> None:
         """``member`` is not here any more: its jobs are the run's again."""
         self.roster.drop(member)
         del self.seats[member.node]
@@ -476,7 +506,9 @@ class Hub:
         if was_ready:
             self._slots[member.slot] = None
             self.events.append(Gone(member.slot, why))
-            self.notes.append(f"{member.node} (worker {member.slot}) is gone: {why}")
+            text = f"{member.node} (worker {member.slot}) is gone: {why}"
+            fields = {"member": member.node, "worker": member.slot, "jobs": len(serials)}
+            self.notes.append(Note(event, text, {**fields, "why": why}))
 
     # -- Time ------------------------------------------------------------------------------------
 

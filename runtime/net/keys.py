@@ -218,7 +218,7 @@ def as_server(socket: zmq.Socket, own: Identity) -> None:
 
 
 class _Names(ThreadAuthenticator):
-    """Knows peers by the names their keys are listed under."""
+    """Lets in the keys that are listed; messages carry theirs, whose name may change."""
 
     names: Mapping[bytes, str] = {}
 
@@ -227,8 +227,8 @@ class _Names(ThreadAuthenticator):
         return key in self.names
 
     def curve_user_id(self, client_public_key: bytes) -> str:
-        """What messages of this key carry as User-Id."""
-        return self.names.get(z85.encode(client_public_key), "")  # "": taken off the list just now
+        """What messages of this key carry as User-Id: itself."""
+        return z85.encode(client_public_key).decode()
 
 
 class Gate:
@@ -247,8 +247,21 @@ class Gate:
         self._thread.start()
         self._thread.configure_curve_callback(DOMAIN.decode(), self._thread)
 
+    def who(self, frame: zmq.Frame) -> str:
+        """The name under which the key of who sent ``frame`` is listed; "": it is not any more."""
+        return self._thread.names.get(str(frame.get("User-Id")).encode(), "")
+
     def revoked(self) -> set[str]:
-        """Names that are not in the list any more since this was asked last."""
+        """Names whose keys are not in the list any more since this was asked last.
+
+        Raises:
+            Refused: nothing checks keys any more.
+        """
+        if not self._thread.is_alive():
+            raise Refused(
+                "the thread that checks keys has ended, so nobody new could join; start this "
+                "process again, and it goes on where it was"
+            )
         before = self._thread.names
         if (listed := _signature(self._folder)) == self._listed:
             return set()
@@ -293,4 +306,7 @@ class Gate:
 
     def close(self) -> None:
         """Let nobody in any more."""
+        if self._thread.pipe and not self._thread.is_alive():  # nobody would read what stop sends
+            self._thread.pipe.close(0)
+            self._thread.pipe = None  # type: ignore[assignment]
         self._thread.stop()

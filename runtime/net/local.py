@@ -17,6 +17,7 @@ from collections.abc import Callable
 from logging import getLogger
 from pathlib import Path
 
+from offbeat.runtime import logs
 from offbeat.runtime.errors import CrewError, OffbeatError
 
 log = getLogger("offbeat.net")
@@ -76,11 +77,15 @@ def _begin(run: Callable[[str], object], name: str) -> int:
         os.close(0)
         if os.getppid() != parent:
             os._exit(1)
+        logs.identify(node=name)
         run(name)
         code = 0
     except OffbeatError as error:
-        print(f"offbeat: {name}: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
+        if logs.in_json():
+            logs.tell("failed", str(error), logging.ERROR, exit_code=code)
+        else:
+            print(f"offbeat: {name}: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         code = 130
     except BaseException:
@@ -113,7 +118,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     for name in filter(None, heavy.split(",")):
         __import__(name)
-    logging.basicConfig(level="WARNING", format="%(message)s")
+    if logs.in_json():
+        logs.as_json()
+    else:
+        logging.basicConfig(level="WARNING", format="%(message)s")
     names, run = _workers(*words) if what == "worker" else _peers(*words)
     pids = {_begin(run, name): name for name in names}
     again_s: dict[str, float] = {}  # when to replace

@@ -15,6 +15,9 @@ an older one of its own incarnation before it has begun takes the next.
 
 Beginning.  A peer waits for its neighbours, and begins with them.  Where some run already, and do
 not count on it from their start, it takes their models and joins them.
+
+Ending.  A peer that is done stays until its neighbours are.  For one that is gone it stays a while:
+who comes back then learns from it that the run is over, and what came of it.
 """
 
 from collections import Counter
@@ -37,6 +40,7 @@ from offbeat.runtime.errors import (
     WrongRun,
 )
 from offbeat.runtime.hosted import Parcel
+from offbeat.runtime.logs import Note
 from offbeat.runtime.net import messages as say
 from offbeat.runtime.net.jobs import MOST_OFFENCES, Liveness
 from offbeat.runtime.net.link import Full, Link
@@ -67,7 +71,8 @@ LEAST_ENTRIES = 4  # of an item that is no vector of the model
 GATHERING, SAVED, RUNNING, DONE, LEFT = range(5)
 WAIT_S = 600.0  # for neighbours that were never heard, before a run begins without them
 DIFFER_S = 3.0  # for a neighbour of the same run to be heard, where another's run differs
-START, RESTORE, JOIN = "start", "restore", "join"
+LATE_S = 20.0  # that a peer which is done stays for a neighbour that is being started again
+START, RESTORE, JOIN, OVER = "start", "restore", "join", "over"
 
 
 class Beat(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
@@ -223,6 +228,7 @@ class Mesh:
         }
         self._by_name = {n.name: n for n in self.neighbours.values()}
         self._began_s = self._looked_s = now_s
+        self._left_s = now_s  # when it was done
         self._differs_s: float | None = None  # since when another run was heard of
         self._difference = ""
         self.outbox: list[tuple[int, bool, list[Any]]] = []  # neighbour, is it a beat?, frames
@@ -230,9 +236,8 @@ class Mesh:
         self.mail: list[Parcel] = []  # for the node
         self.requests: list[Request] = []
         self.cuts: list[tuple[bytes, str]] = []  # addresses to be cut off, and why
-        self.notes: list[str] = []
+        self.notes: list[Note] = []  # for the log
         self.counts: Counter[str] = Counter()
-        self.revoked: set[str] = set()  # names whose keys may not take part any more
         self.fate: OffbeatError | None = None
         self._become(incarnation)
 
@@ -260,11 +265,13 @@ class Mesh:
     # -- What the node does ----------------------------------------------------------------------
 
     def decide(self, now_s: float) -> str | None:
-        """How the node is to begin, or None: not yet."""
+        """How the node is to begin, if it is not ``OVER`` already; None: not yet."""
         here = [n for n in self.neighbours.values() if self._mutual(n, now_s)]
         running = [n for n in here if n.standing in (RUNNING, DONE)]
         counted_on = any(n.counts for n in running)
         if running and not counted_on:
+            if not self._joins and all(n.standing == DONE for n in running):
+                return OVER
             if not self._joins:
                 raise ConfigError(
                     f"{running[0].name} is in the middle of the run, and this method cannot take "
@@ -311,21 +318,24 @@ class Mesh:
             for part in parcels("said", body, arrays):
                 n.link.send(part)
         except Full:
-            self.notes.append(f"{n.name} takes nothing any more")
+            self.notes.append(
+                Note("cut", f"{n.name} takes nothing any more", {"address": n.name, "why": "full"})
+            )
             self._down(n)
             return
         self._flush(n, now_s)
 
     def leave(self, standing: int, now_s: float) -> None:
         """Tell all neighbours that this peer is done, or has left."""
-        self.standing = standing
+        self.standing, self._left_s = standing, now_s
         for n in self.neighbours.values():
             self._beat(n, now_s)
 
     def finished(self, now_s: float) -> bool:
         """Whether nobody waits for this peer any more, once it is done."""
+        late_s = self._left_s + LATE_S
         return all(
-            n.standing in (DONE, LEFT) or not self._hears(n, now_s)
+            n.standing in (DONE, LEFT) or (now_s >= late_s and not self._hears(n, now_s))
             for n in self.neighbours.values()
         ) and not any(
             n.link.pending and self._hears(n, now_s) and n.standing != LEFT
@@ -350,13 +360,13 @@ class Mesh:
         if isinstance(error, OldIncarnation | WrongRun):
             return
         who = n.name if n else "somebody"
-        self.notes.append(f"{who}: {error.name}: {error}")
+        fields = {"member": n and n.name, "reason": error.name, "why": str(error)}
+        self.notes.append(Note("rejected", f"{who}: {error.name}: {error}", fields))
         if n is None:
             self.cuts.append((address, error.name))
             return
         n.offences += 1
         if n.offences % MOST_OFFENCES == 0:
-            self.notes.append(f"{n.name} is cut off: {n.offences} wrong messages")
             self.cuts.append((address, error.name))
             self._down(n)
 
@@ -366,6 +376,9 @@ class Mesh:
 
     def _take(self, address: bytes, node: str | None, message: Message, now_s: float) -> None:
         head = message.head
+        if node == "":
+            self.cuts.append((address, f"the key of {head.node} is not in the list any more"))
+            raise OldIncarnation(f"{head.node} may not take part any more")
         if node is not None and head.node != node:
             raise WrongNode(f"{node} says that it is {head.node}")
         if head.kind in ("ask", "watch"):
@@ -374,15 +387,12 @@ class Mesh:
         n = self._by_name.get(head.node)
         if n is None:
             raise WrongNode(f"{head.node} is no neighbour of {self.name}")
-        if n.name in self.revoked:
-            self.cuts.append((address, f"the key of {n.name} is not in the list any more"))
-            raise OldIncarnation(f"{n.name} may not take part any more")
         if head.kind == "config":
             self._other(n, head, message.body, now_s)
             return
         if head.run != self.run:
             if now_s >= n.config_s:
-                n.config_s = now_s + self.liveness.suspect_after_s
+                n.config_s = now_s + self.liveness.heartbeat_s
                 self._post(n, parcels("config", Config(self._text))[0], 0)
             raise WrongRun(f"{n.name} runs another experiment, {head.run}")
         n.address = address
@@ -475,7 +485,7 @@ class Mesh:
         self._difference = f"{n.name} runs another experiment: {said[:MOST_SAID]}"
         if self._differs_s is None:
             self._differs_s = now_s
-            self.notes.append(self._difference)
+            self.notes.append(Note("differs", self._difference, {"why": said[:MOST_SAID]}))
 
     # -- Time and what goes out ------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 from offbeat.runtime.net.wire import ArraySpec, Counter, Kind, Name
+from offbeat.workers.compressed import SENT
 from offbeat.workers.work import Kept
 
 MOST_TEXT = 2**17
@@ -48,6 +49,9 @@ class Refusal(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, 
 
 class Again(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
     """The server does not know who speaks: it is to say hello."""
+
+    server: Counter = 0
+    """The incarnation that was spoken to; 0: of another run."""
 
 
 class Ready(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
@@ -132,6 +136,7 @@ def kinds(x: NDArray, kept: Kept) -> dict[str, Kind]:
         KEPT + name: ArraySpec(row.dtype.str, (1, *row.shape[1:])) for name, row in kept.items()
     }
     maybe = {name: spec._replace(optional=True) for name, spec in rows.items()}
+    rows.pop(KEPT + SENT, None)  # the server knows it from the payload
     model = ArraySpec(x.dtype.str, x.shape)
     return GREETING | {
         "ready": Kind(Ready),

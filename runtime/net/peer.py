@@ -20,11 +20,12 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
-from logging import getLogger
+from logging import INFO, WARNING
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -44,21 +45,25 @@ from offbeat.runtime.errors import (
 )
 from offbeat.runtime.experiment import FILES, Experiment
 from offbeat.runtime.hosted import Hosted, Parcel, Report
+from offbeat.runtime.logs import Note, identify, tell
 from offbeat.runtime.net import keys, mesh, sockets
 from offbeat.runtime.net import messages as say
 from offbeat.runtime.net.jobs import Liveness
 from offbeat.runtime.net.mesh import Mesh
+from offbeat.runtime.net.metrics import Exporter
 from offbeat.runtime.net.server import Claim
 from offbeat.runtime.net.wire import PIECE_BYTES, pack, parcels
-from offbeat.runtime.node import gossip_node
+from offbeat.runtime.node import Compute, gossip_node
 from offbeat.runtime.records import Records
 from offbeat.runtime.registry import MADE_BY_HAND
+from offbeat.workers.tasks.external import ELSEWHERE, External
+from offbeat.workers.work import OwnLoop
 
-log = getLogger("offbeat.net")
 AT_ONCE = 256  # messages that are read before anything else is looked at
 LEAVE_S = 10.0  # for the node's state, once the process is asked to end
 FAREWELL_S = 0.5  # for the last words to be on their way
 RECONNECT_MS = 100, 1000
+KNOCK_S = 2.0  # after a neighbour has refused this peer's key, before it knocks again
 REMIND_S = 30.0
 MOST_WATCHERS = 16  # whose reports are on their way at a time
 
@@ -89,9 +94,10 @@ def lines(experiment: Experiment, seats: Sequence[Seat]) -> str:
         _flatten(key, table.get(key), found)
     _flatten("work", table["work"], found)
     _flatten("stop", table["stop"], found)
-    x = experiment.task.initial(experiment.seed)
+    task, x = experiment.task, experiment.task.initial(experiment.seed)
+    begins = f", beginning as {task.digest()}" if isinstance(task, External) else ""
     found |= dict.fromkeys(
-        [f"model {x.dtype}[{x.size}]", "nodes " + " ".join(s.name for s in seats)]
+        [f"model {x.dtype}[{x.size}]{begins}", "nodes " + " ".join(s.name for s in seats)]
     )
     return "\n".join(found)
 
@@ -121,6 +127,8 @@ def check(experiment: Experiment) -> None:
 class PeerProcess:
     """One peer.
 
+    A subclass may have the node's jobs computed ``elsewhere``; see ``Hosted``.
+
     Args:
         experiment: what all run.
         seats: all nodes.
@@ -132,10 +140,13 @@ class PeerProcess:
         device: where a torch task computes.
         watched: whether it does what a watcher says, which also keeps the records.
         descriptor: of a socket that listens already, or None.
+        metrics: where they are served; see ``metrics.address``; "": nowhere.
 
     Raises:
         ConfigError, Fenced, Refused, StorageError.
     """
+
+    elsewhere: Callable[[int, Compute], None] | None = None
 
     def __init__(
         self,
@@ -150,6 +161,7 @@ class PeerProcess:
         device: str = "cpu",
         watched: bool = False,
         descriptor: int | None = None,
+        metrics: str = "",
     ) -> None:
         if len(seats) != experiment.fleet.workers:
             raise ConfigError(
@@ -159,9 +171,12 @@ class PeerProcess:
             check(experiment)
         self.experiment, self.me, self.folder, self._watched = experiment, me, folder, watched
         self.seat, self._seats, self._device = seats[me], seats, device
+        if self.elsewhere is None and isinstance(experiment.work, OwnLoop):
+            raise ConfigError(f"own-loop: {ELSEWHERE}")
         self.liveness = Liveness(suspect_after_s)
-        text = lines(experiment, seats)
-        _prepare(experiment, device)
+        text = f"{lines(experiment, seats)}\nsuspect_after_s = {suspect_after_s:g}"
+        if self.elsewhere is None:
+            _prepare(experiment, device)
         bind = bind or self.seat.endpoint
         keys.check_bind(bind, keys_folder)
         node = gossip_node(experiment, me)
@@ -175,6 +190,9 @@ class PeerProcess:
         self._gate: keys.Gate | None = None
         self._side = ThreadPoolExecutor(1)  # evaluates and saves
         self._hosted: Hosted | None = None
+        self._exporter: Exporter | None = None
+        self._bytes_in = self._bytes_out = 0  # of whole messages
+        self._spent = 0.0, 0  # seconds, jobs
         try:
             self._exact = (folder / EXACT).exists()
             self._state, self._notes = self._saved()
@@ -186,7 +204,11 @@ class PeerProcess:
                 saved=self._state is not None, joins=node.bears, now_s=time.monotonic(),
                 resend_s=sockets.PIECE_S,
             )  # fmt: skip
+            run, incarnation = self.mesh.run, self.mesh.incarnation
+            identify(run=run, node=self.seat.name, incarnation=incarnation)
             self._open(bind, keys_folder, descriptor)
+            if metrics:
+                self._exporter = Exporter(metrics, "peer")
         except BaseException:
             self.close()
             raise
@@ -198,15 +220,17 @@ class PeerProcess:
         self._replies: dict[bytes, tuple[str, int, bytes]] = {}  # watcher -> its last answer
         self._parts: deque[tuple[bytes, list[Any]]] = deque()  # of reports on their way
         self._report = Report()
-        self._leaving = False
+        self._leaving = self._late = False
         self._limit: float = 0 if watched else experiment.stop.steps or math.inf
         self._saving: Future[None] | None = None
+        self._saves = checkpoint.Attempts(experiment.record.max_failed_saves)
         self._evaluating: Future[dict[str, Any]] | None = None
         self._began_s = time.monotonic()
         self._save_s = self._look_s = self._began_s
         self._remind_s = self._began_s + REMIND_S
         self._last: dict[str, Any] = {}  # metrics
         self._handshakes = 0
+        self._knocks: dict[int, float] = {}  # neighbour -> when to knock again
 
     def _saved(self) -> tuple[dict[str, Any] | None, list[str]]:
         if not checkpoint.exist(self.folder / "checkpoint"):
@@ -270,9 +294,12 @@ class PeerProcess:
         self._leaving = True
 
     def _work(self) -> str:
-        for note in self._notes:
-            log.warning(note)
-        log.info("%s listens at %s", self.seat.name, self.endpoint)
+        name = self.seat.name
+        tell("listens", f"{name} listens at {self.endpoint}", endpoint=self.endpoint)
+        if self._state is not None:
+            step, skipped = self._state["step"], self._notes
+            text = "; ".join([f"{name} has a checkpoint of round {step}", *skipped])
+            tell("resumed", text, WARNING if skipped else INFO, step=step, skipped=skipped)
         tick_s = 0.0
         while True:
             now_s = time.monotonic()
@@ -309,20 +336,24 @@ class PeerProcess:
             except zmq.Again:
                 return
             frames = self._router.recv_multipart(copy=False)
-            node = None if self._gate is None else str(frames[0].get("User-Id"))
+            self._bytes_in += sockets.size(frames)
+            node = None if self._gate is None else self._gate.who(frames[0])
             self.mesh.receive(address, node, [frame.buffer for frame in frames], now_s)
             for whose, why in self.mesh.cuts:
                 if whose == address and sockets.cut(frames[0]):
-                    log.warning("a connection is ended: %s", why)
+                    peer = str(frames[0].get("Peer-Address"))
+                    tell("cut", f"a connection is ended: {why}", WARNING, address=peer, why=why)
             self.mesh.cuts.clear()
 
     def _send(self) -> None:
         if self.mesh.incarnation != self._claim.incarnation:
             self._claim.take(self.mesh.incarnation)  # before anybody hears of it
+            identify(incarnation=self.mesh.incarnation)
         posts, self.mesh.outbox = self.mesh.outbox, []
         for j, beats, frames in posts:
             try:
                 self._dealers[j, beats].send_multipart(frames, zmq.NOBLOCK, copy=False)
+                self._bytes_out += sockets.size(frames)
             except zmq.Again:
                 self.mesh.counts["unreachable"] += 1  # the link sends it again
         while self._parts:
@@ -345,12 +376,16 @@ class PeerProcess:
             if now_s >= self._remind_s:
                 self._remind_s = now_s + REMIND_S
                 here = [n.name for n in self.mesh.neighbours.values() if n.knows]
-                log.warning("%s waits for its neighbours; here: %s", self.seat.name, here or "none")
+                text = f"{self.seat.name} waits for its neighbours; here: {here or 'none'}"
+                tell("waiting", text, WARNING, here=here)
+            return
+        if how == mesh.OVER:
+            self._late = True
             return
         state = self._state if how == mesh.RESTORE else None
         self._hosted = hosted = Hosted(
             self.experiment, [self.me], self._carry, incarnation=self.mesh.incarnation,
-            joining=how == mesh.JOIN, refuse=self._refuse,
+            joining=how == mesh.JOIN, refuse=self._refuse, elsewhere=self.elsewhere,
             states=None if state is None else {self.me: state["node"]},
         )  # fmt: skip
         if not self._watched:
@@ -379,7 +414,8 @@ class PeerProcess:
         if not self._watched:
             self._text("experiment.toml", self.experiment.toml())
         self._began_s = self._save_s = now_s
-        log.info("%s begins (%s) with %d of its neighbours", self.seat.name, how, len(up))
+        text = f"{self.seat.name} begins ({how}) with {len(up)} of its neighbours"
+        tell("begins", text, how=how, neighbours=[self._seats[j].name for j in up])
 
     def _carry(self, parcels: list[Parcel]) -> None:
         """From the node's thread: messages for others."""
@@ -406,9 +442,11 @@ class PeerProcess:
             return
         events, self.mesh.events = self.mesh.events, []
         for what, j in events:
-            log.info("%s: %s is %s", self.seat.name, self._seats[j].name, what)
+            name = self._seats[j].name
+            tell(what, f"{self.seat.name}: {name} is {what}", neighbour=name)
             if what == "down":  # what is on its way is of no use, and TCP may try for long
-                self._dealers[j, False].disconnect(self._seats[j].endpoint)
+                with suppress(zmq.ZMQError):
+                    self._dealers[j, False].disconnect(self._seats[j].endpoint)
                 sockets.connected(self._dealers[j, False], self._seats[j].endpoint)
             self._hosted.tell(what, j)
             self.records.event({"event": what, "node": j}, self._hosted.now_s())
@@ -421,13 +459,17 @@ class PeerProcess:
     def _look(self, now_s: float) -> None:
         """What is not urgent: reports, notes, refused handshakes, the checkpoint that is due."""
         for note in self.mesh.notes:
-            log.info("%s: %s", self.seat.name, note)
+            tell(note.event, f"{self.seat.name}: {note.text}", note.level, **note.fields)
         self.mesh.notes.clear()
         if now_s >= self._look_s:
             self._look_s = now_s + self.liveness.heartbeat_s
             self._knock(now_s)
+            if self._exporter is not None:
+                self._exporter.show(self.status())
             if self._gate is not None:
-                self.mesh.revoked |= self._gate.revoked()
+                for name in self._gate.revoked():
+                    text = f"the key of {name} is not in the list any more"
+                    tell("key_revoked", text, WARNING, member=name)
         if self._hosted is None or self._watched:
             return
         self._keep(self._hosted.report(0.0))
@@ -443,15 +485,22 @@ class PeerProcess:
         self._report = told
         self.mesh.round = told.rounds.get(self.me, 0)
         self.records.rows += told.rows
+        spent_s, jobs = self._spent
+        self._spent = spent_s + sum(row[6] - row[5] for row in told.rows), jobs + len(told.rows)
+        for loss in told.losses:
+            self.experiment.task.report(loss)  # type: ignore[attr-defined]
         if told.inputs and self.experiment.record.trace:
             self.records.note({"inputs": told.inputs})
-        for future in (self._saving, self._evaluating):
-            if future is not None and future.done():
-                future.result()
         if self._saving is not None and self._saving.done():
-            self._saving = None
+            saved, self._saving = self._saving, None
+            with self._saves.bear():
+                saved.result()
         if 0 in told.answers:
-            self._saving = self._side.submit(self._write, self._whole(told.answers[0]))
+            try:
+                self._saving = self._side.submit(self._write, self._whole(told.answers[0]))
+            except StorageError as error:
+                self._saving = Future()
+                self._saving.set_exception(error)
         if self._evaluating is not None and self._evaluating.done():
             self._last = self._evaluating.result()
             self.records.add(self._last)
@@ -482,6 +531,8 @@ class PeerProcess:
         state["x"] = self.experiment.task.initial(0) if node.joining else node.model
         try:
             checkpoint.write(self.folder / "checkpoint", state["records"]["flushed"], state)
+            step = state["step"]
+            tell("saved", f"{self.seat.name} saved a checkpoint of round {step}", step=step)
         except OSError as error:
             raise StorageError(
                 f"{self.folder / 'checkpoint'}: cannot be written ({error.strerror}); the last "
@@ -490,6 +541,12 @@ class PeerProcess:
 
     def _knock(self, now_s: float) -> None:
         """What sockets say of connections that are new, and of neighbours that refuse them."""
+        for j in [j for j, when_s in self._knocks.items() if now_s >= when_s]:
+            del self._knocks[j]
+            for beats in (False, True):
+                with suppress(zmq.ZMQError):  # where ZeroMQ has given it up altogether
+                    self._dealers[j, beats].disconnect(self._seats[j].endpoint)
+                sockets.connected(self._dealers[j, beats], self._seats[j].endpoint)
         for (j, beats), monitor in self._monitors.items():
             for event, _ in sockets.told(monitor):
                 if not beats:  # TCP loses nothing but with its connection
@@ -502,10 +559,12 @@ class PeerProcess:
                         f"{name} does not let {self.seat.name} in: its key is not in the list "
                         f"there; at {name}, run offbeat keys authorize {self.seat.name} KEY"
                     )
+                if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:  # after which ZeroMQ does not
+                    self._knocks.setdefault(j, now_s + KNOCK_S)
                 self._handshakes += 1
                 if self._handshakes == 1:
-                    log.warning("%s: the handshake with %s fails; is its key right?",
-                                self.seat.name, name)  # fmt: skip
+                    text = f"{self.seat.name}: the handshake with {name} fails; is its key right?"
+                    tell("key_refused", text, WARNING, count=1, neighbour=name)
 
     # -- Who asks --------------------------------------------------------------------------------
 
@@ -515,7 +574,9 @@ class PeerProcess:
             if kind == "ask":
                 self._tell(address, "status", say.Status(json.dumps(self.status())), {})
             elif not self._watched:
-                self.mesh.notes.append(f"{node} would watch this peer, which nobody does")
+                why = f"{node} would watch this peer, which nobody does"
+                fields = {"member": node, "reason": "unknown_kind", "why": why}
+                self.mesh.notes.append(Note("rejected", why, fields))
             else:
                 self._watch(address, node, body)
 
@@ -566,6 +627,11 @@ class PeerProcess:
             "incarnation": self.mesh.incarnation,
             "loss": self._last.get("loss", math.nan),
             "bytes": counts.get("bytes", 0),
+            "run": self.mesh.run,
+            "jobs": self._spent[1],
+            "spent_s": list(self._spent),
+            "bytes_in": self._bytes_in,
+            "bytes_out": self._bytes_out,
             "counts": dict(self.mesh.counts),
             "neighbours": [
                 {
@@ -587,6 +653,8 @@ class PeerProcess:
         stop = self.experiment.stop
         if self._leaving:
             return "interrupted"
+        if self._late:
+            return "it came too late"
         if self._hosted is None or self._watched:
             return None
         if stop.wall_s is not None and now_s - self._began_s >= stop.wall_s:
@@ -609,6 +677,7 @@ class PeerProcess:
         if self._hosted is not None and not self._watched:
             self._last_state()
             self._summary(reason)
+        tell("ended", f"{self.seat.name} is done ({reason})", reason=reason)
         self.mesh.leave(mesh.DONE if reason == "steps" else mesh.LEFT, now_s)
         end_s = now_s + FAREWELL_S
         while time.monotonic() < end_s and (self.mesh.outbox or self._parts):
@@ -620,19 +689,22 @@ class PeerProcess:
         """Write the last checkpoint."""
         assert self._hosted is not None
         if self._saving is not None:
-            self._saving.result()
+            self._saving.exception()  # whatever came of it: the state is saved once more
         self._saving = None
         self._hosted.ask(1, "state")
         end_s = time.monotonic() + LEAVE_S
         while time.monotonic() < end_s:
             told = self._hosted.report(0.1)
+            told.answers.pop(0, None)  # of a save that was due: this one is newer
             self._keep(told)
             if 1 in told.answers:
                 self._write(self._whole(told.answers[1]))
                 return
             self.mesh.tick(time.monotonic())
             self._send()
-        log.warning("%s: its job takes too long; the checkpoint is an older one", self.seat.name)
+        why = "its job takes too long; the checkpoint is an older one"
+        text = f"{self.seat.name}: {why}"
+        tell("save_failed", text, WARNING, failed=1, most=1, why=why)
 
     def _summary(self, reason: str) -> None:
         said = {"reason": reason, "round": self.mesh.round, **self._last}
@@ -655,6 +727,8 @@ class PeerProcess:
         self._side.shutdown()
         if hasattr(self, "records"):
             self.records.close()
+        if self._exporter is not None:
+            self._exporter.close()
         if self._gate is not None:
             self._gate.close()
         self._context.destroy()

@@ -102,6 +102,8 @@ class ZmqGossip(Watched[Chair]):
                 "offbeat run starts all peers of a gossip method on this machine, where they need "
                 "no keys; on several machines, start each with offbeat peer"
             )
+        if options.metrics:
+            raise ConfigError("peers serve metrics each for itself: see offbeat peer --metrics")
         if options.processes not in (None, n):
             raise ConfigError(f"a gossip run has a process for each of its {n} nodes")
         self._liveness, self._nursery = Liveness(options.suspect_after_s), None
@@ -141,8 +143,8 @@ class ZmqGossip(Watched[Chair]):
         for i, state in (states or {}).items():
             folder = self._folder / self._seats[i].name
             folder.mkdir()
-            whole = {"node": state, "time_s": now_s, "records": {"flushed": 0}}
-            checkpoint.write(folder / "checkpoint", 0, whole)
+            standing = {"step": self.step, "time_s": now_s, "records": {"flushed": 0}}
+            checkpoint.write(folder / "checkpoint", 0, {"node": state, **standing})
             (folder / "exact").touch()
         self._nursery = Nursery("peer", str(self._folder))
         end_s = time.monotonic() + START_S

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from importlib.metadata import version
-from logging import getLogger
+from logging import WARNING, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +23,13 @@ from offbeat.runtime import checkpoint
 from offbeat.runtime.checkpoint import write_whole
 from offbeat.runtime.crew import Answer, Back, Crew, Event, Gone, Order
 from offbeat.runtime.errors import ConfigError, CrewError, Fenced, StorageError
+from offbeat.runtime.logs import identify, tell
 from offbeat.runtime.net import keys, shapes, sockets
-from offbeat.runtime.net.hub import Hub
+from offbeat.runtime.net.hub import SERVER, Hub
 from offbeat.runtime.net.jobs import Liveness
 from offbeat.runtime.net.local import Nursery
 from offbeat.runtime.net.messages import kinds
+from offbeat.runtime.net.metrics import Exporter
 from offbeat.runtime.registry import MADE_BY_HAND
 from offbeat.workers.tasks.external import ELSEWHERE, External
 from offbeat.workers.work import OwnLoop
@@ -141,8 +143,10 @@ class ZmqCrew(Crew):
         spoken = kinds(x, experiment.work.keep(1, x))
         self._nursery: Nursery | None = None
         self._gate: keys.Gate | None = None
+        self._exporter: Exporter | None = None
         self._done = False
         self._claim = Claim(folder)
+        identify(run=self._claim.run, node=SERVER, incarnation=self._claim.incarnation)
         self._context = zmq.Context()
         try:
             self._socket = sockets.limited(self._context, zmq.ROUTER, liveness)
@@ -159,12 +163,15 @@ class ZmqCrew(Crew):
                 self._claim.run, text, spoken, experiment.fleet.workers,
                 self._claim.incarnation, liveness, version("offbeat"), sockets.PIECE_S,
             )  # fmt: skip
+            if options.metrics:
+                self._exporter = Exporter(options.metrics, SERVER)
             now_s = time.monotonic()
             self._tick_s = self._look_s = now_s
             self._alone_s = self._remind_s = now_s  # since when nobody is here
             self._most_idle_s = options.most_idle_s
             self._frames: list[Any] = []  # of the message that is being read
-            log.info("server %d listens at %s", self._claim.incarnation, self.endpoint)
+            text = f"server {self._claim.incarnation} listens at {self.endpoint}"
+            tell("listens", text, endpoint=self.endpoint)
             slots = experiment.fleet.workers
             loops = isinstance(experiment.work, OwnLoop)
             count = options.processes
@@ -275,6 +282,8 @@ class ZmqCrew(Crew):
             self._part()
         if self._nursery is not None:
             self._nursery.close()
+        if self._exporter is not None:
+            self._exporter.close()
         if self._gate is not None:
             self._gate.close()
         self._context.destroy(sockets.LINGER_MS)
@@ -300,7 +309,8 @@ class ZmqCrew(Crew):
             if (message := sockets.receive(socket)) is None:
                 return True
             address, *frames = message
-            node = None if self._gate is None else str(address.get("User-Id"))
+            hub.bytes_in += sockets.size(frames)
+            node = None if self._gate is None else self._gate.who(address)
             hub.receive(address.bytes, node, [frame.buffer for frame in frames], time.monotonic())
             if hub.outbox:
                 self._send()  # acknowledgements keep the other side's window open
@@ -311,7 +321,9 @@ class ZmqCrew(Crew):
     def _cut(self, address: zmq.Frame) -> None:
         for whose, why in self._hub.cuts:
             if whose == address.bytes and sockets.cut(address):
-                log.warning("a connection from %s is ended: %s", address.get("Peer-Address"), why)
+                peer = str(address.get("Peer-Address"))
+                text = f"a connection from {peer} is ended: {why}"
+                tell("cut", text, WARNING, address=peer, why=why)
         self._hub.cuts.clear()
 
     def _send(self) -> None:
@@ -322,6 +334,7 @@ class ZmqCrew(Crew):
         for address, frames in posts:
             try:
                 sockets.send(socket, [address, *frames])
+                hub.bytes_out += sockets.size(frames)
             except zmq.Again:
                 hub.counts["slow"] += 1  # its queue is full; the link sends it again
             except zmq.ZMQError as error:
@@ -336,16 +349,21 @@ class ZmqCrew(Crew):
         hub.tick(now_s)
         self._tick_s = now_s + hub.liveness.tick_s
         for note in hub.notes:
-            log.info(note)
+            tell(note.event, note.text, note.level, **note.fields)
         hub.notes.clear()
         hub.cuts.clear()
         if now_s < self._look_s:
             return
         self._look_s = now_s + hub.liveness.heartbeat_s
-        hub.counts["handshakes_refused"] += len(sockets.told(self._monitor))
+        if count := len(sockets.told(self._monitor)):
+            hub.counts["handshakes_refused"] += count
+            tell("key_refused", f"{count} handshakes were refused", count=count)
+        if self._exporter is not None:
+            self._exporter.show(hub.status(now_s))
         self._claim.check()
         if self._gate is not None:
             for node in self._gate.revoked():
+                tell("key_revoked", f"the key of {node} is not listed any more", member=node)
                 hub.revoke(node)
         if self._nursery is not None:
             self._nursery.check()
@@ -363,7 +381,8 @@ class ZmqCrew(Crew):
             )
         if now_s - self._remind_s >= REMIND_S:
             self._remind_s = now_s
-            log.warning("waiting for workers; let some join with: offbeat join %s", self.endpoint)
+            text = f"waiting for workers; let some join with: offbeat join {self.endpoint}"
+            tell("waiting", text, WARNING, here=[])
 
 
 def _portable(experiment: "Experiment") -> str:

@@ -78,6 +78,11 @@ def connected(socket: zmq.Socket, endpoint: str) -> None:
         ) from None
 
 
+def size(frames: list[Any]) -> int:
+    """Bytes of a message."""
+    return sum([memoryview(frame).nbytes for frame in frames])
+
+
 def send(socket: zmq.Socket, frames: list[Any]) -> None:
     """Send a message, or raise zmq.Again where it cannot be had at once."""
     *most, last = frames

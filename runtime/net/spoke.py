@@ -91,7 +91,8 @@ class Spoke:
             if body.nonce == self.nonce or (body.replaced and head.to == self.incarnation):
                 self._refused(body, now_s)
         elif head.kind == "again" or head.incarnation != self.server:
-            if self.state in ("building", "working"):
+            late = head.kind == "again" and body.server not in (0, self.server)
+            if self.state in ("building", "working") and not late:
                 self._call(now_s)
         elif self.state in ("building", "working"):
             self._link.acknowledge(head.acknowledged, now_s)
@@ -225,7 +226,7 @@ class Spoke:
         """Send what came of ``order``."""
         if not self._done(order):
             return
-        arrays = {"payload": answer.payload}
+        arrays: dict[str, Any] = {"payload": answer.payload}
         arrays |= {say.KEPT + name: row for name, row in answer.kept.items()}
         body = say.Result(answer.serial, answer.loss, answer.spent_s)
         self._say("result", body, arrays, now_s)

@@ -16,7 +16,7 @@ import time
 import tomllib
 import traceback
 from importlib.metadata import version
-from logging import getLogger
+from logging import WARNING
 from pathlib import Path
 from shlex import quote
 from types import FrameType
@@ -26,12 +26,13 @@ import zmq
 
 from offbeat.runtime.crew import Order, Runner
 from offbeat.runtime.errors import ConfigError, CrewError, OffbeatError, Refused
+from offbeat.runtime.logs import identify, tell
 from offbeat.runtime.net import keys, sockets
 from offbeat.runtime.net.jobs import Liveness
 from offbeat.runtime.net.messages import Welcome, kinds
+from offbeat.runtime.net.metrics import Exporter
 from offbeat.runtime.net.spoke import Spoke
 
-log = getLogger("offbeat.net")
 LEAVE_S = 10.0  # for the job at hand, once the process is asked to end
 FAREWELL_S = 2.0  # for the server to hear that it leaves
 MOST_HANDSHAKES = 5  # that fail in a row without a word of why
@@ -51,6 +52,7 @@ class Worker:
         folder: of keys, or None.
         device: where a torch task computes.
         most_wait_s: for a server, before giving up; None: for ever.
+        metrics: where they are served; see ``metrics.address``; "": nowhere.
 
     Raises:
         ConfigError: no keys of that name, or an address that is none.
@@ -65,6 +67,7 @@ class Worker:
         folder: Path | None = None,
         device: str = "cpu",
         most_wait_s: float | None = None,
+        metrics: str = "",
     ) -> None:
         self.endpoint, self._device, self._most_wait_s = endpoint, device, most_wait_s
         self._waits_s: float | None = None  # since when
@@ -73,6 +76,7 @@ class Worker:
         where = f"{platform.node()[:32] or 'host'}:{os.getpid()}"
         nonce = random.SystemRandom().randrange(1, 2**52)
         self.name = self.own.name if self.own else name or f"{where}:{nonce % 16**4:04x}"
+        identify(node=self.name)
         self.spoke = Spoke(self.name, nonce, version("offbeat"), where, time.monotonic(),
                            sockets.PIECE_S)  # fmt: skip
         self._context = zmq.Context()
@@ -86,6 +90,9 @@ class Worker:
         self._forgotten = False  # the server knew nothing of a pulse
         self._anew_s = -math.inf  # when the connection was begun anew
         self._stop = threading.Event()
+        self._bytes_in = self._bytes_out = 0  # of whole messages
+        self._spent = 0.0, 0  # seconds, jobs
+        self._exporter: Exporter | None = None
         try:
             self._socket = self._connected()
             if self._apart:
@@ -93,6 +100,8 @@ class Worker:
             self._socket.rcvtimeo = round(1000 * self.spoke.liveness.tick_s)
             self._monitor = self._socket.get_monitor_socket()
             sockets.connected(self._socket, endpoint)
+            if metrics:
+                self._exporter = Exporter(metrics, "worker")
         except BaseException:
             self._context.destroy(0)
             raise
@@ -126,6 +135,9 @@ class Worker:
         self._stop.set()
         if self._pulse.is_alive():
             self._pulse.join()
+        if self._exporter is not None:
+            self._exporter.close()
+            self._exporter = None
         self._context.destroy(sockets.LINGER_MS)
 
     # -- The loop --------------------------------------------------------------------------------
@@ -140,6 +152,8 @@ class Worker:
                 self._listen(now_s)
                 self._renew(now_s)
                 spoke.tick(now_s)
+                if self._exporter is not None:
+                    self._exporter.show(self.status())
                 if self._alone:
                     self._await(now_s)
                 else:
@@ -148,7 +162,7 @@ class Worker:
             if spoke.fate is not None:
                 raise spoke.fate
             if spoke.state == "over":
-                log.info("%s", spoke.why)
+                tell("ended", spoke.why, reason=spoke.why)
                 return
             if self._leaving:
                 self._leave()
@@ -158,6 +172,21 @@ class Worker:
             elif (order := spoke.take()) is not None:
                 self._compute(order)
                 self._send()
+
+    def status(self) -> dict[str, Any]:
+        """How it goes, for metrics."""
+        spoke = self.spoke
+        return {
+            "node": self.name,
+            "run": spoke.run,
+            "incarnation": spoke.incarnation,
+            "jobs": self._spent[1],
+            "spent_s": list(self._spent),
+            "orders": len(spoke.orders),
+            "bytes_in": self._bytes_in,
+            "bytes_out": self._bytes_out,
+            "counts": dict(spoke.counts),
+        }
 
     @property
     def _alone(self) -> bool:
@@ -175,7 +204,7 @@ class Worker:
             )
         if now_s >= self._remind_s:
             self._remind_s = now_s + REMIND_S
-            log.warning("waiting for the server at %s%s", self.endpoint, why)
+            tell("waiting", f"waiting for the server at {self.endpoint}{why}", WARNING, here=[])
 
     def _drain(self, wait: bool) -> None:
         """Read what is there, or ``wait`` for it until the next tick."""
@@ -185,6 +214,7 @@ class Worker:
             frames = sockets.receive(self._socket, 0) if block else sockets.receive(self._socket)
             if frames is None:
                 return
+            self._bytes_in += sockets.size(frames)
             spoke.receive([frame.buffer for frame in frames], time.monotonic())
             if spoke.outbox:
                 self._send()  # acknowledgements keep the other side's window open
@@ -196,6 +226,7 @@ class Worker:
         for frames in outbox:
             try:
                 sockets.send(self._socket, frames)
+                self._bytes_out += sockets.size(frames)
                 self._unsent = False
             except zmq.Again:
                 self._unsent = True  # no connection; the link sends it again
@@ -209,7 +240,9 @@ class Worker:
         now_s = time.monotonic()
         if self.spoke.welcome is welcome:
             self.spoke.ready(self._kinds, now_s)
-            log.info("%s is worker %d of %s", self.name, welcome.slot, self.endpoint)
+            identify(run=self.spoke.run, incarnation=self.spoke.incarnation)
+            text = f"{self.name} is worker {welcome.slot} of {self.endpoint}"
+            tell("joined", text, server=self.endpoint, worker=welcome.slot)
 
     def _compute(self, order: Order) -> None:
         assert self._runner is not None
@@ -221,6 +254,7 @@ class Worker:
         except Exception:
             self.spoke.failed(order, traceback.format_exc(), time.monotonic())
         else:
+            self._spent = self._spent[0] + answer.spent_s, self._spent[1] + 1
             self.spoke.answer(order, answer, time.monotonic())
         finally:
             self._computing = False
@@ -241,6 +275,7 @@ class Worker:
     def _leave(self) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         end_s = time.monotonic() + FAREWELL_S
+        tell("ended", "it was asked to leave", reason="interrupted")
         self.spoke.leave("it was asked to leave", time.monotonic())
         while self.spoke.pending and time.monotonic() < end_s:
             self.spoke.tick(time.monotonic())

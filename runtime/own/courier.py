@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from offbeat.runtime.crew import Answer, Order
 from offbeat.runtime.errors import ConfigError, CrewError
+from offbeat.runtime.logs import log
 from offbeat.runtime.net.messages import Welcome, kinds, manifest
-from offbeat.runtime.net.worker import FAREWELL_S, REMIND_S, Worker, log
-
-WAIT_S = 0.5  # a wait is cut short after so long, to look at signals
+from offbeat.runtime.net.worker import FAREWELL_S, REMIND_S, Worker
+from offbeat.runtime.own.desk import FIRST_S, WAIT_S
 
 
 class Courier(Worker):
@@ -71,7 +71,8 @@ class Courier(Worker):
         Raises:
             CrewError: there was no server for ``patience_s``.
         """
-        remind_s = time.monotonic() + REMIND_S
+        began_s = time.monotonic()
+        remind_s = began_s + FIRST_S
         with self._changed:
             while not self.over:
                 if (order := self.spoke.take()) is not None:
@@ -84,16 +85,17 @@ class Courier(Worker):
                         f"no server at {self.endpoint} for {alone_s:.0f} s{said}; begin it with "
                         "offbeat serve EXPERIMENT.toml, or give join a longer patience_s"
                     )
-                if now_s >= remind_s:
+                if now_s >= remind_s and (alone_s or now_s >= began_s + REMIND_S):
                     remind_s = now_s + REMIND_S
                     what = "the server" if alone_s else "a job of the server"
-                    log.warning("waiting for %s at %s%s", what, self.endpoint, said)
+                    ended = "; after the end of its run there is none" if alone_s else ""
+                    log.warning("waiting for %s at %s%s%s", what, self.endpoint, said, ended)
                 self._changed.wait(WAIT_S)
         return None
 
-    def waits(self) -> bool:
-        """Whether a job is here to be taken."""
-        return bool(self.spoke.orders)
+    def replaced(self, order: Order) -> bool:
+        """See ``Source``: a server that was gone is back, and has no use for this job."""
+        return bool(self.spoke.orders) and not self.spoke.wants(order)
 
     @property
     def delivered(self) -> bool:

@@ -70,6 +70,11 @@ class Flat:
         """Memory here ``[size]``; page-locked, where a GPU is to copy from and to it."""
         return self._torch.empty(size, dtype=dtype, pin_memory=self._gpu)
 
+    def values(self) -> NDArray:
+        """A copy of them ``[d]``."""
+        found: NDArray = self._vector.cpu().numpy().copy()
+        return found
+
     def memory(self, nbytes: int) -> NDArray[np.uint8]:
         """A buffer in which a model can be received."""
         made: NDArray[np.uint8] = self._host(nbytes, self._torch.uint8).numpy()

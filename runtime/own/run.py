@@ -10,11 +10,13 @@
                 break
 
 A job is so many of the loop's own steps; what they moved, x_received - x, goes to the server, and
-the next model it gives is loaded into the parameters in place.
+the next model it gives is loaded into the parameters in place.  In a gossip run that difference is
+what the method takes for a gradient, and the next model is the one that it mixed.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,10 +27,11 @@ from numpy.typing import NDArray
 
 from offbeat.runtime import checkpoint
 from offbeat.runtime.crew import Answer, Order
-from offbeat.runtime.errors import ConfigError, StorageError
+from offbeat.runtime.errors import ConfigError, StorageError, nearest
 from offbeat.runtime.net import shapes
 from offbeat.runtime.net.messages import MOST_TEXT
 from offbeat.runtime.own.courier import Courier
+from offbeat.runtime.own.desk import HERE, Source, log
 from offbeat.runtime.own.flat import Flat
 
 PATIENCE_S = 600.0
@@ -39,14 +42,17 @@ class Run:
     """See ``join``.
 
     ``jobs`` are the jobs done; ``over`` says whether the run is.
+
+    Args:
+        source: makes who gives the jobs, of the model's parameters.
+        model, patience_s, bf16: see ``join``.
     """
 
     def __init__(
-        self, address: str, model: Any, name: str, keys: Path | None, patience_s: float | None,
-        bf16: bool,
-    ) -> None:  # fmt: skip
-        self._address, self._name, self._keys = address, name, keys
-        self._model, self._patience_s, self._bf16 = model, patience_s, bf16
+        self, source: Callable[[Flat], Source], model: Any, patience_s: float | None, bf16: bool
+    ) -> None:
+        self._made, self._model = source, model
+        self._patience_s, self._bf16 = patience_s, bf16
         self._order: Order | None = None
         self._entered = False
         self.over, self.jobs = False, 0
@@ -60,14 +66,16 @@ class Run:
         _joined.add(self._model)
         try:
             self._flat = Flat(self._model, self._bf16)
-            self._courier = _courier(self._address, self._name, self._keys, self._flat)
+            self._source = self._made(self._flat)
         except BaseException:
             _joined.discard(self._model)
             raise
         try:
-            self._courier.start()
+            self._source.start()
             self._entered = True
             self._next()
+            if self.over:
+                log.warning("the run was over before this loop joined it: it has nothing to do")
         except BaseException as error:
             self._leave(f"it ended: {type(error).__name__}")
             raise
@@ -84,7 +92,7 @@ class Run:
     def _leave(self, why: str) -> None:
         _joined.discard(self._model)
         self._entered, self._order = False, None
-        self._courier.leave(why)
+        self._source.leave(why)
 
     @property
     def shard(self) -> int:
@@ -120,13 +128,13 @@ class Run:
             self._total = self._total + (loss.detach() if hasattr(loss, "detach") else loss)
             self._told += 1
         self._done += 1
-        if self._courier.over:
+        if self._source.over:
             self.over, self._order = True, None
         elif self._done >= self._order.steps:
             self._finish(self._order)
             self._next()
-        elif self._courier.waits() and not self._courier.spoke.wants(self._order):
-            self._next()  # a server that was gone is back, and has no use for this job
+        elif self._source.replaced(self._order):
+            self._next()
         return not self.over
 
     def _finish(self, order: Order) -> None:
@@ -135,15 +143,15 @@ class Run:
         self.jobs += 1
 
     def _answer(self, order: Order, loss: float | None) -> None:
-        moved: Any = self._flat.moved(fresh=not self._courier.delivered)
+        moved: Any = self._flat.moved(fresh=not self._source.delivered)
         spent_s = time.perf_counter() - self._began_s
-        self._courier.answer(order, Answer(order.serial, loss, moved, {}, spent_s))
+        self._source.answer(order, Answer(order.serial, loss, moved, {}, spent_s))
 
     def _next(self) -> None:
         """Begin the next job, once it is here."""
         self._order = None
         self._began_s = time.perf_counter()
-        while (order := self._courier.next(self._patience_s)) is not None:
+        while (order := self._source.next(self._patience_s)) is not None:
             self._flat.receive(order.x)
             if order.steps:
                 break
@@ -165,8 +173,24 @@ def join(
     keys: str | Path | None = None,
     patience_s: float | None = PATIENCE_S,
     bf16: bool = False,
+    hosts: str | Path | Mapping[str, str] | None = None,
+    folder: str | Path | None = None,
+    bind: str = "",
+    suspect_after_s: float = 1.0,
 ) -> Run:
-    """Let a training loop be a worker of a server that ``offbeat serve`` began; use as a context.
+    """Let a training loop take part in a run; use as a context.
+
+        offbeat.join("tcp://host:5555", model, optimizer)               a worker of a server
+        offbeat.join("gossip.toml", model, optimizer,
+                     hosts="hosts.toml", name="a")                      a node among its neighbours
+        offbeat.join("ray", model, optimizer)                           in a loop that Ray runs
+
+    The server is one that ``offbeat serve`` began.  A gossip run has none: every loop joins with
+    the same experiment and host file, as ``offbeat peer`` does, and one that is killed and started
+    again returns to the run.  All its models must begin alike: seed them, or give the experiment a
+    file.  Ray runs the function that the experiment names,
+    ``work = "own-loop(loop='module:function')"`` with ``engine = "ray"``, once for each worker and
+    with the address "ray": it begins those that die again, which no loop could do for itself.
 
     The trainable parameters become views into one flat vector, into which each job's model is
     loaded in place; optimiser state, schedules, gradient accumulation, mixed precision
@@ -175,28 +199,93 @@ def join(
     After the block the parameters are what the loop left; ``weights`` reads the run's own.
 
     A server that is gone is waited for, at the end of the job at hand; Ctrl-C and other exceptions
-    leave the run, and the server hands the job to somebody else.  One process a model: of several
-    that share one, as under DistributedDataParallel, joining is not supported.
+    leave the run, and the server hands the job to somebody else, or the neighbours go on without
+    this node.  One process a model: of several that share one, as under DistributedDataParallel,
+    joining is not supported.
+
+    A gossip method is given x_received - x_after in a gradient's place: ``dsgd(lr=1.0)`` is then
+    Local SGD on a graph, and with one plain step of size eta a job every method is itself, with
+    lr * eta.  One that wants gradients at several points (``motef-vr``) is refused.
 
     Args:
-        address: of the server, "tcp://host:5555".
+        address: of the server; or the experiment of a gossip run, a TOML file; or "ray".
         model: a torch module, on its device.
         optimizer: what steps its parameters; a list, where there are several.
-        name: of this worker, and of its key.
+        name: of this worker or node, and of its key.
         keys: a folder of keys; see ``offbeat keys``.
-        patience_s: how long to wait for a server that is not there; None: for ever.
-        bf16: differences travel as bfloat16, half of the bytes.
+        patience_s: how long to wait for a server, or any neighbour, that is not there; None: for
+            ever.
+        bf16: differences travel to the server as bfloat16, half of the bytes.
+        hosts: of a gossip run: its host file, or endpoints by name in the order of the nodes.
+        folder: of this node, for its records and checkpoints; None: runs/EXPERIMENT-NAME.
+        bind: where this node listens, if not at its address among the hosts.
+        suspect_after_s: silence after which a neighbour is suspected.
 
     Raises:
         ConfigError: a model or optimiser that cannot take part, or another than the run's;
         and what ``Run.step`` raises.
     """
     _check(model, optimizer if isinstance(optimizer, Sequence) else [optimizer])
-    folder = None if keys is None else Path(keys).expanduser()
-    return Run(address, model, name, folder, patience_s, bf16)
+    own_keys = None if keys is None else Path(keys).expanduser()
+    server = "://" in address
+    if not server and bf16:
+        raise ConfigError("bf16 = True is for servers; a gossip method has a compressor for that")
+    source: Callable[[Flat], Source]
+    if server:
+        source = partial(_courier, address, name, own_keys)
+    elif address == "ray":
+        source = _host
+    elif hosts is None:
+        raise ConfigError(
+            f'join("{address}"): give the address of a server, as tcp://host:5555; or the '
+            'experiment of a gossip run with hosts = "hosts.toml" and the name of a node; or "ray"'
+        )
+    else:
+        options = {"bind": bind, "suspect_after_s": suspect_after_s, "keys_folder": own_keys}
+        source = _peering(Path(address), hosts, name, folder, options)
+    return Run(source, model, patience_s, bf16)
 
 
-def _courier(address: str, name: str, keys: Path | None, flat: Flat) -> Courier:
+def _host(flat: Flat) -> Source:
+    """The desk of the loop that is run in this thread."""
+    try:
+        return HERE.get().seat(flat)
+    except LookupError:
+        raise ConfigError(
+            'join("ray") belongs into a function that Ray runs: name it in the experiment, '
+            'work = "own-loop(loop=\'module:function\')", with engine = "ray"'
+        ) from None
+
+
+def _peering(
+    file: Path,
+    hosts: str | Path | Mapping[str, str],
+    name: str,
+    folder: str | Path | None,
+    options: dict[str, Any],
+) -> Callable[[Flat], Source]:
+    """Makes the peer of a node."""
+    from offbeat.deploy.hosts import read_hosts
+    from offbeat.runtime.experiment import read
+    from offbeat.runtime.net.peer import Seat, alone
+    from offbeat.runtime.own.peering import Peering
+
+    if not isinstance(hosts, Mapping):
+        hosts = {node.name: node.endpoint for node in read_hosts(Path(hosts)).nodes()}
+    if name not in hosts:
+        raise ConfigError(f'no node is called "{name}"{nearest(name, hosts)}')
+    if options["keys_folder"] is not None and not options["bind"]:
+        options |= {"bind": f"tcp://*:{hosts[name].rpartition(':')[2]}"}
+    experiments = read(file, {"engine": "zmq", "clock": "real"})
+    if len(experiments) > 1:
+        raise ConfigError(f"{file}: is a comparison of {len(experiments)} runs; take one at a time")
+    place = Path("runs") / f"{file.stem}-{name}" if folder is None else Path(folder)
+    seats = [Seat(*seat) for seat in hosts.items()]
+    number = [*hosts].index(name)
+    return partial(Peering, alone(experiments[0]), seats, number, place, **options)
+
+
+def _courier(address: str, name: str, keys: Path | None, flat: Flat) -> Source:
     if len(text := shapes.write(flat.shapes)) > MOST_TEXT:
         raise ConfigError(
             f"the names and shapes of the model's {len(flat.shapes)} parameters take {len(text)} "

@@ -3,10 +3,13 @@
 import json
 import time
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from offbeat.runtime import api
 from offbeat.runtime.errors import ConfigError, OffbeatError
@@ -20,6 +23,7 @@ KEPT = (
     *("distance2", "consensus", "loss_worst"),
 )
 MOST_TAUS = 1000  # of the staleness histogram; the last one stands for all beyond
+VERSION = version("offbeat")  # what the same settings give may change with it
 MOST_GAP = 2000  # nodes up to which gaps are computed in passing
 
 
@@ -33,7 +37,7 @@ class Job(NamedTuple):
 
 def run(job: Job) -> bytes:
     """Run a cell; answers its line in the study's file.  What fails is a line with its error."""
-    line: dict[str, Any] = {"cell": job.cell, "settings": job.table}
+    line = begun(job.cell, job.table)
     began_s = time.perf_counter()
     try:
         line |= _run(job)
@@ -41,6 +45,11 @@ def run(job: Job) -> bytes:
         line["error"] = f"{type(error).__name__}: {error}"
     line["wall_s"] = time.perf_counter() - began_s
     return encode(line)
+
+
+def begun(cell: str, table: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a cell before it is run."""
+    return {"cell": cell, "version": VERSION, "settings": table}
 
 
 def encode(line: dict[str, Any]) -> bytes:
@@ -55,20 +64,32 @@ def _run(job: Job) -> dict[str, Any]:
         result = api.resume(folder)  # the study was interrupted in its midst
     else:
         result = api.execute(experiment, folder)
+    kept = [key for key in KEPT if key in result.final]
+    curves = short(np.array([result.column(key) for key in kept]))
     taus = result.histogram.tolist()
     if len(taus) > MOST_TAUS:
         taus = [*taus[: MOST_TAUS - 1], sum(taus[MOST_TAUS - 1 :])]
     return {
         "reason": result.reason,
         "final": {k: v for k, v in result.final.items() if isinstance(v, int | float)},
-        "curve": {
-            key: [float(f"{value:.6g}") for value in result.column(key).tolist()]
-            for key in KEPT
-            if key in result.final
-        },
+        "curve": dict(zip(kept, curves.tolist(), strict=True)),
         "histogram": taus,
         "topology": None if experiment.topology is None else topology(experiment),
     }
+
+
+def short(values: NDArray) -> NDArray:
+    """``values`` to six digits: half the size of the file.
+
+    >>> short(np.array([0.0, 1234567.0, -0.123456789, np.inf])).tolist()
+    [0.0, 1234570.0, -0.123457, inf]
+    """
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        place = np.floor(np.log10(np.abs(values))) - 5  # of the last digit
+        # Powers of ten are exact where they are whole, so what is written has six digits.
+        up, down = 10.0 ** np.maximum(-place, 0), 10.0 ** np.maximum(place, 0)
+        made = np.round(values * up / down) * down / up
+    return np.where(np.isfinite(made), made, values)
 
 
 def one(table: dict[str, Any]) -> Experiment:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.studies import study as studies
 from offbeat.runtime.studies import table as tables
 
@@ -46,6 +47,8 @@ def study(
 ) -> None:
     """Run the cells of a study that are not done yet; write its table and its report."""
     made = studies.Study.read(file, overrides or [], quick)
+    if out is None and (not made.name.strip(".") or "/" in made.name):
+        raise ConfigError(f'no folder can be called "{made.name}"; say where with --out')
     folder = out or Path("runs") / made.name
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:

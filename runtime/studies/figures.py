@@ -71,12 +71,12 @@ def _shown(data: dict[str, Any], every: bool = False) -> list[tuple[int, str, di
         colour = one["at"][data["colour"]] if axes else 0
         others = tuple(one["at"][i] for i in free if i != data["colour"])
         place = places.setdefault(others, len(places)) + colour // len(COLOURS)
-        name = " · ".join(axes[i]["short"][one["at"][i]] for i in free) or one["name"]
+        name = " · ".join(filter(None, (axes[i]["short"][one["at"][i]] for i in free)))
         line = {
             "color": COLOURS[colour % len(COLOURS)],
             "linestyle": DASHES[place % len(DASHES)],
         }
-        found.append((at, name, line))
+        found.append((at, name or one["name"], line))
     return found
 
 

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from multiprocessing.connection import Connection, wait
+from types import ModuleType
 from typing import Any, Protocol
 
 from threadpoolctl import threadpool_limits
@@ -48,7 +49,13 @@ class Process:
     def __init__(self, context: Any, function: Function) -> None:
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, function), daemon=True)
-        self.process.start()
+        # Without a main module to run again: a script need not guard itself, and is not waited for.
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            self.process.start()
+        finally:
+            sys.modules["__main__"] = main
         theirs.close()
         self.given: deque[int] = deque()
         self.since_s = 0.0  # when the oldest was begun

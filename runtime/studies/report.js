@@ -3,7 +3,7 @@ let DATA = JSON.parse(document.getElementById("data").textContent);
 const COLOURS = 8, DASHES = ["", "7 4", "2 3", "9 3 2 3", "14 4"], POINTS = 120, MOST_TOLD = 9;
 const MARKS = ["circle", "square", "up", "diamond", "down", "cross", "plus", "star"];
 const main = document.querySelector("main");
-const state = { hidden: new Set(), filters: {}, logx: false, logy: true, y: null, views: {} };
+const state = { hidden: new Set(), filters: {}, logx: false, logy: true, logtau: true, y: null, views: {}, timeline: 0 };
 const redraws = [];
 const redraw = () => redraws.forEach((one) => one());
 
@@ -52,7 +52,7 @@ function select(label, values, chosen, change) {
   return el("label", {}, label, made);
 }
 const toggle = (text, pressed, click) => {
-  const made = el("button", { type: "button", "aria-pressed": pressed, onclick: () => {
+  const made = el("button", { type: "button", "aria-pressed": String(pressed), onclick: () => {
     made.setAttribute("aria-pressed", made.getAttribute("aria-pressed") !== "true");
     click(made.getAttribute("aria-pressed") === "true");
   } }, text);
@@ -269,22 +269,24 @@ function drawn(one, x, y, s) {
 
 // -- Settings: what is shown, and how ----------------------------------------------------------
 
-const axisCount = DATA.axes.length;
+// What is chosen is kept by its name, not by its place: a page that follows a job gets new data.
+const chosen = (axis) => state.filters[axis.key] ?? null;
 function shownSettings() {
-  return DATA.settings.filter((one) => DATA.axes.every((axis, i) => !(axis.key in state.filters) || state.filters[axis.key] === "" || String(one.at[i]) === state.filters[axis.key]));
+  return DATA.settings.filter((one) => DATA.axes.every((axis, i) => chosen(axis) === null || axis.values[one.at[i]] === chosen(axis)));
 }
+const hidden = (one) => state.hidden.has(`s${one.name}`);
 function named(one) {
-  const free = DATA.axes.map((axis, i) => [axis, i]).filter(([axis]) => axis.values.length > 1 && !(state.filters[axis.key]));
-  return free.map(([axis, i]) => axis.short[one.at[i]]).join(" · ") || one.name;
+  const free = DATA.axes.map((axis, i) => [axis, i]).filter(([axis]) => axis.values.length > 1 && chosen(axis) === null);
+  return free.map(([axis, i]) => axis.short[one.at[i]]).filter(Boolean).join(" · ") || one.name;
 }
 function styled(one) {
-  const others = DATA.axes.map((_, i) => i).filter((i) => i !== DATA.colour && !(state.filters[DATA.axes[i].key]));
+  const others = DATA.axes.map((_, i) => i).filter((i) => i !== DATA.colour && chosen(DATA.axes[i]) === null);
   const seen = new Map();
   for (const s of shownSettings()) {
     const key = others.map((i) => s.at[i]).join();
     if (!seen.has(key)) seen.set(key, seen.size);
   }
-  const c = axisCount ? one.at[DATA.colour] : 0, place = seen.get(others.map((i) => one.at[i]).join()) || 0;
+  const c = DATA.axes.length ? one.at[DATA.colour] : 0, place = seen.get(others.map((i) => one.at[i]).join()) || 0;
   return { colour: colour(c), dash: DASHES[(place + Math.floor(c / COLOURS)) % DASHES.length], mark: MARKS[c % MARKS.length] };
 }
 function legend(host, entries) {
@@ -296,17 +298,22 @@ function legend(host, entries) {
     if (all.length < 2) return;
     for (const { key, name, colour, dash, mark: kind } of all) {
       const pressed = !state.hidden.has(key);
-      const button = el("button", { type: "button", "aria-pressed": pressed });
+      const button = el("button", { type: "button", "aria-pressed": String(pressed) });
       button.innerHTML = `<svg width="26" height="12"><line x1="1" x2="25" y1="6" y2="6" stroke="${colour}" stroke-width="2.4" stroke-dasharray="${dash || ""}"/>${kind ? mark(kind, 13, 6, 3.4, `fill="${colour}" stroke="${colour}"`) : ""}</svg><span>${esc(name)}</span>`;
-      button.addEventListener("click", () => { state.hidden.has(key) ? state.hidden.delete(key) : state.hidden.add(key); redraw(); });
-      button.addEventListener("dblclick", () => { state.hidden = new Set(all.map((one) => one.key).filter((other) => other !== key)); redraw(); });
+      button.addEventListener("click", (event) => {
+        const others = all.map((one) => one.key).filter((other) => other !== key);
+        if (event.detail < 2) state.hidden.has(key) ? state.hidden.delete(key) : state.hidden.add(key);
+        else if (others.every((other) => state.hidden.has(other))) state.hidden.clear();
+        else state.hidden = new Set(others);
+        redraw(); // a new button: no dblclick would come
+      });
       made.append(button);
     }
   };
   redraws.push(draw);
   draw();
 }
-const entriesOfSettings = () => shownSettings().map((one) => ({ key: `s${DATA.settings.indexOf(one)}`, name: named(one), ...styled(one) }));
+const entriesOfSettings = () => shownSettings().map((one) => ({ key: `s${one.name}`, name: named(one), ...styled(one) }));
 function saver(host, name) {
   return el("button", { type: "button", title: "Save the figures of this section", onclick: () => {
     host.querySelectorAll("svg[role=img]").forEach((svg, at) => save(svg, `${name}-${at + 1}`));
@@ -336,11 +343,11 @@ function along(xs, ys, at) {
   if (at >= xs[high]) return ys[high];
   while (high - low > 1) { const mid = (low + high) >> 1; xs[mid] <= at ? (low = mid) : (high = mid); }
   const f = (at - xs[low]) / (xs[high] - xs[low] || 1);
-  return ys[low] + f * (ys[high] - ys[low]);
+  return ys[low] === null || ys[high] === null ? null : ys[low] + f * (ys[high] - ys[low]);
 }
 function band(runs, xkey, ykey, log) {
   const unit = (DATA.columns[xkey] || {}).unit || 1, yunit = (DATA.columns[ykey] || {}).unit || 1;
-  const have = runs.filter((run) => run.c[xkey] && run.c[ykey]).map((run) => [run.c[xkey].map((v) => v / unit), run.c[ykey].map((v) => v / yunit)]);
+  const have = runs.filter((run) => run.c[xkey] && run.c[ykey]).map((run) => [run.c[xkey].map((v) => v / unit), run.c[ykey].map((v) => (v === null ? null : v / yunit))]);
   if (!have.length) return { x: [], y: [] };
   if (have.length === 1) return { x: have[0][0], y: have[0][1] };
   const first = Math.max(...have.map(([x]) => x[0])), last = Math.min(...have.map(([x]) => x[x.length - 1]));
@@ -348,8 +355,8 @@ function band(runs, xkey, ykey, log) {
   for (let i = 0; i < POINTS; i++) { const f = i / (POINTS - 1); x.push(log ? start * (last / start) ** f : start + f * (last - start)); }
   const made = { x, y: [], lo: [], hi: [] };
   for (const v of x) {
-    const values = have.map(([xs, ys]) => along(xs, ys, v));
-    made.y.push(median(values)); made.lo.push(Math.min(...values)); made.hi.push(Math.max(...values));
+    const values = have.map(([xs, ys]) => along(xs, ys, v)), known = values.every((y) => y !== null);
+    made.y.push(known ? median(values) : null); made.lo.push(known ? Math.min(...values) : null); made.hi.push(known ? Math.max(...values) : null);
   }
   return made;
 }
@@ -370,8 +377,8 @@ function curves() {
   host.append(bar);
   DATA.axes.forEach((axis, i) => {
     if (axis.values.length < 2 || (i === DATA.colour && DATA.settings.length <= 12)) return;
-    if (!(axis.key in state.filters)) state.filters[axis.key] = axis.first === null ? "" : String(axis.first);
-    bar.append(select(axis.label, [["", "all"], ...axis.values.map((v, at) => [String(at), v])], state.filters[axis.key], (value) => { state.filters[axis.key] = value; state.views = {}; redraw(); }));
+    if (!(axis.key in state.filters)) state.filters[axis.key] = axis.first === null ? null : axis.values[axis.first];
+    bar.append(select(axis.label, [["", "all"], ...axis.values.map((v, at) => [String(at), v])], chosen(axis) === null ? "" : String(axis.values.indexOf(chosen(axis))), (value) => { state.filters[axis.key] = value === "" ? null : axis.values[+value]; state.views = {}; redraw(); }));
   });
   legend(host, entriesOfSettings);
   const grid = el("div", { class: "charts" });
@@ -379,7 +386,7 @@ function curves() {
   for (const xkey of DATA.x) chart(grid, `curves-${xkey}`, () => ({
     x: { label: label(xkey), log: state.logx }, y: { label: label(state.y), log: state.logy && positive(state.y) },
     level: DATA.target && DATA.target.metric === state.y ? { at: DATA.target.level, label: `target ${num(DATA.target.level)}` } : null,
-    series: shownSettings().filter((one) => !state.hidden.has(`s${DATA.settings.indexOf(one)}`)).map((one) => {
+    series: shownSettings().filter((one) => !hidden(one)).map((one) => {
       const at = DATA.settings.indexOf(one);
       return { name: named(one), ...styled(one), ...band(DATA.runs.filter((run) => run.s === at), xkey, state.y, state.logx) };
     }),
@@ -404,7 +411,7 @@ function targets() {
     const rows = [], never = [];
     for (const one of shownSettings()) {
       const at = DATA.settings.indexOf(one);
-      if (state.hidden.has(`s${at}`)) continue;
+      if (hidden(one)) continue;
       const values = DATA.runs.filter((run) => run.s === at).map((run) => run.t[m.key] ?? Infinity);
       const mid = values.length ? median(values) : Infinity, finite = values.filter(Number.isFinite);
       if (!Number.isFinite(mid)) { never.push(named(one)); continue; }
@@ -425,12 +432,12 @@ function targets() {
 // -- One number against another, on logarithms ----------------------------------------------------
 
 function against(one) {
-  const host = section(one.id, one.title, "A mark for each setting, median over the seeds. Dashed: least squares on the logarithms.");
+  const host = section(one.id, one.title, "A mark for each setting, median over the seeds; what did not get there has none. Dashed: least squares on the logarithms of the marks.");
   host.querySelector(".top").append(saver(host, one.id));
   const style = (series) => ({ colour: colour(series.colour), mark: MARKS[series.colour % MARKS.length] });
-  legend(host, () => one.series.map((series) => ({ key: `g${series.colour}`, name: series.name + (series.fit ? `: slope ${num(series.fit.slope, 3)} ± ${num(series.fit.error, 2)}` : ""), ...style(series) })));
+  legend(host, () => one.series.map((series) => ({ key: `g${series.name}`, name: series.name + (series.fit ? `: slope ${num(series.fit.slope, 3)} ± ${num(series.fit.error, 2)}` : ""), ...style(series) })));
   chart(host, one.id, () => {
-    const shown = one.series.filter((series) => !state.hidden.has(`g${series.colour}`));
+    const shown = one.series.filter((series) => !state.hidden.has(`g${series.name}`));
     return {
       kind: "points", x: { label: one.x, log: true }, y: { label: one.y, log: true },
       series: shown.map((series) => ({ ...series, ...style(series) })),
@@ -443,24 +450,22 @@ function against(one) {
 
 function staleness() {
   if (!DATA.staleness.length) return;
-  const host = section("staleness", "Staleness", "Steps between the model a result was computed at and its use.", toggle("log y", true, (on) => { state.logtau = on; redraw(); }));
-  state.logtau = state.logtau ?? true;
+  const host = section("staleness", "Staleness", "Steps between the model a result was computed at and its use.", toggle("log y", state.logtau, (on) => { state.logtau = on; redraw(); }));
   host.querySelector(".top").append(saver(host, "staleness"));
   legend(host, entriesOfSettings);
   chart(host, "staleness", () => ({
     x: { label: "staleness, steps", log: false }, y: { label: "share of results", log: state.logtau },
-    series: shownSettings().map((one) => [one, DATA.settings.indexOf(one)]).filter(([, at]) => !state.hidden.has(`s${at}`)).flatMap(([one, at]) =>
-      DATA.staleness.filter((h) => h.s === at).map((h) => ({ name: `${named(one)} (mean ${num(h.mean, 3)}, most ${num(h.most)})`, ...styled(one), step: true, x: h.x, y: h.y }))),
+    series: shownSettings().filter((one) => !hidden(one)).flatMap((one) =>
+      DATA.staleness.filter((h) => DATA.settings[h.s] === one).map((h) => ({ name: `${named(one)} (mean ${num(h.mean, 3)}, most ${num(h.most)})`, ...styled(one), step: true, x: h.x, y: h.y }))),
   }));
 }
 
 // -- Who computed when ------------------------------------------------------------------------------
 
-const LANES = { compute: ["computes", "fill"], communicate: ["sends", "hatch"], queue: ["a job is queued", "line"], wait: ["waits", "none"] };
 function timelines() {
   if (!DATA.timelines.length) return;
-  let chosen = 0;
-  const host = section("timeline", "Who computed when", "", ...(DATA.timelines.length > 1 ? [select("", DATA.timelines.map((one, at) => [String(at), one.name]), "0", (value) => { chosen = +value; zoom = null; draw(); })] : []));
+  state.timeline = Math.min(state.timeline, DATA.timelines.length - 1);
+  const host = section("timeline", "Who computed when", "", ...(DATA.timelines.length > 1 ? [select("", DATA.timelines.map((one, at) => [String(at), one.name]), String(state.timeline), (value) => { state.timeline = +value; zoom = null; draw(); })] : []));
   host.querySelector(".top").append(saver(host, "timeline"));
   const key = el("p", { class: "note" });
   key.innerHTML = `<svg width="30" height="12"><rect width="15" height="12" fill="var(--c0)"/><rect x="15" width="15" height="12" fill="var(--c0)" fill-opacity=".55"/></svg> computes, job by job &ensp; <svg width="22" height="12"><rect y="3" width="22" height="6" fill="var(--c4)"/></svg> sends &ensp; <svg width="22" height="12"><rect y="8" width="22" height="4" fill="var(--c3)"/></svg> jobs are queued &ensp; <svg width="22" height="12"><rect width="22" height="12" fill="var(--lane)"/></svg> waits`;
@@ -468,7 +473,7 @@ function timelines() {
   host.append(key, box);
   let zoom = null, x = null, from = null;
   function draw() {
-    const one = DATA.timelines[chosen], width = Math.max(260, box.clientWidth || 600), lane = clamp(320 / one.workers, 7, 22);
+    const one = DATA.timelines[state.timeline], width = Math.max(260, box.clientWidth || 600), lane = clamp(320 / one.workers, 7, 22);
     const pad = { left: 46, right: 14, top: 6, bottom: 42 }, height = pad.top + pad.bottom + lane * one.workers, [from_s, to_s] = zoom || [0, one.until_s];
     x = scale(from_s, to_s, pad.left, width - pad.right, false);
     const out = [`<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${width} ${height}" width="${width}" height="${height}" role="img" aria-label="workers' timeline" font-family="system-ui, DejaVu Sans, sans-serif" font-size="12"><clipPath id="clip-lanes"><rect x="${pad.left}" y="0" width="${width - pad.left - pad.right}" height="${height}"/></clipPath>`];
@@ -503,7 +508,7 @@ function timelines() {
   redraws.push(draw);
   draw();
   const waits = el("div", { class: "scroll" });
-  host.append(el("p", { class: "note" }, "Shown: the first jobs; shares of all workers' time in them are in the table."), waits);
+  host.append(el("p", { class: "note" }, "Shown: the first jobs. In the table: shares of all workers’ time in the whole run."), waits);
   waits.append(sheet([["run", 0], ["computes", 1], ["sends", 1], ["waits", 1], ["queued jobs, mean", 1]], DATA.timelines.map((one) => [one.name, ...["compute", "communicate", "wait"].map((k) => `${(100 * one.shares[k]).toFixed(0)}%`), num(one.shares.queue, 3)])));
 }
 

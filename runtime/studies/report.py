@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from offbeat.runtime.records import column, read_trace
 from offbeat.runtime.registry import Spec, told_apart
 from offbeat.runtime.studies import study as studies
 from offbeat.runtime.studies import table as tables
-from offbeat.runtime.studies.cell import KEPT, topology
+from offbeat.runtime.studies.cell import KEPT, VERSION, topology
 from offbeat.runtime.studies.scenes import graphs, timeline
 from offbeat.topologies import TOPOLOGIES
 
@@ -127,7 +126,8 @@ def data(folders: Sequence[Path], live_s: float = 0.0) -> dict[str, Any]:
     runs += recorded
     if not runs and not notes:
         raise ConfigError(f"{folders[0]}: nothing has been recorded yet")
-    gossip = any(run.line.get("topology") for run in runs)
+    kinds = {"server steps" if run.line["topology"] is None else "rounds" for run in runs}
+    steps = kinds.pop() if len(kinds) == 1 else "steps"
     axes, settings, members = _settings(runs)
     colour = _colour(axes)
     _first_filters(axes, settings, colour)
@@ -135,22 +135,21 @@ def data(folders: Sequence[Path], live_s: float = 0.0) -> dict[str, Any]:
     made: dict[str, Any] = {
         "title": ", ".join(folder.resolve().name for folder in folders),
         "about": " ".join(filter(None, abouts)),
-        "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, offbeat {version('offbeat')}, "
-        f"{len(runs):,} runs",
+        "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, offbeat {VERSION}, {len(runs):,} runs",
         "live_s": live_s,
         "notes": notes,
         "axes": axes,
         "settings": settings,
         "colour": colour,
-        "columns": _columns(gossip),
+        "columns": _columns(steps),
         "runs": _curves(runs, members, target),
         "target": None if target is None else {"metric": metric, "level": target.level},
-        "measures": _measures(target, gossip),
+        "measures": _measures(target, steps),
         "staleness": _staleness(runs, members),
         "against": _against(runs, axes, settings, members, colour, metric),
         "timelines": _timelines(runs),
         "graphs": _graphs(runs),
-        "table": _table(runs, axes, tuned, members, gossip),
+        "table": _table(runs, axes, tuned, members, steps),
     }
     present = {key for run in made["runs"] for key in run["c"]}
     made["x"] = [key for key in ACROSS if key in present]
@@ -162,7 +161,7 @@ def data(folders: Sequence[Path], live_s: float = 0.0) -> dict[str, Any]:
 
 
 def _study(folder: Path, several: bool) -> tuple[studies.Study, list[Run], list[str]]:
-    study = studies.Study.read(folder / studies.FILE)
+    study = studies.Study.read(folder / studies.FILE, build=False)  # its data may be gone
     done = studies.read_cells(folder)
     missing, wanted = study.plan(done)
     runs, failed = [], []
@@ -181,6 +180,9 @@ def _study(folder: Path, several: bool) -> tuple[studies.Study, list[Run], list[
         kept = folder / studies.FOLDERS / cell.key
         runs.append(Run(axes, cell.seed, line, row, kept if kept.exists() else None))
     notes = [f"{len(missing):,} runs of {study.name} are still to be done."] if missing else []
+    others = {line.get("version", VERSION) for line in done.values()} - {VERSION}
+    if others:
+        notes.append(f"Not shown: runs of offbeat {', '.join(sorted(others))}; this is {VERSION}.")
     if failed:
         notes.append(f"{len(failed)} cells failed. The first: {failed[0]}")
     return study, runs, notes
@@ -223,7 +225,7 @@ def _run(folder: Path) -> Run | None:
         "settings": experiment.table(),
         "reason": final.get("reason", "still running"),
         "final": {key: v for key, v in final.items() if isinstance(v, int | float)},
-        "curve": {key: [row[key] for row in metrics] for key in KEPT if key in metrics[0]},
+        "curve": {key: [row.get(key) for row in metrics] for key in KEPT if key in final},
         "histogram": histogram,
         "topology": None if experiment.topology is None else topology(experiment),
         "asynchronous": experiment.topology is not None and experiment.asynchronous,
@@ -337,9 +339,9 @@ def _first_filters(
             )
 
 
-def _columns(gossip: bool) -> dict[str, dict[str, Any]]:
+def _columns(steps: str) -> dict[str, dict[str, Any]]:
     return {
-        "step": {"label": "rounds" if gossip else "server steps"},
+        "step": {"label": steps},
         "time_s": {"label": "seconds"},
         "bytes": {"label": "megabytes sent", "unit": 1e6},
         "grad_norm": {"label": "gradient norm"},
@@ -349,12 +351,12 @@ def _columns(gossip: bool) -> dict[str, dict[str, Any]]:
     }
 
 
-def _measures(target: Any, gossip: bool) -> list[dict[str, Any]]:
+def _measures(target: Any, steps: str) -> list[dict[str, Any]]:
     """What settings are compared by."""
     last = target.metric if target is not None else "loss"
     measures: list[dict[str, Any]] = []
     if target is not None:
-        columns = _columns(gossip)
+        columns = _columns(steps)
         measures = [
             {"key": f"{name}_to_target", **columns.get(of, {"label": of})}
             for name, of in tables.REACHED.items()
@@ -373,7 +375,7 @@ def digits(values: Iterable[float], most: int = 5) -> list[float | None]:
 def _curves(runs: Sequence[Run], members: Sequence[int], target: Any) -> list[dict[str, Any]]:
     wide = sum(len(run.line["curve"]) for run in runs) or 1
     points = int(min(MOST, max(FEWEST, NUMBERS / wide)))
-    keys = [measure["key"] for measure in _measures(target, True)]
+    keys = [*(f"{name}_to_target" for name in tables.REACHED), "floor"]
     made = []
     for run, setting in zip(runs, members, strict=True):
         curve = run.line["curve"]
@@ -556,7 +558,7 @@ def _table(
     axes: Sequence[dict[str, Any]],
     tuned: Sequence[str],
     members: Sequence[int],
-    gossip: bool,
+    steps: str,
 ) -> dict[str, Any]:
     """Medians over the seeds, a row for each setting."""
     keys = [key for key in (*TOLD, *tables.FINAL) if any(key in run.row for run in runs)]
@@ -565,9 +567,7 @@ def _table(
         groups.setdefault(setting, []).append(run)
     columns: list[tuple[str, int]] = [(axis["label"], 0) for axis in axes]
     columns += [(key, 1) for key in tuned] + [("seeds", 1)]
-    columns += [
-        ({**_LABELS, "step": "rounds" if gossip else "steps"}.get(key, key), 1) for key in keys
-    ]
+    columns += [({**_LABELS, "step": steps}.get(key, key), 1) for key in keys]
     rows = []
     for mine in groups.values():
         medians: list[float | None] = []

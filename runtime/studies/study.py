@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass
-from importlib.metadata import version
+from functools import cache
 from itertools import product
 from pathlib import Path
 from time import monotonic
@@ -47,6 +47,7 @@ from offbeat.runtime.registry import (
     settings,
 )
 from offbeat.runtime.studies import cell, pool
+from offbeat.runtime.studies.table import row
 from offbeat.topologies import TOPOLOGIES
 from offbeat.workers.tasks import TASKS
 from offbeat.workers.work import WORK
@@ -68,7 +69,6 @@ SECTIONS = (
 )
 BUDGETS = ("steps", "seconds", "gradients")  # what a share of a run is a share of
 MOST_CELLS = 1_000_000
-VERSION = version("offbeat")  # what the same settings give may change with it
 
 Line = dict[str, Any]  # of the cells' file; see ``cell.run``
 Done = dict[str, Line]  # by cell
@@ -126,21 +126,30 @@ class Cell:
 
 
 class Study:
-    """A grid of experiments, from its table."""
+    """A grid of experiments, from its table.
 
-    def __init__(self, table: Mapping[str, Any]) -> None:
+    Args:
+        table: as in a study's file.
+        build: whether every value of every axis is built once, so that mistakes are told now.
+    """
+
+    def __init__(self, table: Mapping[str, Any], build: bool = True) -> None:
         if unknown := [key for key in table if key not in SECTIONS]:
             raise ConfigError(f'unknown key "{unknown[0]}"{nearest(unknown[0], SECTIONS)}')
         self.source = table
         self.name = str(table.get("name", "study"))
         self.about = " ".join(str(table.get("about", "")).split())
         self.base = deepcopy(dict(_section(table, "experiment")))
-        self.base.setdefault("record", {}).setdefault("trace", False)
+        self.base["record"] = {"trace": False, **_section(self.base, "record")}
         self.axes = _lists(_section(table, "grid"), "grid")
         for key in ("algorithm", "topology", "mode"):  # lists, as in any experiment file
             if isinstance(self.base.get(key), list):
                 self.axes.setdefault(key, self.base.pop(key))
-        self.zipped = [_lists(group, "zip") for group in table.get("zip", [])]
+        for part in PARTS.keys() & self.base.keys():
+            self.base[part] = _written_out(part, self.base[part])
+        if not isinstance(groups := table.get("zip", []), list):
+            raise ConfigError(f"zip must be tables, as [[zip]], not {groups!r}")
+        self.zipped = [_lists(group, "zip") for group in groups]
         self.seeds = _seeds(table.get("seeds", [0]))
         self.target = make_settings(Target, table["target"]) if "target" in table else None
         self.tune = None
@@ -149,10 +158,14 @@ class Study:
             tune["grid"] = _lists(tune.get("grid", {}), "tune.grid")
             self.tune = Tune(**tune)
         self.limits = make_settings(Limits, table.get("limits", {}))
-        self._check()
+        groups = self._check()
+        if build:
+            self._build(groups)
 
     @staticmethod
-    def read(path: Path, overrides: Sequence[str] = (), quick: bool = False) -> "Study":
+    def read(
+        path: Path, overrides: Sequence[str] = (), quick: bool = False, build: bool = True
+    ) -> "Study":
         """A study from its file; ``quick`` applies its [quick] section, then the overrides."""
         try:
             table = tomllib.loads(path.read_text())
@@ -166,26 +179,30 @@ class Study:
                 _merge(table, _section(table, "quick"))
             for override in overrides:
                 _override(table, override)
-            return Study(table)
+            return Study(table, build)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
 
-    def _check(self) -> None:
-        """Refuse what no cell could be; every value of every axis is built once."""
-        groups = [*({key: values} for key, values in self.axes.items()), *self.zipped]
-        keys = [key for group in groups for key in group]
+    def _check(self) -> list[dict[str, list[Any]]]:
+        """Refuse what no grid can be; answers what is varied: keys whose values go together."""
+        groups = [{key: values} for key, values in self.axes.items()] + self.zipped
+        keys = [key for group in (*groups, self.tune.grid if self.tune else {}) for key in group]
         if twice := {key for key in keys if keys.count(key) > 1}:
             raise ConfigError(f"{min(twice)} is varied twice")
         for group in groups:
             lengths = {key: len(values) for key, values in group.items()}
-            if 0 in lengths.values() or len(set(lengths.values())) != 1:
+            if len(set(lengths.values())) != 1:
                 raise ConfigError(f"zip: lists that go together are of one length, not {lengths}")
         if self.tune is not None and not self.tune.grid:
             raise ConfigError('tune: name a key and its candidates, as grid."algorithm.lr" = [...]')
-        tuned = [dict(zip(self.tune.grid, self._candidates()[0], strict=True))] if self.tune else []
         count = len(self.settings()) * (len(self.seeds) + len(self._candidates()))
         if count > MOST_CELLS:
             raise ConfigError(f"{count:,} cells are more than the {MOST_CELLS:,} a study may have")
+        return groups
+
+    def _build(self, groups: Sequence[dict[str, list[Any]]]) -> None:
+        """Refuse what no cell could be."""
+        tuned = [dict(zip(self.tune.grid, self._candidates()[0], strict=True))] if self.tune else []
         first = [{key: values[0] for key, values in group.items()} for group in groups]
         for at, group in enumerate(groups):
             for place in range(len(next(iter(group.values())))):
@@ -212,8 +229,6 @@ class Study:
     def _cell(self, axes: Mapping[str, Any], seed: int, share: float = 1.0) -> Cell:
         """The cell at ``axes``, of ``share`` of the length."""
         table = deepcopy(self.base)
-        for part in PARTS.keys() & table.keys():
-            table[part] = _written_out(part, table[part])
         for key in sorted(axes, key=lambda key: key.count(".")):  # algorithm before algorithm.lr
             put(table, key, _written_out(key, axes[key]) if key in PARTS else deepcopy(axes[key]))
         table["seed"] = seed
@@ -224,7 +239,7 @@ class Study:
             for key in BUDGETS & stop.keys():
                 part = stop[key] * share
                 stop[key] = part if key == "seconds" else max(1, math.ceil(part))
-        text = json.dumps([VERSION, table], sort_keys=True, default=str)
+        text = json.dumps([cell.VERSION, table], sort_keys=True, default=str)
         return Cell(hashlib.sha256(text.encode()).hexdigest()[:16], axes, seed, table)
 
     # -- What to run next ---------------------------------------------------------------------
@@ -283,8 +298,6 @@ class Study:
     def _score(self, lines: Sequence[Line]) -> tuple[float, float]:
         """What tuning makes small; infinite where a run failed."""
         assert self.tune is not None
-        from offbeat.runtime.studies.table import row
-
         rows = [row(line, self.target) for line in lines]
         if any(one["error"] for one in rows):
             return math.inf, math.inf
@@ -323,7 +336,7 @@ def _override(table: dict[str, Any], override: str) -> None:
         if override.startswith(grid):
             found: dict[str, Any] = {}
             apply_override(found, f"value={override.partition('=')[2]}")
-            key = override.partition("=")[0].removeprefix(grid).strip()
+            key = override.partition("=")[0].removeprefix(grid).strip().strip("\"'")
             part = table.setdefault("tune", {}) if grid.startswith("tune") else table
             part["grid"] = {**dict(_flat(part.get("grid", {}))), key: found["value"]}
             return
@@ -340,7 +353,7 @@ def _flat(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any
 
 
 def _lists(table: Any, where: str) -> dict[str, list[Any]]:
-    if not isinstance(table, Mapping):
+    if not isinstance(table, Mapping) or (where == "zip" and not table):
         raise ConfigError(f"{where} must be a table of dotted keys and lists, not {table!r}")
     found = dict(_flat(table))
     for key, values in found.items():
@@ -354,7 +367,7 @@ def _lists(table: Any, where: str) -> dict[str, list[Any]]:
 
 
 def _seeds(given: Any) -> list[int]:
-    seeds = list(range(given)) if isinstance(given, int) else given
+    seeds = list(range(given)) if type(given) is int else given
     if not isinstance(seeds, list) or not seeds or not all(type(s) is int for s in seeds):
         raise ConfigError(f"seeds must be a number of seeds or a list of them, not {given!r}")
     return list(dict.fromkeys(seeds))
@@ -379,12 +392,18 @@ def _written_out(part: str, given: Any) -> Any:
         given = {"name": name, **dict(zip(parameters, args, strict=False)), **options}
     if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
         return given  # it will be told when it is built
-    table = dict(deepcopy(given))
-    for key, parameter in inspect.signature(registry[table["name"]]).parameters.items():
-        filled = key in ("n", "workers", "seed")  # by the experiment
-        if not filled and parameter.default not in (parameter.empty, None):
-            table.setdefault(key, parameter.default)
-    return table
+    return {**_defaults(part, given["name"]), **deepcopy(given)}
+
+
+@cache
+def _defaults(part: str, name: str) -> dict[str, Any]:
+    """The options of a part that have a default, but for those that the experiment fills in."""
+    parameters = inspect.signature(PARTS[part][name]).parameters
+    return {
+        key: parameter.default
+        for key, parameter in parameters.items()
+        if key not in ("n", "workers", "seed") and parameter.default not in (parameter.empty, None)
+    }
 
 
 # -- The folder -------------------------------------------------------------------------------
@@ -496,12 +515,13 @@ def run(
     runner = pool.engine(engine)
     if folders and runner is not pool.processes:
         raise ConfigError("run folders are kept of cells that run on this machine only")
-    done = read_cells(folder)
-    if retry:
-        done = {key: line for key, line in done.items() if "error" not in line}
-    file = CellsFile(folder)
+    file = CellsFile(folder)  # before it is read: nobody else adds to it from here on
     try:
+        done = read_cells(folder)
+        if retry:
+            done = {key: line for key, line in done.items() if "error" not in line}
         write_whole(folder / FILE, tomli_w.dumps(study.source).encode())
+        checked = False
         while True:
             missing, wanted = study.plan(done)
             if not missing:
@@ -514,11 +534,14 @@ def run(
                 for count, (index, (text, error)) in enumerate(runs, start=1):
                     if text is None:
                         key, table, _ = work[index]
-                        text = cell.encode({"cell": key, "settings": table, "error": error})
+                        text = cell.encode(cell.begun(key, table) | {"error": error})
                     file.add(text)
                     line = msgspec.json.decode(text)
                     done[line["cell"]] = line
                     failed += "error" in line
+                    if not checked and "error" not in line:
+                        row(line, study.target)  # a target that is no metric is told now
+                        checked = True
                     progress(count, len(work), failed)
     finally:
         file.close()

@@ -22,7 +22,8 @@ def row(line: dict[str, Any], target: Any) -> dict[str, Any]:
     """What came of a cell; see ``study.run`` for ``line``.
 
     ``floor`` is the mean of the target's metric (else the loss) over the last fifth of the
-    evaluations; ``..._to_target`` is None where the run did not get there.
+    evaluations, None if that is not finite; ``..._to_target`` is None where the run did not get
+    there.
     """
     metric = target.metric if target is not None else "loss"
     made: dict[str, Any] = {"cell": line["cell"], "error": line.get("error")}
@@ -37,9 +38,9 @@ def row(line: dict[str, Any], target: Any) -> dict[str, Any]:
         made |= {f"{name}_to_target": None for name, of in REACHED.items() if of in curve}
         made |= reached(curve, metric, target.level)
     made |= {key: final[key] for key in FINAL if key in final}
-    values = curve[metric]
-    tail = values[-max(1, math.ceil(TAIL * len(values))) :]
-    made["floor"] = sum(tail) / len(tail)
+    values = np.array(curve[metric], float)  # null, of what was not finite, is nan
+    floor = float(values[-max(1, math.ceil(TAIL * len(values))) :].mean())
+    made["floor"] = floor if math.isfinite(floor) else None
     return made | {"reason": line["reason"], "wall_s": line["wall_s"]}
 
 
@@ -48,13 +49,13 @@ def reached(curve: dict[str, list[float]], metric: str, level: float) -> dict[st
 
     Between two evaluations it is taken to fall geometrically (linearly where it is not positive).
     """
-    values = np.array(curve[metric])
+    values = np.array(curve[metric], float)
     below = np.flatnonzero(values <= level)
     if not len(below):
         return {}
     at = int(below[0])
     fraction = 1.0
-    if at:
+    if at and np.isfinite(values[at - 1]):
         before, after, aim = float(values[at - 1]), float(values[at]), level
         if after > 0 and aim > 0:
             before, after, aim = math.log(before), math.log(after), math.log(aim)

@@ -97,7 +97,7 @@ def _fraction(folder: Path, last: dict[str, Any]) -> float:
 
 
 def _study(folder: Path) -> tuple[Group, bool]:
-    study = studies.Study.read(folder / studies.FILE)
+    study = studies.Study.read(folder / studies.FILE, build=False)
     done = studies.read_cells(folder)
     missing, wanted = study.plan(done)
     failed = [line for line in done.values() if "error" in line]

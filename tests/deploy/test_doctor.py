@@ -2,8 +2,10 @@
 
 import os
 import re
+import shutil
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from offbeat.deploy import doctor, everywhere
 from offbeat.deploy.hosts import read_hosts
 from offbeat.runtime.cli import app
 from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.net import keys
 
 # Runs the command here, for each target in a home folder of its own.
 SSH = """#!/usr/bin/env bash
@@ -103,8 +106,16 @@ def test_a_port_that_is_taken(tmp_path):
 def test_an_address_of_another_machine(tmp_path):
     path = host_file(tmp_path, ("a", "192.0.2.1", 5555))
     ((state, said, mend),) = of(look(path, "a"), "bind")
-    assert (state, said) == ("wrong", "tcp://192.0.2.1:5555 is no address of this machine")
-    assert mend.startswith("give the address at which the others reach it")
+    assert (state, said) == ("note", "tcp://192.0.2.1:5555 is no address of this machine")
+    assert mend.startswith("fine if it is forwarded here; else give the address")
+
+
+def test_it_listens_at_all_addresses_as_nodes_do():
+    """A name that is 127.0.1.1 on its own machine, as Debian has it, is another elsewhere."""
+    found = doctor.Found("a")
+    with doctor.listening(found, ("127.0.1.1", free())) as server:
+        socket.create_connection(("127.0.0.1", server.getsockname()[1]), 5).close()
+    assert [one.state for one in found.all] == ["good"]
 
 
 def test_a_firewall_that_swallows(tmp_path, monkeypatch):
@@ -172,14 +183,27 @@ def test_what_zeromq_says_first(curve, keys, state, said, router, tmp_path):
     assert re.search(said, words)
 
 
-def test_a_port_that_another_program_has(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("first", "said"),
+    [
+        (b"SSH-2.0-OpenSSH\r\n", "is taken by something that is not offbeat"),
+        (b"", "takes connections, but says nothing in 0.3 s"),
+    ],
+)
+def test_a_port_that_another_program_has(first, said, tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "CONNECT_S", 0.3)
-    with listener() as port:
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        port = server.getsockname()[1]
         path = host_file(tmp_path, ("a", "127.0.0.2", free("127.0.0.2")), ("b", "127.0.0.1", port))
-        ((state, said, _),) = of(look(path, "a"), "reach")
-    assert (state, said) == (
-        "wrong", f"tcp://127.0.0.1:{port} is taken by something that is not offbeat"
-    )  # fmt: skip
+        with ThreadPoolExecutor(1) as pool:
+            found = pool.submit(look, path, "a")
+            kept = [server.accept()[0] for _ in range(doctor.TRIES)]
+            kept[-1].sendall(first)
+            ((state, got, mend),) = of(found.result(), "reach")
+        for one in kept:
+            one.close()
+    assert (state, got) == ("wrong", f"tcp://127.0.0.1:{port} {said}")
+    assert mend
 
 
 def test_which_host_this_is(tmp_path):
@@ -354,7 +378,7 @@ def test_what_tells_hosts_apart(examine):
 def test_versions_have_to_agree():
     same = {"offbeat": "1.0", "numpy": "2.0"}
     told = {
-        name: {"versions": same | other, "settings": {}}
+        name: {"versions": same | other, "keys": {}, "settings": {}}
         for name, other in {"a": {}, "b": {"offbeat": "0.9"}, "c": {"numpy": "1.9"}}.items()
     }
     found = []
@@ -364,6 +388,34 @@ def test_versions_have_to_agree():
         ("c", "note", "numpy 1.9; others have 2.0"),
     ]
     assert found[0].mend == "pip install offbeat==1.0"
+
+
+def test_keys_have_to_be_those_of_whom_they_are_listed_for(tmp_path):
+    hosts = read_hosts(
+        host_file(tmp_path, *((name, "127.0.0.1", i) for i, name in enumerate("ab", 1)))
+    )
+    for name in "ab":
+        (tmp_path / name / "authorized").mkdir(parents=True)
+        create_certificates(tmp_path / name, name)
+    for name, other in ("ab", "ba"):
+        shutil.copy(tmp_path / other / f"{other}.key", tmp_path / name / "authorized")
+
+    def compared():
+        told = {
+            host.name: {
+                "versions": {}, "settings": {}, "keys": doctor.public_keys(hosts, host, tmp_path),
+            }
+            for host in hosts.hosts
+        }  # fmt: skip
+        everywhere.compare(found := [], told)
+        return found
+
+    assert compared() == []
+    create_certificates(tmp_path / "b", "b")  # anew, and a was not told
+    ((host, check, state, said, mend),) = compared()
+    assert (host, check, state) == ("a", "keys", "wrong")
+    assert said == "a lists another public key of b than it has"
+    assert keys.show(tmp_path / "b", "b") in mend
 
 
 def test_peers_have_no_server_to_be_reached(tmp_path):

@@ -1,6 +1,7 @@
 """What is rendered: read by the parsers of those it is for, and by our own command line."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -14,7 +15,7 @@ import pytest
 import typer
 import yaml
 
-from offbeat.deploy import render
+from offbeat.deploy import cli, render
 from offbeat.deploy.hosts import read_hosts
 from offbeat.runtime.cli import app
 from offbeat.runtime.errors import ConfigError
@@ -80,7 +81,7 @@ def test_shellcheck_finds_nothing(recipe, shape, tmp_path):
 def test_units_pass_systemd(shape, devices, tmp_path):
     analyze = tool("systemd-analyze")
     (tmp_path / "hosts.toml").write_text(deploying.HOSTS.replace('"cuda"', f'"{devices}"'))
-    out = deploying.deploy(tmp_path, "systemd", shape, "--offbeat", sys.executable)
+    out = deploying.deploy(tmp_path, "systemd", shape, "--offbeat", "/usr/bin/env")
     units = list(map(str, (out / "units").glob("*.service")))
     assert len(units) == (2 if shape == "server" else 1)
     assert passes(analyze, "verify", *units) == ""
@@ -106,6 +107,15 @@ def test_slurm_directives(shape, tmp_path):
 
 
 @each_shape
+def test_slurm_steps_have_the_cpus_of_the_job(shape, tmp_path):
+    """Since 22.05 srun takes them from its own command line only; the layout has to be one."""
+    out = deploying.deploy(tmp_path, "slurm", shape, "--cpus", "4")
+    steps = re.findall(r"^srun (.*)", (out / "offbeat.sbatch").read_text(), re.MULTILINE)
+    assert len(steps) == (1 if shape == "server" else 2)
+    assert all(step.startswith("--distribution=block --cpus-per-task=4 ") for step in steps)
+
+
+@each_shape
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_kubernetes_documents_fit_their_schemas(shape, device, tmp_path):
     validator = pytest.importorskip("kubernetes_validate", reason="not installed")
@@ -114,6 +124,33 @@ def test_kubernetes_documents_fit_their_schemas(shape, device, tmp_path):
     assert len(documents) == (6 if shape == "server" else 4)
     for document in documents:
         validator.validate(document, "1.30", strict=True)
+        if document["kind"] == "StatefulSet":
+            (main,) = document["spec"]["template"]["spec"]["containers"]
+            computes = document["metadata"]["name"] != "run-server"
+            assert ("nvidia.com/gpu" in main["resources"]["limits"]) == (
+                computes and device == "cuda"
+            )
+
+
+@each_shape
+def test_a_pods_keys_can_be_copied_again(shape, tmp_path):
+    """A new sandbox of the same pod begins anew, with the volume that was there."""
+    out = deploying.deploy(tmp_path, "kubernetes", shape)
+    made = list(yaml.safe_load_all((out / "offbeat.yaml").read_text()))[2]
+    (container,) = made["spec"]["template"]["spec"]["initContainers"]
+    command = [word.replace("/secret", str(tmp_path / "secret")) for word in container["command"]]
+    command = [word.replace("/keys", str(tmp_path / "mine")) for word in command]
+    (tmp_path / "secret").mkdir()
+    for name in ("me.key_secret", "me.key", "other.key"):
+        (tmp_path / "secret" / name).write_text(name)
+        (tmp_path / "secret" / name).chmod(0o440)
+    (tmp_path / "mine").mkdir()
+    bound = [tool("setpriv"), "--bounding-set=-all"] if os.getuid() == 0 else []  # by modes
+    for _ in range(2):
+        passes(*bound, *command, env={"NODE": "me", "PATH": "/usr/bin:/bin"})
+    own = tmp_path / "mine" / "own"
+    assert stat.S_IMODE((own / "me.key_secret").stat().st_mode) & 0o377 == 0
+    assert sorted(path.name for path in own.rglob("*.key")) == ["me.key", "other.key"]
 
 
 @each_shape
@@ -158,7 +195,9 @@ def test_kubernetes_objects_fit_together(shape, tmp_path):
 
 
 def test_rayjob(tmp_path):
-    out = rayjob(tmp_path, "--device", "cuda", "--image", "registry:5000/us/offbeat:1")
+    text = RAY.replace("num_cpus = 1", 'num_cpus = 1, num_gpus = 1, device = "cuda"')
+    image = ["--image", "registry:5000/us/offbeat:1"]
+    out = deploying.deploy(tmp_path, "kuberay", "server", "--device", "cuda", *image, text=text)
     _, claim, job = yaml.safe_load_all((out / "rayjob.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     cluster = job["spec"]["rayClusterSpec"]
@@ -209,16 +248,45 @@ def test_compose_fits_together(shape, device, tmp_path):
     for service in document["services"].values():
         assert {s["source"] for s in service["secrets"]} <= document["secrets"].keys()
         assert {c["source"] for c in service.get("configs", [])} <= document["configs"].keys()
-        assert f"AS {service['build']['target']}\n" in dockerfile
-        assert ("deploy" in service) == (device == "cuda")
+        assert ("build" in service) == (service.get("pull_policy") != "never")
         own = [s["source"] for s in service["secrets"] if s["source"].endswith("_secret")]
         assert len(own) == 1
         assert service["healthcheck"]["test"][0] == "CMD"
         compile(service["healthcheck"]["test"][-1], "healthcheck", "exec")
     names = {"server", "w0", "w1", "w2"} if shape == "server" else {"n0", "n1", "n2"}
     assert document["services"].keys() == names
+    gpus = {
+        name: service["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"]
+        for name, service in document["services"].items()
+        if "deploy" in service
+    }
+    assert gpus == (
+        {f"{'w' if shape == 'server' else 'n'}{i}": [str(i)] for i in range(3)}
+        if device == "cuda"
+        else {}
+    )
     for config in document["configs"].values():
         assert (out / config["file"]).is_file()
+    (build,) = [s["build"] for s in document["services"].values() if "build" in s]
+    assert f"AS {build['target']}\n" in dockerfile
+
+
+@each_shape
+def test_files_of_data_are_brought_or_asked_for(shape, tmp_path, capsys, monkeypatch):
+    data = tmp_path / "a $x.svm"
+    data.write_text("".join(f"{i % 2} 1:{i} 2:1\n" for i in range(12)))
+    quadratic = 'name = "quadratic"\ndim = 4\n'
+    text = deploying.SHAPES[shape].replace(quadratic, f'name = "logistic"\ndata = "{data}"\n')
+    out = deploying.deploy(tmp_path, "compose", shape, text=text)
+    path = str(data).replace("$", "$$")  # else Compose takes it for a variable
+    mount = {"type": "bind", "source": path, "target": path, "read_only": True}
+    services = yaml.safe_load((out / "compose.yaml").read_text())["services"]
+    assert all(mount in service["volumes"] for service in services.values())
+    deploying.deploy(tmp_path, "slurm", shape, text=text)
+    assert capsys.readouterr().out.count(f"note: every node needs {data} at that path") == 2
+    monkeypatch.setattr(render, "HIDDEN", (f"{tmp_path}/",))
+    with pytest.raises(ConfigError, match=r"units see nothing of .*\.svm; put it elsewhere"):
+        deploying.deploy(tmp_path, "systemd", shape, text=text)
 
 
 @each_shape
@@ -363,6 +431,8 @@ def test_keys_are_made_where_the_script_runs(recipe, shape, tmp_path):
         ("slurm", ["--time", "soon"], '"soon" is no time of Slurm; write 12:00:00'),
         ("slurm", ["--partition", "a b"], '"a b" is no name of a partition'),
         ("slurm", ["--name", "My run"], '"My run" is no name; take lower-case'),
+        ("kubernetes", ["--name", "a" * 40], 'a-worker-2" is no name; take lower-case'),
+        ("systemd", ["--offbeat", "/home/me/offbeat"], "so not /home/me/offbeat; put it"),
         ("slurm", ["--offbeat", "a; rm b"], "characters that scripts would have to quote"),
         ("slurm", ["--device", "tpu"], '--device must be cpu or cuda, not "tpu"'),
         ("systemd", ["--offbeat", "offbeat"], "units need the whole path of the program"),
@@ -379,12 +449,31 @@ def test_mistakes_are_one_sentence(recipe, options, said, tmp_path):
         deploying.deploy(tmp_path, recipe, "server", *options)
 
 
+def test_names_that_files_suggest(tmp_path, capsys):
+    for stem, made in (("My Run $x", "my-run-x"), ("a" * 39 + "-b", "a" * 39)):
+        file = tmp_path / f"{stem}.toml"
+        file.write_text(deploying.SERVER)
+        cli.slurm(file, out=tmp_path / made)
+        assert f"--job-name={made}\n" in (tmp_path / made / "offbeat.sbatch").read_text()
+    (tmp_path / "2024.toml").write_text(deploying.SERVER)
+    with pytest.raises(ConfigError, match=r'"2024" is no name; .*; give another, with --name'):
+        cli.slurm(tmp_path / "2024.toml")
+    capsys.readouterr()
+    cli.slurm(file, out=tmp_path / "my runs")
+    assert f"next: cd '{tmp_path}/my runs' && sbatch" in capsys.readouterr().out
+
+
 def test_gossip_on_ray_has_pods_for_its_actors(tmp_path):
     text = RAY.splitlines()[0].replace("}", ", workers_per_actor = 3}\n") + deploying.PEERS
     out = deploying.deploy(tmp_path, "kuberay", "peers", text=text)
     config, _, job = yaml.safe_load_all((out / "rayjob.yaml").read_text())
     assert config["data"].keys() == {"experiment.toml", "entry.sh"}
     assert job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] == 1
+
+
+def test_a_rayjob_with_gpus_has_actors_that_use_them(tmp_path):
+    with pytest.raises(ConfigError, match=r'give \[engine\] num_gpus = 1 and device = "cuda"'):
+        deploying.deploy(tmp_path, "kuberay", "server", "--device", "cuda", text=RAY)
 
 
 def test_a_rayjob_joins_its_cluster(tmp_path, capsys):

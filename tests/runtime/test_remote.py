@@ -8,9 +8,10 @@ from servers import METHODS, WORKS, N, make
 
 import offbeat
 from offbeat.runtime.backends import ENGINES, Virtual
-from offbeat.runtime.crew import Answer, Back, Crew, Failed, Gone, Runner
+from offbeat.runtime.crew import Answer, Back, Crew, Failed, Gone, Order, Runner
 from offbeat.runtime.errors import CrewError
-from offbeat.runtime.remote import LiveWorkers
+from offbeat.runtime.remote import LiveWorkers, RemoteWorkers
+from offbeat.workers.compressed import SENT
 from offbeat.workers.tasks import quadratic
 from offbeat.workers.work import WORK
 
@@ -85,9 +86,8 @@ def here(kills: float = 0.0, seed: int = 0) -> Here:
 
 def run(name, engine, fleet=f"{N} lognormal(1.0)", steps=120, **more):
     task = quadratic(5, workers=N, noise=0.3, seed=2)
-    work = WORKS.get(name, "gradient")
-    options = {"stop": {"steps": steps}, "seed": 4, **more}
-    return offbeat.run(task, make(name), fleet, work=work, engine=engine, **options)
+    options = {"work": WORKS.get(name, "gradient"), "stop": {"steps": steps}, "seed": 4, **more}
+    return offbeat.run(task, make(name), fleet, engine=engine, **options)
 
 
 @EVERY
@@ -222,6 +222,78 @@ def test_a_run_may_go_on_with_another_engine(tmp_path):
         result = offbeat.resume(tmp_path / "run", engine=engine, overrides=ends)
     np.testing.assert_array_equal(result.x, whole.x)
     np.testing.assert_array_equal(result.trace, whole.trace)
+
+
+# -- Compressed updates ----------------------------------------------------------------------------
+
+COMPRESSED = (
+    "compressed(topk(2))",
+    "compressed(randk(0.4), local-steps(momentum(lr=0.2), steps=3))",
+    "compressed(qsgd(4), feedback=false)",
+)
+OVER_LINKS = f"{N} lognormal(1.0) latency_s=0.1 bandwidth=50.0"
+
+
+@pytest.fixture
+def both_ends(monkeypatch):
+    """How often a worker was trusted to have h; whenever it is, both ends have the same."""
+    seen, submit = [], RemoteWorkers._submit
+
+    def submitted(self, job):
+        sure = SENT in self._kept and job.worker not in self._unaware
+        if sure and (mine := self.crew.runners[job.worker]._kept.get(job.worker)) is not None:
+            np.testing.assert_array_equal(mine[SENT][0], self._kept[SENT][job.worker])
+            seen.append(job.worker)
+        submit(self, job)
+
+    monkeypatch.setattr(RemoteWorkers, "_submit", submitted)
+    return seen
+
+
+@pytest.mark.parametrize("work", COMPRESSED)
+@pytest.mark.parametrize("name", ["random", "ringmaster", "async-local-sgd"])
+def test_compressed_updates_under_the_virtual_clock(name, work, both_ends):
+    engine = here(kills=0.05, seed=1)
+    ours, plain = (run(name, e, OVER_LINKS, work=work) for e in (engine, "virtual"))
+    np.testing.assert_array_equal(ours.x, plain.x)
+    np.testing.assert_array_equal(ours.trace, plain.trace)
+    assert ours.final == plain.final
+    assert len(engine.made.killed) > 2
+    assert len(both_ends) > 50 or "false" in work
+
+
+@pytest.mark.parametrize("work", COMPRESSED)
+@pytest.mark.parametrize("policy", ["pause", "lose", "reassign"])
+@pytest.mark.parametrize("name", ["random", "ringmaster"])
+def test_a_real_run_with_compressed_updates_is_resumed_and_replayed(
+    name, policy, work, tmp_path, both_ends
+):
+    options = {"clock": "real", "pace": 1e-4, "folder": tmp_path / "run", "work": work}
+    engine = here(kills=0.03, seed=3)
+    run(name, engine, f"{OVER_LINKS} on_outage={policy}", **options)
+    assert engine.made.killed
+    result = offbeat.resume(tmp_path / "run", overrides=["stop.steps=200"])
+    assert result.final["step"] == 200
+    again = offbeat.replay(tmp_path / "run")
+    np.testing.assert_array_equal(again.x, result.x)
+    np.testing.assert_array_equal(again.trace, result.trace)
+    assert again.final["bytes"] == result.final["bytes"] > 0
+    assert both_ends or "false" in work
+
+
+def test_a_withheld_result_takes_the_time_of_its_bytes():
+    workers, clock = live("lose", work="compressed(topk(2))")
+    workers._byte_s = 0.5
+    workers.take(0, workers.task.initial(0), 0)
+    ((serial, job),) = workers._sent.items()
+    (answer,) = Runner(workers.task, workers.work).compute(
+        [Order(serial, 0, 0, 0, 1, 0, job.x, None)]
+    )
+    assert happens(workers, answer) == []
+    due_s = 1.0 + 0.5 * len(answer.payload)
+    for clock[0], come in ((due_s - 0.01, []), (due_s + 0.01, ["Job"])):
+        assert happens(workers) == come
+    assert (job.end_s, job.time_s) == (1.0, clock[0])
 
 
 # -- Outages, and processes that die in them -------------------------------------------------------

@@ -1,13 +1,18 @@
 """Checkpoints, resuming and replaying; damage, and what must not be touched."""
 
 import json
+import pickle
+import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import offbeat
 from offbeat import ConfigError, StorageError
-from offbeat.runtime import checkpoint, trees
+from offbeat.runtime import checkpoint, records, trees
 from offbeat.runtime.api import load_experiment
 
 RUN = {"task": "quadratic(5, noise=0.2)", "algorithm": "shuffled", "fleet": "6 lognormal(1.0)"}
@@ -171,3 +176,83 @@ def test_a_model_that_is_not_finite_at_the_end_is_no_success(tmp_path):
             "quadratic", "pure(lr=1e308)", stop={"steps": 3}, evaluate={}, folder=tmp_path / "r"
         )
     assert np.isfinite(checkpoint.read(tmp_path / "r" / "checkpoint")[0]["x"]).all()
+
+
+def crafted(arrays, data, tree='{"a": 1}', length=None):
+    """A checkpoint's bytes, whatever its header says."""
+    said = {"__metadata__": {"format": checkpoint.FORMAT, "state": tree, "digest": "0"}, **arrays}
+    header = json.dumps(said).encode()
+    return struct.pack("<Q", length or len(header)) + header + data
+
+
+def declared(shape, start, end, dtype="F64"):
+    return {"000000": {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}}
+
+
+def nested(depth):
+    """A tree whose digest is right, and which no reader could descend."""
+    tree = "[" * depth + "]" * depth
+    metadata = {"format": checkpoint.FORMAT, "state": tree, "digest": checkpoint._digest(tree, {})}
+    header = json.dumps({"__metadata__": metadata}).encode()
+    return struct.pack("<Q", len(header)) + header
+
+
+class Bomb:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code was run')",)
+
+
+CRAFTED = {
+    "an array of 10 GB": crafted(declared([1_250_000_000], 0, 10_000_000_000), b"x" * 64),
+    "a header of 10 GB": crafted({}, b"x" * 64, length=10_000_000_000),
+    "a shape beyond its bytes": crafted(declared([1_250_000_000], 0, 64), b"x" * 64),
+    "a shape that overflows": crafted(declared([2**40, 2**40], 0, 64), b"x" * 64),
+    "arrays that overlap": crafted(
+        declared([8], 0, 64) | {"000001": {"dtype": "F64", "shape": [8], "data_offsets": [8, 72]}},
+        b"x" * 72,
+    ),
+    "offsets that go back": crafted(declared([8], 64, 0), b"x" * 64),
+    "a pickle": pickle.dumps(Bomb()),
+    "a tree of a million levels": nested(10**6),
+    "no tree": crafted({}, b"", tree="["),
+}
+READ = """
+import resource, sys
+from pathlib import Path
+from offbeat.runtime import checkpoint
+from offbeat.runtime.errors import StorageError
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    try:
+        checkpoint.read(folder)
+    except StorageError as error:
+        assert "no readable checkpoint" in str(error)
+        print("refused", folder.name)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_a_crafted_checkpoint_is_refused_before_memory_is_taken(tmp_path):
+    for name, data in CRAFTED.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "000000000001.safetensors").write_bytes(data)
+    done = subprocess.run(
+        [sys.executable, "-c", READ, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    *refused, grown_kb = done.stdout.splitlines()
+    assert refused == [f"refused {name}" for name in sorted(CRAFTED)]
+    assert int(grown_kb) < 50_000  # the largest file has 2 MB
+
+
+def test_what_a_full_disk_does_not_take_waits_up_to_a_limit(monkeypatch):
+    """A device that is always full."""
+    monkeypatch.setattr(records, "MOST_HELD", 3 * records.HELD_BYTES)
+    file = records.Growing(Path("/dev/full"))
+    file.write("x" * 2 * records.HELD_BYTES)
+    with pytest.raises(StorageError, match="No space left on device"):
+        file.durable()
+    with pytest.raises(StorageError, match="the last checkpoint is intact"):
+        file.write("x" * records.HELD_BYTES)
+    file.close()

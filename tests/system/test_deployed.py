@@ -11,7 +11,10 @@ import time
 from pathlib import Path
 
 import deploying
+import psutil
 import pytest
+
+from offbeat.deploy import render
 
 WAIT_S = 40.0
 
@@ -56,9 +59,9 @@ class Machine:
 def machine(tmp_path):
     made = Machine(tmp_path)
     yield made
-    for path in made.home.rglob("*.pid"):  # only what a test left running
-        if (pid := path.read_text().strip()) and Path(f"/proc/{pid}").exists():
-            os.kill(int(pid), signal.SIGTERM)
+    for process in psutil.process_iter(["cwd"]):  # only what a test left running
+        if (process.info["cwd"] or "").startswith(f"{made.home}/"):
+            process.terminate()
 
 
 # -- keep.sh ---------------------------------------------------------------------------------------
@@ -69,7 +72,7 @@ def keep(tmp_path):
     return deploying.deploy(tmp_path, "ssh", "server") / "keep.sh"
 
 
-@pytest.mark.parametrize("status", [0, 2, 3, 4, 7, 130])
+@pytest.mark.parametrize("status", [0, 2, 3, 4, 7, 126, 127, 130])
 def test_what_would_not_get_better_is_not_tried_again(status, keep, machine):
     code, _, said = machine.call(keep, "bash", "-c", f"exit {status}")
     assert (code, said) == (status, "")
@@ -123,8 +126,8 @@ exec bash -c "$*"
 def launch(machine, tmp_path):
     machine.program("ssh", SSH)
 
-    def made(shape="server", **stub):
-        out = deploying.deploy(tmp_path, "ssh", shape)
+    def made(shape="server", *options, **stub):
+        out = deploying.deploy(tmp_path, "ssh", shape, *options)
         return lambda *words: machine.call(out / "launch.sh", *words, **stub)
 
     return made
@@ -164,7 +167,7 @@ def test_a_launch_from_keys_to_stop(launch, machine):
     assert len(re.findall("started, as", said)) == 4
     until(lambda: len(machine.lines("started: ")) == 4)
     assert machine.lines("^server started: (.*)") == [
-        "serve experiment.toml --bind tcp://0.0.0.0:5555 --keys keys/server --out run"
+        "serve experiment.toml --bind tcp://*:5555 --keys keys/server --out run"
     ]
     assert machine.lines("^gpu1-1 started: (.*)") == [
         "join tcp://10.0.0.1:5555 --keys keys/gpu1-1 --name gpu1-1 --device cuda:1"
@@ -193,6 +196,33 @@ def test_a_launch_from_keys_to_stop(launch, machine):
     assert code == 0
     assert len(re.findall("is not running", said)) == 4
     assert len(machine.lines("started: ")) == 5
+
+
+def test_what_is_pushed_again_replaces_what_was(launch, machine, tmp_path):
+    call = launch()
+    assert call("keys")[0] == 0
+    assert call("push")[::2] == (0, "")
+    (tmp_path / "ssh" / "keys" / "server" / "authorized" / "cpu1.key").unlink()
+    (tmp_path / "ssh" / "experiment.toml").write_text("new")
+    run = machine.home / "10.0.0.1" / "offbeat-run"
+    (run / "run").mkdir()
+    assert call("push", "server")[0] == 0
+    known = {path.name for path in (run / "keys" / "server" / "authorized").iterdir()}
+    assert known == {"server.key", "gpu1-0.key", "gpu1-1.key"}
+    assert (run / "experiment.toml").read_text() == "new"
+    assert {path.name for path in run.iterdir()} == {"experiment.toml", "keep.sh", "keys", "run"}
+
+
+def test_a_program_that_is_not_there_is_said(launch, machine, tmp_path):
+    call = launch("server", "--offbeat", "~/offbeat/bin/offbeat", "--dir", "~/runs")
+    machine.program("offbeat", deploying.STUB)
+    assert [call(word)[0] for word in ("keys", "push")] == [0, 0]
+    code, _, said = call("start", "cpu1")
+    assert code == 1
+    assert "cpu1: fd00::3 has no ~/offbeat/bin/offbeat; install offbeat there" in said
+    assert (machine.home / "runs" / "keys").is_dir()  # ~ is the home folder there
+    code, said, _ = call("logs", "cpu1")
+    assert (code, said) == (0, "cpu1: no log yet\n")
 
 
 def test_peers_are_launched_with_the_host_file(launch, machine):
@@ -231,12 +261,25 @@ def _words(process):
         return []
 
 
-def test_a_pid_that_is_somebody_elses_is_left_alone(launch, machine):
+def test_what_a_killed_keeper_left_is_found_and_stopped(launch, machine):
+    call = launch()
+    assert [call(word)[0] for word in ("keys", "push", "start")] == [0, 0, 0]
+    until(lambda: len(machine.lines("started: ")) == 4)
+    (keeper,) = re.findall(r"runs on fd00::3, as (\d+)", call("status", "cpu1")[1])
+    os.kill(int(keeper), signal.SIGKILL)
+    until(lambda: f"as {keeper}" not in call("status", "cpu1")[1])
+    assert "cpu1: runs already, as" in call("start", "cpu1")[1]
+    assert "cpu1: stopped" in call("stop", "cpu1")[1]
+    assert machine.lines("^cpu1 stopped") == ["cpu1 stopped"]
+    assert call("stop")[0] == 0
+
+
+def test_a_process_that_is_somebody_elses_is_left_alone(launch, machine):
     call = launch()
     assert [call(word)[0] for word in ("keys", "push")] == [0, 0]
-    other = subprocess.Popen(["sleep", "60"])
+    there = machine.home / "fd00::3" / "offbeat-run"
+    other = subprocess.Popen(["sleep", "60"], cwd=there)
     try:
-        (machine.home / "fd00::3" / "offbeat-run" / "cpu1.pid").write_text(str(other.pid))
         assert "cpu1: is not running" in call("stop", "cpu1")[1]
         assert "started" in call("start", "cpu1")[1]
         assert other.poll() is None
@@ -364,7 +407,7 @@ def test_a_slurm_job_runs_to_its_end_and_leaves_no_keys(shape, sbatch, machine):
     started = dict(machine.lines("^(.*) started: (.*)"))
     if shape == "server":
         assert started.keys() == {"server", "w0", "w1", "w2"}
-        assert f"--bind tcp://0.0.0.0:{port} " in started["server"]
+        assert f"--bind tcp://*:{port} " in started["server"]
         assert started["w2"].startswith(f"join tcp://node1:{port} --keys {local}/own/w2 ")
     else:
         assert started.keys() == {"n0", "n1", "n2"}
@@ -403,13 +446,22 @@ def test_a_server_that_cannot_serve_ends_the_slurm_job(sbatch, machine, tmp_path
 # -- systemd, Kubernetes, Compose ------------------------------------------------------------------
 
 
-def test_units_are_installed_on_the_hosts_they_are_for(machine, tmp_path):
+def test_units_are_installed_on_the_hosts_they_are_for(machine, tmp_path, monkeypatch):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    machine.env["TMPDIR"] = str(temporary)
     machine.program("ssh", SSH)
     machine.program("sudo", '#!/bin/sh\nexec "$@"\n')
     for name in ("install", "systemctl", "useradd"):
         machine.program(name, f'#!/bin/sh\necho {name} "$@" >>{tmp_path}/done\n')
-    out = deploying.deploy(tmp_path, "systemd", "server")
+    program = str(machine.bin / "offbeat")
+    monkeypatch.setattr(render, "HIDDEN", ("/home/",))  # of which this is none
+    out = deploying.deploy(tmp_path, "systemd", "server", "--offbeat", program)
+    code, _, told = machine.call(out / "push.sh")
+    assert (code, told) == (2, "server: has no keys; make them first: ./keys.sh\n")
     assert machine.call(out / "keys.sh")[0] == 0
+    mine = machine.home / "10.0.0.1" / "offbeat-run"  # where the ssh launcher has its runs
+    mine.mkdir(parents=True)
     code, said, told = machine.call(out / "push.sh")
     assert code == 0, told
     assert said == "head:\ngpu1:\ncpu1:\n"
@@ -423,7 +475,11 @@ def test_units_are_installed_on_the_hosts_they_are_for(machine, tmp_path):
         r"install -m 0600 -o offbeat (\S+secret) /etc/offbeat/run/keys/(\S+)/", done
     )
     assert private == [(f"keys/{node}/{node}.key_secret", node) for node in NODES]
-    assert not list(machine.home.rglob("*secret"))  # what was brought was removed
+    assert mine.is_dir()
+    assert not list(temporary.iterdir())  # what was brought was removed
+    machine.program("sudo", "#!/bin/sh\nexit 1\n")
+    assert machine.call(out / "push.sh")[0] == 1
+    assert not list(temporary.iterdir())
     code, _, told = machine.call(out / "install.sh", "nowhere")
     assert (code, told) == (2, "install.sh: which host is this? known: head, gpu1, cpu1\n")
 

@@ -12,6 +12,7 @@ from namespaces import PORT, Net, needed
 from sites import LIMIT_S, Site, done, here, sound
 
 pytestmark = needed
+ONE_STEP = "local-steps(sgd(lr=0.01), steps=1)"
 
 
 @pytest.fixture
@@ -176,7 +177,7 @@ def test_a_narrow_line_kills_nobody(tmp_path, stack, net, rate, dim):
     for host in (1, 2):
         net[host].limit(rate)
     task = f"quadratic({dim}, noise=0.3, workers=3)"
-    site = Wide(tmp_path, stack, net, task=task, local=1, every=10_000)
+    site = Wide(tmp_path, stack, net, task=task, work=ONE_STEP, every=10_000)
     status = site.all_here()
     assert min(net[1].held_up, net[2].held_up) > 100
     assert status["counts"].get("gone", 0) == 0
@@ -187,7 +188,7 @@ def test_a_narrow_line_kills_nobody(tmp_path, stack, net, rate, dim):
 @pytest.mark.soak
 def test_a_worker_that_reads_slowly_is_in_nobodys_way(tmp_path, stack, net):
     task = f"quadratic({2**16}, noise=0.3, workers=3)"
-    site = Wide(tmp_path, stack, net, task=task, local=1, every=10_000)
+    site = Wide(tmp_path, stack, net, task=task, work=ONE_STEP, every=10_000)
     site.all_here()
     memory = psutil.Process(site.server.pid).memory_info
     before, jobs = memory().rss, site.goes_on()["jobs"]

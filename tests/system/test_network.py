@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -11,17 +12,23 @@ import sys
 import threading
 import time
 from contextlib import ExitStack, suppress
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import zmq
-from sites import LIMIT_S, Site, alive, done, finish, free_port, here, pid, sound
+from processes import Told, metrics
+from sites import COMPRESSED, LIMIT_S, PLAIN, Site, alive, done, finish, free_port, here, pid, sound
 
 import offbeat
 from offbeat.runtime import api, checkpoint
 from offbeat.runtime.net import keys, wire
 from offbeat.runtime.net import messages as say
 from offbeat.runtime.net.cli import asking
+from offbeat.runtime.net.hub import Hub
 
 
 @pytest.fixture
@@ -102,8 +109,9 @@ def test_a_worker_sleeps_for_longer_than_anyone_waits(tmp_path, stack):
     assert "go on with: offbeat resume" in site.stopped(server)
 
 
-def test_the_server_is_killed_and_comes_back(tmp_path, stack):
-    site = Site(tmp_path, stack, steps=6000)
+@pytest.mark.parametrize("work", [PLAIN, COMPRESSED])
+def test_the_server_is_killed_and_comes_back(tmp_path, stack, work):
+    site = Site(tmp_path, stack, steps=6000, work=work)
     server = site.serve()
     workers = [site.join(f"w{i}") for i in range(2)]
     status = site.until(here(2), server)
@@ -162,6 +170,59 @@ def test_nobody_comes(tmp_path, stack):
     assert f"offbeat join {site.address}" in out
 
 
+def test_a_server_that_waits_for_workers_takes_no_time(tmp_path, stack):
+    site = Site(tmp_path, stack)
+    server = site.serve()
+    site.until(lambda s: True, server)
+    process = psutil.Process(server.pid)
+    before = process.cpu_times()
+    time.sleep(4.0)
+    after = process.cpu_times()
+    spent_s = after.user + after.system - before.user - before.system
+    assert spent_s < 0.05 * 4.0
+    assert site.ask()["workers"] == []
+
+
+HUNGRY = """
+import resource
+from offbeat.runtime.crew import Runner
+from offbeat.runtime.net import worker
+compute, tried = Runner.compute, []
+def hungry(self, orders):
+    if not tried:
+        tried.append(True)
+        pages = int(open("/proc/self/statm").read().split()[0])
+        most = pages * resource.getpagesize() + 2**26
+        resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+        try:
+            bytearray(2**30)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+    return compute(self, orders)
+Runner.compute = hungry
+worker.Worker({address!r}, "hungry").run()
+"""
+
+
+def test_a_worker_runs_out_of_memory(tmp_path, stack):
+    """The system refuses it what its job needs; it is told, and the job is done again."""
+    site = Site(tmp_path, stack)
+    server = site.serve("--log", "json")
+    told = Told(server)
+    code = HUNGRY.format(address=site.address)
+    worker = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    stack.callback(finish, worker)
+    status = site.until(here(1), server)
+    raised = told.until("raised")
+    assert raised["member"] == "hungry"
+    assert "MemoryError" in raised["why"]
+    assert status["counts"]["failures"] == 1
+    assert status["counts"].get("gone", 0) == 0
+    server.send_signal(signal.SIGTERM)
+    told.end(130)
+    sound(site)
+
+
 def test_a_worker_gives_up_where_the_server_was_killed(tmp_path, stack):
     site = Site(tmp_path, stack)
     server = site.serve()
@@ -185,9 +246,12 @@ def test_a_worker_is_asked_to_leave(tmp_path, stack):
     assert len(status["workers"]) == 2
 
 
-def test_the_virtual_clock_does_not_notice(tmp_path, stack):
+@pytest.mark.parametrize("compressor", [None, "randk(0.3)"])
+def test_the_virtual_clock_does_not_notice(tmp_path, stack, compressor):
     """A worker killed in mid-run: the same bits as in one process."""
-    options = {"stop": {"steps": 400}, "seed": 4, "work": "local-steps(momentum, steps=100)"}
+    work = "local-steps(momentum, steps=100)"
+    work = f"compressed({compressor}, {work})" if compressor else work
+    options = {"stop": {"steps": 400}, "seed": 4, "work": work}
     parts = "quadratic(20, noise=0.3)", "shuffled(lr=0.01)", "3 lognormal(1.0)"
     plain = offbeat.run(*parts, **options)
     port = free_port()
@@ -214,6 +278,73 @@ offbeat.run(*{parts!r}, **{options!r}, folder={str(tmp_path / "run")!r}, clock="
     np.testing.assert_array_equal(api.checkpointed(tmp_path / "run")["x"], plain.x)
     facts = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert facts["restarts"] >= 1
+
+
+def test_the_bytes_that_are_told_are_those_on_the_wire(monkeypatch):
+    sizes, receive = {}, Hub.receive
+
+    def received(self, address, node, frames, now_s):
+        if len(frames) == 2:  # a header and an update; of one that is sent again, one counts
+            sizes[bytes(frames[1])] = len(frames[1])
+        receive(self, address, node, frames, now_s)
+
+    monkeypatch.setattr(Hub, "receive", received)
+    result = offbeat.run(
+        "quadratic(1000, noise=0.3)", "pure(lr=0.01)", "3 real", engine="zmq",
+        work="compressed(topk(10))", stop={"steps": 200}, evaluate={"steps": 200},
+    )  # fmt: skip
+    raw = 8 * 1000
+    assert max(sizes.values()) < raw / 60
+    assert 0 <= sum(sizes.values()) - result.final["bytes"] <= 3 * max(sizes.values())
+    assert result.final["bytes"] < 200 * raw / 60
+
+
+JUMPY = """
+import itertools, sys, time
+from offbeat.runtime import cli
+really, hours = time.time, itertools.cycle([0, 3600, -3600, 86400, -86400])
+time.time = lambda: really() + next(hours)
+cli.main()
+"""
+
+
+def faked():
+    """How to shift the clock of a process with libfaketime; None: it is not here."""
+    places = Path("/usr/lib").glob("*/faketime/libfaketime.so.1")
+    return next(({"LD_PRELOAD": str(place)} for place in places), None)
+
+
+@pytest.mark.parametrize("how", ["in the process", "libfaketime"])
+def test_clocks_jump_and_differ(tmp_path, stack, how):
+    """Wall clocks by hours, at both ends; nobody is suspected and nothing is lost."""
+    site = Site(tmp_path, stack, steps=300)
+    if how == "libfaketime":
+        if (shift := faked()) is None:
+            pytest.skip("libfaketime is not installed")
+        program = [sys.executable, "-m", "offbeat.runtime.cli"]
+        shift |= {"FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+        ends = {"server": shift | {"FAKETIME": "+1d"}, "worker": shift | {"FAKETIME": "-1h"}}
+    else:
+        program, ends = [sys.executable, "-c", JUMPY], {"server": {}, "worker": {}}
+    words = {
+        "server": ["serve", str(site.file), "--out", str(site.out), "--bind", site.address,
+                   "--log", "json"],
+        "worker": ["join", site.address, "--name", "w", "--log", "json"],
+    }  # fmt: skip
+    started = {}
+    for end, env in ends.items():
+        process = started[end] = subprocess.Popen(
+            [*program, *words[end]], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, **env},
+        )  # fmt: skip
+        stack.callback(finish, process)
+    told, heard = Told(started["server"]), Told(started["worker"])
+    rows = told.end(0)
+    assert heard.end(0)
+    assert not {"gone", "rejected", "failed"} & {row["event"] for row in rows}
+    wall = [datetime.fromisoformat(row["time"]).timestamp() for row in rows]
+    assert max(abs(then - time.time()) for then in wall) > 3000  # the clock did jump
+    assert sound(site)["step"] == 300
 
 
 # -- What lies between them -----------------------------------------------------------------------
@@ -378,14 +509,50 @@ def test_a_node_is_who_its_key_says(guarded):
     assert worker.poll() is None
 
 
-def test_a_key_is_revoked(guarded):
-    site, _, worker = guarded
+def test_a_key_is_revoked_and_authorized_again(guarded):
+    site, server, worker = guarded
     (site.keys / "authorized" / "good.key").unlink()
     cut_s = time.monotonic()
-    out = done(worker, code=4)
-    assert "not in the run's list any more" in out
+    assert "not in the run's list" in done(worker, code=4)
     assert time.monotonic() - cut_s < 10.0  # a process that ends takes its time
     assert "this node's key is not in the run's list" in done(site.join("good"), code=4)
+    assert site.ask()["workers"] == []
+    keys.authorize(site.keys, "good", keys.show(site.keys, "good"))
+    time.sleep(0.5)  # the server reads its list anew every quarter of a second
+    worker = site.join("good")
+    status = site.until(here(1), server)
+    assert [row["node"] for row in status["workers"]] == ["good"]
+    assert worker.poll() is None
+
+
+UNGUARDED = """
+import sys, threading
+from offbeat.runtime import cli
+from offbeat.runtime.net import keys
+def end(gate):
+    sys.stdin.readline()
+    gate._thread.pipe.send(b"TERMINATE")
+made = keys.Gate.__init__
+def make(gate, *args):
+    made(gate, *args)
+    threading.Thread(target=end, args=(gate,), daemon=True).start()
+keys.Gate.__init__ = make
+cli.main()
+"""
+
+
+def test_the_thread_that_checks_keys_dies(tmp_path, stack):
+    site = Site(tmp_path, stack, secure=True)
+    words = ("serve", str(site.file), "--out", str(site.out), "--bind", site.address)
+    server = subprocess.Popen(
+        [sys.executable, "-c", UNGUARDED, *words, "--keys", str(site.keys)], text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    stack.callback(finish, server)
+    site.until(lambda s: True, server)
+    out, err = server.communicate("now\n", timeout=LIMIT_S)
+    assert server.returncode == 4, out + err
+    assert "the thread that checks keys has ended" in err
 
 
 def test_garbage_costs_who_sends_it_its_connection(tmp_path, stack):
@@ -434,3 +601,87 @@ def test_five_hundred_silent_connections(tmp_path, stack):
     status = site.until(here(2), server)
     assert status["jobs"] > jobs
     assert status["counts"].get("gone", 0) == 0
+
+
+# -- Operations ----------------------------------------------------------------------------------
+
+
+def test_logs_and_metrics_tell_of_a_worker_that_is_killed(tmp_path, stack):
+    site = Site(tmp_path, stack)
+    server = site.serve("--processes", "2", "--log", "json", "--metrics", "0")
+    told = Told(server)
+    guest = site.start(
+        "join", site.address, "--name", "guest", "--log", "json", "--metrics", "127.0.0.1:0"
+    )
+    heard = Told(guest)
+    status = site.until(here(3), server)
+    told.until("joined", 3)
+    assert {row["member"] for row in told.of("joined")} == {"local-0", "local-1", "guest"}
+    endpoint = told.of("metrics")[0]["endpoint"]
+    assert endpoint.startswith("http://127.0.0.1:")
+    own = heard.of("metrics")[0]["endpoint"]
+    site.until(lambda s: metrics(own)["offbeat_updates_total"][()] > 0, guest)
+    victim = next(row for row in status["workers"] if row["node"] == "local-0")
+    os.kill(pid(victim), signal.SIGKILL)
+    gone = told.until("gone")
+    assert (gone["member"], gone["worker"]) == ("local-0", victim["worker"])
+    assert (gone["run"], gone["node"], gone["incarnation"]) == (status["run"], "server", 1)
+    told.until("joined", 4)  # it is begun again
+    before = site.until(here(3), server)
+    time.sleep(2 * 0.25)  # as often as metrics are renewed
+    found, after = metrics(endpoint), site.ask()
+    assert before["jobs"] <= found["offbeat_updates_total"][()] <= after["jobs"]
+    assert found["offbeat_job_seconds_count"][()] == found["offbeat_updates_total"][()]
+    assert found["offbeat_job_seconds_sum"][()] > 0
+    assert before["bytes_in"] <= found["offbeat_bytes_total"]["in",] <= after["bytes_in"]
+    assert found["offbeat_workers_here"][()] == 3
+    assert found["offbeat_events_total"]["gone",] == after["counts"]["gone"] == 1
+    assert found["offbeat_events_total"]["jobs_released",] == after["counts"]["jobs_released"]
+    assert {name for (name,) in found["offbeat_worker_loss"]} == {"local-0", "local-1", "guest"}
+    assert found["offbeat_run_info"]["server", status["run"], version("offbeat")] == 1
+    guest.send_signal(signal.SIGTERM)
+    assert {row["event"] for row in heard.end(0)} == {"metrics", "joined", "ended"}
+    assert told.until("left")["member"] == "guest"
+    server.send_signal(signal.SIGTERM)
+    rows = told.end(130)
+    assert {"listens", "metrics", "joined", "saved", "gone", "left", "ended"} <= {
+        row["event"] for row in rows
+    }
+    server = site.serve("--processes", "1", "--log", "json")
+    again = Told(server)
+    assert again.until("resumed")["step"] == told.of("saved")[-1]["step"]
+    assert again.until("joined")["incarnation"] == 2
+    server.send_signal(signal.SIGTERM)
+    again.end(130)
+
+
+def test_a_full_disk_is_borne_until_there_is_room_again(tmp_path, stack):
+    """A limit on file size stands in for a full disk; not a line of the trace is lost."""
+    site = Site(tmp_path, stack)
+    server = site.serve("--processes", "2", "--log", "json", "--max-failed-saves", "1000")
+    told = Told(server)
+    site.until(here(2), server)
+    trace = site.out / "trace.jsonl"
+    full = trace.stat().st_size + 20_000
+    _, hard = resource.prlimit(server.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (full, hard))
+    failed = told.until("save_failed", 3)
+    assert (failed["failed"], failed["most"]) == (3, 1000)
+    assert "cannot be written (File too large)" in failed["why"]
+    assert trace.stat().st_size == full
+    kept = checkpoint.read(site.out / "checkpoint")[0]["step"]
+    site.until(lambda s: s["step"] > kept + 50, server)  # training goes on
+    saves = len(told.of("saved"))
+    resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (hard, hard))
+    assert told.until("saved", saves + 1)["step"] > kept + 50
+    server.send_signal(signal.SIGTERM)
+    told.end(130)
+    sound(site)
+    server = site.serve("--processes", "2", "--log", "json", "--max-failed-saves", "2")
+    told = Told(server)
+    told.until("resumed")
+    resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (full, hard))
+    rows = told.end(6)
+    assert [row["failed"] for row in told.of("save_failed")] == [1]
+    assert (rows[-1]["event"], rows[-1]["exit_code"]) == ("failed", 6)
+    assert "the last checkpoint is intact" in rows[-1]["message"]

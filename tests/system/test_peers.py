@@ -2,14 +2,20 @@
 
 import json
 import signal
+from unittest.mock import Mock
 
+import deploying
 import numpy as np
 import psutil
 import pytest
-from peering import LIMIT_S, MOTEF, SUSPECT_S, Ring, keyring, made, sound, table
+from peering import LIMIT_S, MOTEF, SUSPECT_S, Ring, free_port, keyring, made, sound, table
+from processes import Told, metrics, start, wait_for
+from typer.testing import CliRunner
 
 import offbeat
 from offbeat.runtime import api
+from offbeat.runtime.cli import app
+from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.net import keys
 from offbeat.runtime.net.wire import PIECE_BYTES
 from offbeat.runtime.records import Records
@@ -29,6 +35,7 @@ def test_peers_end_where_the_virtual_run_does(tmp_path, algorithm, topology):
         assert ring.start().join() == [0] * 4
     x = np.mean([ring.state(i)["x"] for i in range(4)], axis=0)
     np.testing.assert_allclose(x, virtual(of).x, rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(api.replay(tmp_path).x, x)
     rows = (tmp_path / "n2" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(rows[-1])["step"] == 40
 
@@ -53,6 +60,25 @@ def test_peers_with_keys_and_one_whose_key_nobody_knows(tmp_path):
     np.testing.assert_allclose(x, virtual(of).x, rtol=0, atol=1e-12)
 
 
+def test_a_peer_whose_key_is_revoked_is_mixed_around_until_it_is_listed_again(tmp_path):
+    with Ring(table(100_000, seconds=0.02), tmp_path) as ring:
+        folder = tmp_path / "keys"
+        keyring(folder, ring.names)
+        for i, name in enumerate(ring.names):
+            ring.start(i, keys_folder=folder / name)
+        rows = [tmp_path / name / "metrics.jsonl" for name in ring.names]
+        ring.await_(lambda: all(path.exists() and path.stat().st_size for path in rows))
+        for i in (0, 2):
+            (folder / f"n{i}" / keys.AUTHORIZED / "n1.key").unlink()
+        ring.await_(lambda: all(ring.events(i, "down") for i in (0, 2)))
+        for i in (0, 2):
+            keys.authorize(folder / f"n{i}", "n1", keys.show(folder / "n1", "n1"))
+        ring.await_(lambda: all(ring.events(i, "up") for i in (0, 2)))
+        for i in range(4):
+            ring.signal(i, signal.SIGTERM)
+        assert ring.join() == [0] * 4
+
+
 def test_kill_9_of_a_peer_and_its_return(tmp_path):
     steps = 300
     with Ring(table(steps, seconds=0.02), tmp_path) as ring:
@@ -68,6 +94,22 @@ def test_kill_9_of_a_peer_and_its_return(tmp_path):
         assert json.loads((tmp_path / "n1" / "peer.json").read_text())["incarnation"] == 2
         assert all(ring.events(i, "up") for i in (0, 2))
         sound(ring, steps)
+    with pytest.raises(ConfigError, match="n1: was stopped or started again"):
+        api.replay(tmp_path)
+
+
+def test_a_peer_that_comes_back_after_the_run_learns_what_came_of_it(tmp_path):
+    with Ring(table(60, seconds=0.02), tmp_path) as ring:
+        ring.start()
+        ring.await_(lambda: ring.round(1) > 10)
+        ring.signal(1, signal.SIGKILL)
+        ring.await_(lambda: all(ring.ask(i)["state"] == "done" for i in (0, 2)))
+        ring.start(1)
+        assert ring.join() == [0] * 4
+        said = json.loads((tmp_path / "n1" / "summary.json").read_text())
+        assert (said["reason"], said["round"]) == ("steps", 60)
+        distances = [np.linalg.norm(ring.state(1)["x"] - ring.state(i)["x"]) for i in (0, 2, 3)]
+        assert max(distances) < 0.5 * np.linalg.norm(ring.state(0)["x"])
 
 
 def test_a_peer_that_is_stopped_is_mixed_around_and_comes_back(tmp_path):
@@ -106,6 +148,32 @@ def test_another_experiment_is_refused_with_its_difference(tmp_path):
         assert ring.join() == [2, 2]
         assert "here algorithm.lr = 0.1; there algorithm.lr = 0.2" in ring.error(0)
         assert "here algorithm.lr = 0.2; there algorithm.lr = 0.1" in ring.error(1)
+
+
+def test_peers_have_to_agree_when_silence_is_suspect(tmp_path):
+    with Ring({**table(20), "fleet": "2 0.002"}, tmp_path, n=2) as ring:
+        ring.start(0)
+        ring.start(1, suspect_after_s=3 * SUSPECT_S)
+        assert ring.join() == [2, 2]
+        assert "here suspect_after_s = 0.4; there suspect_after_s = 1.2" in ring.error(0)
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "taken"),
+    [
+        ("", [], 1.0),
+        ('engine = {name = "zmq", suspect_after_s = 3.0}', [], 3.0),
+        ('engine = {name = "zmq", suspect_after_s = 3.0}', ["--suspect-after-s", "2"], 2.0),
+    ],
+)
+def test_a_peer_takes_its_times_from_the_experiment(engine, options, taken, tmp_path, monkeypatch):
+    monkeypatch.setattr("offbeat.runtime.net.peer.PeerProcess", seen := Mock())
+    file, hosts = tmp_path / "run.toml", tmp_path / "hosts.toml"
+    file.write_text(f"{engine}\n{deploying.PEERS}")
+    hosts.write_text('[[hosts]]\nname = "a"\naddress = "127.0.0.1"\nslots = 3\n')
+    words = ["peer", str(file), "--hosts", str(hosts), "--node", "a-0", *options]
+    CliRunner().invoke(app, words, catch_exceptions=False)
+    assert seen.call_args.kwargs["suspect_after_s"] == taken
 
 
 def test_offbeat_run_watches_peers_of_its_own_and_goes_on_where_it_was(tmp_path):
@@ -150,6 +218,12 @@ def test_what_asynchronous_peers_did_is_replayed_from_their_traces(tmp_path):
         again.run()
         for i in range(4):
             np.testing.assert_array_equal(again.nodes[i].model, ring.state(i)["x"])
+    np.testing.assert_array_equal(api.replay(tmp_path).x, api.recorded(tmp_path))
+    with pytest.raises(ConfigError, match=r"is the folder of one peer.*put the folders of all"):
+        api.replay(tmp_path / "n2")
+    (tmp_path / "n2").rename(tmp_path.parent / f"{tmp_path.name}-n2")
+    with pytest.raises(ConfigError, match="has the folders of 3 of 4 peers"):
+        api.replay(tmp_path)
 
 
 def test_an_asynchronous_run_is_replayed_to_the_bit(tmp_path):
@@ -157,6 +231,60 @@ def test_an_asynchronous_run_is_replayed_to_the_bit(tmp_path):
     live = offbeat.run(**of, engine="zmq", folder=tmp_path / "run")
     np.testing.assert_array_equal(api.replay(tmp_path / "run").x, live.x)
     assert live.facts["messages"] > 40
+
+
+EXPERIMENT = """
+task = "quadratic(20, noise=0.1)"
+algorithm = "dsgd(lr=0.1)"
+topology = "ring"
+fleet = "3 0.02"
+[stop]
+steps = 100000
+[evaluate]
+steps = 10
+[record]
+save_every_s = 0.2
+"""
+
+
+def test_logs_and_metrics_of_peers(tmp_path):
+    (tmp_path / "run.toml").write_text(EXPERIMENT)
+    hosts = "".join(
+        f'[[hosts]]\nname = "{name}"\naddress = "127.0.0.1"\nport = {free_port()}\n'
+        for name in "abc"
+    )
+    (tmp_path / "hosts.toml").write_text(hosts)
+    words = ["peer", str(tmp_path / "run.toml"), "--hosts", str(tmp_path / "hosts.toml")]
+    told = {
+        name: Told(
+            start(*words, "--node", name, "--out", str(tmp_path / name), "--log", "json",
+                  "--metrics", "0")
+        )
+        for name in "abc"
+    }  # fmt: skip
+    try:
+        one = told["a"]
+        begun = one.until("begins")
+        assert (begun["how"], begun["node"], begun["incarnation"]) == ("start", "a", 1)
+        assert begun["neighbours"] == ["b", "c"]
+        one.until("saved")
+        endpoint = one.of("metrics")[0]["endpoint"]
+        wait_for(lambda: metrics(endpoint)["offbeat_round"][()] > 10, one.process)
+        found = metrics(endpoint)
+        assert found["offbeat_neighbours_up"][()] == 2
+        assert found["offbeat_neighbour_round"].keys() == {("b",), ("c",)}
+        assert found["offbeat_job_seconds_count"][()] >= found["offbeat_round"][()] - 1
+        assert min(found["offbeat_bytes_total"].values()) > 1000
+        told["b"].process.kill()
+        told["b"].end(-signal.SIGKILL)
+        assert one.until("down")["neighbour"] == "b"
+        wait_for(lambda: metrics(endpoint)["offbeat_neighbours_up"][()] == 1, one.process)
+    finally:
+        for each in told.values():
+            each.process.terminate()
+    rows = one.end(130)
+    assert [row["event"] for row in rows][-1] == "ended"
+    assert told["c"].end(130)
 
 
 @pytest.mark.soak

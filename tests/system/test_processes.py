@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -120,8 +121,9 @@ def test_a_full_disk_ends_the_run_with_one_sentence(file, tmp_path, undisturbed)
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
     process = start("run", str(file), "--out", str(folder), preexec_fn=limited)
-    _, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 6
+    assert len(re.findall(r"failed\s+save\s+\d\s+of\s+10", out)) == 9  # and the tenth ended it
     assert "cannot be written (File too large)" in err
     assert "the last checkpoint is intact" in err
     assert "Traceback" not in err

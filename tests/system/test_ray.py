@@ -95,6 +95,28 @@ def test_every_method_under_a_real_clock_converges_and_is_replayed(name, tmp_pat
     same(offbeat.replay(tmp_path / "run"), result)
 
 
+COMPRESSED = (
+    "compressed(topk(2), local-steps(momentum(lr=0.2), steps=3))",
+    "compressed(qsgd(4), feedback=false)",
+)
+
+
+@pytest.mark.parametrize("work", COMPRESSED)
+def test_compressed_updates_travel(work, tmp_path):
+    fleet = f"{N} lognormal(1.0) bandwidth=50.0"
+    ours, plain = (
+        run("random", engine, fleet, work=work, **clock)
+        for engine, clock in ((Borrowed(), {"clock": "virtual"}), ("virtual", {}))
+    )
+    same(ours, plain)
+    assert ours.final == plain.final
+    options = {"clock": "real", "pace": 1e-3, "folder": tmp_path / "run", "work": work}
+    result = run("random", Borrowed(), fleet, **options)
+    again = offbeat.replay(tmp_path / "run")
+    same(again, result)
+    assert again.final["bytes"] == result.final["bytes"] > 0
+
+
 @pytest.mark.parametrize("name", sorted({*TASKS} - {"external"}))  # whose workers are not ours
 def test_every_task_travels(name):
     runs = [
@@ -157,11 +179,11 @@ DEATHS = {(2, 3): ("die", 1), (5, 4): ("die", 2)}
 
 def test_processes_that_die_change_nothing_under_the_virtual_clock(tmp_path):
     """What workers keep between jobs is restored from what the run last accepted."""
-    task = Faulty(tmp_path, DEATHS)
-    result = run("local-sgd", "ray(4)", task=task, clock="virtual")
+    task, work = Faulty(tmp_path, DEATHS), COMPRESSED[0]
+    result = run("local-sgd", "ray(4)", task=task, clock="virtual", work=work)
     assert task.happened("die") == 3
     assert result.facts["restarts"] == 3 * N // 2
-    same(result, run("local-sgd", "virtual"))
+    same(result, run("local-sgd", "virtual", work=work))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from offbeat import ConfigError
+from offbeat.runtime.randomness import rng
 from offbeat.topologies import (
     TOPOLOGIES,
     WEIGHTS,
@@ -21,6 +22,7 @@ from offbeat.topologies import (
     spectral_gap,
     weigh,
 )
+from offbeat.topologies.graphs import _paired
 from offbeat.topologies.sequences import matched
 
 parse = TOPOLOGIES.parse
@@ -212,6 +214,16 @@ def test_gaps_of_random_graphs_of_networkx(draw, gap):
     digits = len(str(gap).split(".")[1])
     made = from_networkx(draw())
     assert spectral_gap(made.matrix()) == pytest.approx(gap, abs=0.51 * 10**-digits)
+
+
+@pytest.mark.parametrize(("n", "degree"), [(7, 0), (2, 1), (12, 3), (50, 6), (400, 7)])
+def test_random_regular_graphs_are_those_of_networkx(n, degree):
+    for seed in range(4):
+        g = rng(seed, "test")
+        drawn = next(filter(None, (_paired(n, degree, g) for _ in range(100))))
+        theirs = nx.random_regular_graph(degree, n, rng(seed, "test"))
+        assert nx.utils.graphs_equal(drawn.graph, theirs)
+        assert (drawn.hears.sum(axis=1) == degree).all()
 
 
 def test_margulis_without_and_with_loops_in_the_degree():

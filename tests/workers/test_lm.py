@@ -9,7 +9,7 @@ import torch
 import offbeat
 from offbeat import ConfigError
 from offbeat.workers.tasks import lm, mixtures
-from offbeat.workers.tasks.lm import BYTES, SHAPES, read_text
+from offbeat.workers.tasks.lm import BYTES, SHAPES, read_characters, read_text
 from offbeat.workers.tasks.transformer import Transformer
 
 SMALL = {"length": 16, "batch": 4, "evaluated": 16, "workers": 3}
@@ -85,6 +85,41 @@ def test_files_of_a_glob_are_joined_by_name(tmp_path):
     assert read_text(f"{tmp_path}/c.md") == b"c.md"
 
 
+def test_characters_are_numbered_in_their_order_over_the_whole_text(tmp_path):
+    path = tmp_path / "greek.txt"
+    path.write_text("βα😀a" * 250 + "ω" * 100, encoding="utf-8")
+    numbers, characters = read_characters(f"text:{path}")
+    assert characters == "aαβω😀"
+    assert numbers[:4].tolist() == [2, 1, 4, 0]
+    assert "".join(characters[i] for i in numbers) == path.read_text("utf-8")
+    task = lm(str(path), tokens="characters", **SMALL)
+    assert (len(task._train), task._held[-1, -1].item()) == (990, 3)  # split by position
+    assert lm(str(path), **SMALL).dim - task.dim == (BYTES - 5) * SHAPES["0.1M"].width
+
+
+def test_characters_of_the_bundled_text_are_learnt():
+    numbers, characters = read_characters("topics")
+    assert "".join(characters[i] for i in numbers).encode() == read_text("topics")
+    task = lm(tokens="characters", **SMALL)
+    result = offbeat.run(task, "delayed-nesterov", "3", work=ADAMW, stop={"gradients": 120})
+    assert result.final["perplexity"] < result.metrics[0]["perplexity"] / 2
+
+
+def test_texts_without_characters_are_told(tmp_path):
+    path = tmp_path / "a.txt"
+    for data, message in (
+        (b"ab\xff", f"lm: {path} is not UTF-8 (invalid start byte at byte 2), so it has no"),
+        (b"", "lm: 0 tokens of text are too few for 10 workers and windows of 64 tokens"),
+        ("".join(map(chr, range(0x3400, 0xB401))).encode(), "has 32,769 distinct characters"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(ConfigError) as caught:
+            lm(str(path), tokens="characters")
+        assert message in str(caught.value)
+    with pytest.raises(ConfigError, match="\"tokens\" should be 'bytes' or 'characters'"):
+        lm(tokens="words")
+
+
 def test_it_learns_and_is_repeatable_and_resumes(tmp_path):
     """Local AdamW, Delayed Nesterov: a seventh of a new model's perplexity in 240 local steps."""
     method, fleet = "delayed-nesterov(dylu=true, grace_s=1.0)", "3 1..3"
@@ -102,7 +137,7 @@ def test_it_learns_and_is_repeatable_and_resumes(tmp_path):
     ("options", "message"),
     [
         ({"data": "/nowhere/*.txt"}, 'no text file "/nowhere/*.txt"; give a path, a glob such as'),
-        ({"workers": 100_000}, "are too few for 100000 workers and windows of 64 bytes"),
+        ({"workers": 100_000}, "are too few for 100000 workers and windows of 64 tokens"),
         ({"holdout": 1.5}, "holdout=1.5 leaves nothing to learn from"),
         ({"size": "2M"}, "\"size\" should be '0.1M', '1M'"),
         ({"device": "cuda:7"}, "torch sees no GPU"),

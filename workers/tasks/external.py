@@ -1,5 +1,6 @@
 """A task that only training loops of their own can compute; see ``offbeat.runtime.own``."""
 
+import hashlib
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ from offbeat.workers.tasks.shards import DType
 
 ELSEWHERE = (
     "only training loops that join can compute it (offbeat.join); give "
-    'work = "own-loop(steps=50)" and begin it with: offbeat serve EXPERIMENT.toml'
+    'work = "own-loop(steps=50)" and begin it with: offbeat serve EXPERIMENT.toml; gossip needs no '
+    "server, and on Ray the work needs its loop"
 )
 Shapes = Sequence[tuple[str, tuple[int, ...]]]
 _FORMATS = {"F32": np.float32, "F64": np.float64}
@@ -75,7 +77,14 @@ class External:
 
     def evaluate(self, x: NDArray) -> dict[str, float]:
         """``loss`` is the mean of the last n results'; nothing before the first."""
-        return {"loss": float(np.mean(self._losses))} if self._losses else {}
+        losses = self._losses.copy()  # another thread may report
+        return {"loss": float(np.mean(losses))} if losses else {}
+
+    def digest(self) -> str:
+        """What tells models apart that have other parameters, or begin otherwise."""
+        found = hashlib.blake2b(repr([*self.shapes]).encode(), digest_size=8)
+        found.update(self.initial(0).data)
+        return found.hexdigest()
 
 
 @TASKS.register("external")
@@ -85,7 +94,8 @@ def external(
     """What training loops of their own compute, which join with ``offbeat.join``.
 
     Args:
-        dim: trainable parameters of their model, which the first loop that joins brings; or
+        dim: trainable parameters of their model, which the first loop that joins brings (among
+            peers every one brings its own, all alike); or
         file: the model to begin with, as
             ``safetensors.torch.save_file(dict(model.named_parameters()), file)`` writes it.
         workers: n.

@@ -1,7 +1,8 @@
-"""A language model on text: a decoder-only transformer that predicts the next byte."""
+"""A language model on text: a decoder-only transformer that predicts the next byte or character."""
 
 import glob
 import math
+import sys
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +19,7 @@ BYTES = 256
 BUNDLED = "topics"  # the texts of Python's help(), 0.7 MB of English and code
 EVALUATED = 32  # windows at a time
 MOST_BYTES = 2**30  # of text
+MOST_CHARACTERS = 2**15  # that are distinct, which int16 numbers
 
 
 class Shape(NamedTuple):
@@ -62,15 +64,37 @@ def read_text(source: str) -> bytes:
         raise ConfigError(f"lm: {error.filename}: cannot be read ({error.strerror})") from None
 
 
+def read_characters(source: str) -> tuple[NDArray[np.int16], str]:
+    """The characters of ``source`` as numbers ``[T]``, and its distinct ones, sorted, by number."""
+    try:
+        text = read_text(source).decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"lm: {source} is not UTF-8 ({error.reason} at byte {error.start:,}), so it has no "
+            'characters; take tokens="bytes"'
+        ) from None
+    codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    there = np.zeros(sys.maxunicode + 1, bool)
+    there[codes] = True
+    if (count := np.count_nonzero(there)) > MOST_CHARACTERS:
+        raise ConfigError(
+            f"lm: {source} has {count:,} distinct characters; at most {MOST_CHARACTERS:,} are "
+            'numbered: take tokens="bytes"'
+        )
+    numbers = (there.cumsum() - 1).astype(np.int16)
+    return numbers[codes], "".join(map(chr, np.flatnonzero(there)))
+
+
 class LanguageModel(TorchTask):
-    """f_i(x) = mean cross-entropy (nats a byte) over worker i's windows of the text.
+    """f_i(x) = mean cross-entropy (nats a token) over worker i's windows of the text.
 
     The text's end is held out, by position; ``evaluate`` looks at it alone.
 
     Args:
-        text: bytes ``[T]``.
+        text: tokens ``[T]``, 0..vocabulary-1.
+        vocabulary: how many there are.
         shape: of the transformer.
-        length: bytes a window.
+        length: tokens a window.
         holdout: fraction of the text held out.
         evaluated: most windows that an evaluation looks at, spread over what is held out.
         options: workers, partition, batch, sampling and seed, see ``TorchTask``; the classes of
@@ -79,7 +103,8 @@ class LanguageModel(TorchTask):
 
     def __init__(
         self,
-        text: NDArray[np.uint8],
+        text: NDArray[np.uint8 | np.int16],
+        vocabulary: int,
         shape: Shape,
         *,
         length: int,
@@ -97,14 +122,14 @@ class LanguageModel(TorchTask):
         self.length, windows = length, (kept - 1) // length
         if windows < options["workers"] or len(held) <= length:
             raise ConfigError(
-                f"lm: {len(text)} bytes of text are too few for {options['workers']} workers and "
-                f"windows of {length} bytes with holdout={holdout}; give more text"
+                f"lm: {len(text)} tokens of text are too few for {options['workers']} workers and "
+                f"windows of {length} tokens with holdout={holdout}; give more text"
             )
         self._span = torch.arange(length + 1)
         starts = torch.arange(0, len(held) - length, length)
         few = torch.linspace(0, len(starts) - 1, min(evaluated, len(starts))).long()
         self._held = held[starts[few][:, None] + self._span].long()
-        module = Transformer(BYTES, length, *shape, seed=seed)
+        module = Transformer(vocabulary, length, *shape, seed=seed)
         super().__init__(module, next_token_loss, range(windows), seed=seed, **options)
         self._vmaps = False  # attention is slower under vmap than in a loop
 
@@ -132,6 +157,7 @@ class LanguageModel(TorchTask):
 def lm(
     data: str = BUNDLED,
     *,
+    tokens: Literal["bytes", "characters"] = "bytes",
     workers: Count = 10,
     size: Literal["0.1M", "1M", "20M", "60M", "150M"] = "0.1M",
     length: Count = 64,
@@ -143,13 +169,14 @@ def lm(
     seed: Seed = 0,
     device: str = "cpu",
 ) -> LanguageModel:
-    """A decoder-only transformer that predicts the next byte of a text.
+    """A decoder-only transformer that predicts the next token of a text.
 
     Args:
         data: "topics" (comes with Python), a file, or a glob, as text:books/*.txt.
+        tokens: "bytes", all 256, or "characters" of UTF-8 text, as many as are in it.
         workers: n.
         size: of the model, by its usual name.
-        length: bytes a window.
+        length: tokens a window.
         batch: windows a gradient.
         partition: how the windows are divided; classes are tenths of the text.
         sampling: "replacement" or "passes".
@@ -160,8 +187,15 @@ def lm(
     """
     if holdout >= 1:
         raise ConfigError(f"lm: holdout={holdout} leaves nothing to learn from; give less than 1")
+    text: NDArray[np.uint8 | np.int16]
+    if tokens == "bytes":
+        text, vocabulary = np.frombuffer(read_text(data), np.uint8).copy(), BYTES
+    else:
+        text, characters = read_characters(data)
+        vocabulary = len(characters)
     return LanguageModel(
-        np.frombuffer(read_text(data), np.uint8).copy(),
+        text,
+        vocabulary,
         SHAPES[size],
         length=length,
         holdout=holdout,

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # keep.sh COMMAND...: runs COMMAND, and again when it dies, after 1, 2, 4, ... 32 seconds.
 # Not when it is done (0) or was asked to end (130), nor where that would not help: 2 settings,
-# 3 another took its place, 4 refused, 7 diverged. SIGTERM is handed on, once; what is still there a minute later is killed.
+# 3 another took its place, 4 refused, 7 diverged, 126 and 127 no such program.
+# SIGTERM is handed on, once; what is still there a minute later is killed.
 set -uo pipefail
 
 patience_s=60
 most_tries=20  # in a row; one that ran for a minute begins a new row
+ulimit -Sn "$(ulimit -Hn)"  # open files; a connection takes one
 child='' stopping='' pause_s=1 tries=0
 
 stop() {
@@ -36,7 +38,7 @@ while [ -z "$stopping" ]; do
     fi
     child=''
     case $status in
-        0 | 2 | 3 | 4 | 7 | 130) exit "$status" ;;
+        0 | 2 | 3 | 4 | 7 | 126 | 127 | 130) exit "$status" ;;
     esac
     if ((SECONDS - began_s >= 60)); then
         tries=0 pause_s=1

@@ -29,7 +29,7 @@ exec ./keep.sh {{ plan.offbeat }} peer experiment.toml --hosts hosts.toml --node
 if [ "$name" != server ]; then
     exec ./keep.sh {{ plan.offbeat }} join "tcp://$OFFBEAT_SERVER:$OFFBEAT_PORT" --keys "$keys" --name "$name" --device {{ device }}
 fi
-./keep.sh {{ plan.offbeat }} serve experiment.toml --bind "tcp://0.0.0.0:$OFFBEAT_PORT" --keys "$keys" --out run &
+./keep.sh {{ plan.offbeat }} serve experiment.toml --bind "tcp://*:$OFFBEAT_PORT" --keys "$keys" --out run &
 server=$!
 stopping=''
 trap 'stopping=yes; kill -TERM "$server"' TERM

@@ -13,7 +13,8 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-dir={{ dir }}  # there, from the home folder
+# shellcheck disable=SC2088  # a ~ is expanded there
+dir='{{ dir }}'  # there, from the home folder
 at_a_time=16
 lines=20
 stop_s=70  # keep.sh kills after 60
@@ -29,7 +30,7 @@ declare -A remote=(
 command_of() {
     case $1 in
 {% for node in plan.nodes %}
-        {{ node }}) echo "{{ plan.offbeat }} {{ commands[node]|join(" ") }}" ;;
+        {{ node }}) echo "{{ plan.offbeat }} {{ commands[node] }}" ;;
 {% endfor %}
     esac
 }
@@ -50,17 +51,38 @@ push() {
     fi
     tar -cf - experiment.toml {{ "hosts.toml " if plan.peers }}keep.sh "keys/$node" |
         ssh -o BatchMode=yes -o ConnectTimeout=10 "${remote[$node]}" \
-            "umask 077 && mkdir -p $dir && tar -xpf - -C $dir"
+            "bash -c '
+                set -eu
+                umask 077
+                mkdir -p $dir
+                cd $dir
+                rm -rf .new-$node
+                mkdir -p .new-$node keys/$node/authorized
+                tar -xpf - -C .new-$node
+                for known in keys/$node/authorized/*.key; do  # whom it shall not know any more
+                    [ -e \".new-$node/\$known\" ] || rm -f \"\$known\"
+                done
+                mv -f .new-$node/keys/$node/authorized/* keys/$node/authorized/
+                mv -f .new-$node/keys/$node/*.* keys/$node/
+                mv -f .new-$node/*.* .
+                rm -rf .new-$node
+            '"
     echo "$node: pushed to ${remote[$node]}"
 }
 
-# What the machine knows of a node: $pid, if its keep.sh runs.
+# What the machine knows of a node: $pid of its keep.sh, or of what a keep.sh that was killed left.
 # shellcheck disable=SC2016  # expanded there
 find_it='
     pid=
-    if [ -s "$node.pid" ] && tr "\\0" " " <"/proc/$(cat "$node.pid")/cmdline" 2>/dev/null | grep "keep\.sh .*keys/$node " >/dev/null; then
-        pid=$(cat "$node.pid")
-    fi
+    for process in /proc/[0-9]*; do
+        [ "$process/cwd" -ef . ] || continue
+        { words=$(tr "\\0" " " <"$process/cmdline"); } 2>/dev/null || continue
+        case $words in
+            *" status tcp://"*) ;;  # who only asks
+            *"keep.sh "*"--keys keys/$node "*) pid=${process#/proc/}; break ;;
+            *"--keys keys/$node "*) pid=${process#/proc/} ;;
+        esac
+    done
 '
 
 start() {
@@ -74,8 +96,8 @@ if [ -n "\$pid" ]; then
     echo "$1: runs already, as \$pid"
     exit 0
 fi
+command -v {{ plan.offbeat }} >/dev/null || { echo "$1: ${remote[$1]} has no {{ plan.offbeat }}; install offbeat there, or deploy with --offbeat PATH" >&2; exit 2; }
 nohup ./keep.sh $(command_of "$1") </dev/null >>"$1.log" 2>&1 &
-echo \$! >"$1.pid"
 echo "$1: started, as \$!"
 END
 }
@@ -93,7 +115,6 @@ fi
 kill -TERM "\$pid"
 for ((left = $stop_s * 10; left > 0; left--)); do
     if ! kill -0 "\$pid" 2>/dev/null; then
-        rm -f "$1.pid"
         echo "$1: stopped"
         exit 0
     fi
@@ -123,8 +144,8 @@ END
 
 logs() {
     there "$1" <<END
-if [ -e "$dir/$1.log" ]; then
-    tail -n $lines "$dir/$1.log" | sed 's/^/$1: /'
+if [ -e $dir/$1.log ]; then
+    tail -n $lines $dir/$1.log | sed 's/^/$1: /'
 else
     echo "$1: no log yet"
 fi

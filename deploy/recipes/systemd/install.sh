@@ -15,6 +15,10 @@ case ${1:-} in
         ;;
 esac
 
+if [ ! -x {{ plan.offbeat }} ]; then
+    echo "install.sh: $1 has no {{ plan.offbeat }}; install offbeat there, or deploy with --offbeat PATH" >&2
+    exit 2
+fi
 etc=/etc/offbeat/{{ plan.name }}
 id -u {{ user }} >/dev/null 2>&1 || useradd --system --shell /usr/sbin/nologin {{ user }}
 install -d -m 0755 /etc/offbeat "$etc"
@@ -25,6 +29,9 @@ for node in "${nodes[@]}"; do
     install -d -m 0700 -o {{ user }} "$etc/keys/$node" "$etc/keys/$node/authorized"
     install -m 0600 -o {{ user }} "keys/$node/$node.key_secret" "$etc/keys/$node/"
     install -m 0600 -o {{ user }} "keys/$node/authorized/"*.key "$etc/keys/$node/authorized/"
+    for known in "$etc/keys/$node/authorized/"*.key; do  # whom it shall not know any more
+        [ -e "keys/$node/authorized/${known##*/}" ] || rm -f "$known"
+    done
 {% if plan.peers %}
     unit=offbeat-{{ plan.name }}-peer@$node.service
 {% else %}

@@ -5,12 +5,18 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 push() {  # push REMOTE HOST NODE...
-    local remote=$1 host=$2 there=offbeat-{{ plan.name }}
+    local remote=$1 host=$2 node
     shift 2
+    for node in "$@"; do
+        if [ ! -e "keys/$node/$node.key_secret" ]; then
+            echo "$node: has no keys; make them first: ./keys.sh" >&2
+            return 2
+        fi
+    done
     echo "$host:"
     tar -cf - experiment.toml hosts.toml units {{ "env " if not plan.peers }}install.sh "${@/#/keys/}" |
         ssh -o BatchMode=yes -o ConnectTimeout=10 "$remote" \
-            "umask 077 && rm -rf $there && mkdir $there && tar -xf - -C $there && sudo ./$there/install.sh $host && rm -rf $there"
+            "bash -c 'there=\$(mktemp -d) && trap \"rm -rf \$there\" EXIT && tar -xf - -C \$there && sudo bash \$there/install.sh $host'"
 }
 
 [ $# -gt 0 ] || set -- {{ hosts|map(attribute="name")|join(" ") }}

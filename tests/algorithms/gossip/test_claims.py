@@ -111,7 +111,7 @@ class PlainSum(Broadcast):
 class Plain(Rounds):
     def _wire(self, name, seed):
         channel = self.method.channels[name]
-        return PlainSum(self.method.compressor, channel, False, seed, name)
+        return PlainSum(self.method.compressor, channel, False, self.n, seed, name)
 
 
 METHODS = {

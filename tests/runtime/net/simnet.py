@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from offbeat.algorithms.compression import COMPRESSORS
 from offbeat.runtime.crew import Answer, Back, Failed, Gone, Order
 from offbeat.runtime.net import wire
 from offbeat.runtime.net.hub import SERVER, Hub
@@ -21,10 +22,11 @@ from offbeat.runtime.net.jobs import Liveness
 from offbeat.runtime.net.link import MOST_QUEUED, WINDOW
 from offbeat.runtime.net.messages import kinds
 from offbeat.runtime.net.spoke import Spoke
+from offbeat.workers.compressed import SENT
 
 D = 6
 X0 = np.zeros(D)
-KINDS = kinds(X0, {"memory": np.zeros((1, D))})
+TOP = COMPRESSORS.parse("topk(2)")
 STEP_S = 0.1  # how often a process looks at the clock
 MOST_EVENTS = 200_000
 PIECE_BYTES = wire.PIECE_BYTES
@@ -45,11 +47,16 @@ def gradient(x, shard, draw, memory):
     return 0.25 * x + np.sin(1.0 + shard + 10.0 * draw + np.arange(D)) + 0.125 * memory
 
 
+def difference(x, shard, draw, sent):
+    """The compressed difference of that to what was sent."""
+    return TOP.compress(gradient(x, shard, draw, 0.0) - sent)
+
+
 class Run:
     """The server's application: applies what arrives, hands out what comes next, keeps a log."""
 
-    def __init__(self, n, target):
-        self.n, self.target = n, target
+    def __init__(self, n, target, kept):
+        self.n, self.target, self.name = n, target, kept
         self.x, self.step, self.serial = X0.copy(), 0, 0
         self.draws = [0] * n
         self.sent = {}  # serial -> order
@@ -73,7 +80,7 @@ class Run:
     def submit(self, order, hub, now_s):
         if order.worker in self.unaware:
             memory = self.kept.get(order.worker, np.zeros((1, D)))
-            order = order._replace(kept={"memory": memory})
+            order = order._replace(kept={self.name: memory})
             self.unaware.discard(order.worker)
         self.sent[order.serial] = order
         hub.submit(order, now_s)
@@ -85,9 +92,15 @@ class Run:
                 return
             assert np.isfinite(event.loss)
             memory = self.kept.get(order.worker, np.zeros((1, D)))
-            self.kept[order.worker] = event.kept["memory"].copy()
+            update = event.payload
+            if self.name == SENT:  # nothing comes back but what was sent
+                assert not event.kept
+                self.kept[order.worker] = memory + update
+                update = self.kept[order.worker][0]
+            else:
+                self.kept[order.worker] = event.kept["memory"].copy()
             self.applied.append((order._replace(kept=memory), event.payload.copy()))
-            self.x = self.x - 0.125 * event.payload
+            self.x = self.x - 0.125 * update
             self.step += 1
             if self.step < self.target:
                 self.assign(order.worker, hub, now_s)
@@ -140,13 +153,16 @@ class World:
         self.compute_s = g.choice([0.01, 0.3, 2.0])
         wire.PIECE_BYTES = g.choice([20, PIECE_BYTES])  # half of the runs have large models
         self.nodes = [f"w{i}" for i in range(self.n + g.randint(0, 1))]
+        # Half of the runs have compressed updates.
+        self.name = random.Random(seed + 0.5).choice(["memory", SENT])
+        self.kinds = kinds(X0, {self.name: np.zeros((1, D))})
         self.faults = self.plan()
         self.offsets = {node: g.uniform(0, 1e5) for node in [SERVER, *self.nodes]}
         self.blocked = set()  # (from, to)
         self.frozen = {}  # node -> until
         self.links = {}  # id of a link -> what it had acknowledged
         self.happened = dict.fromkeys(("drop", "double", "kill", "server", "freeze", "cut"), 0)
-        self.run, self.saved = Run(self.n, g.randint(20, 60)), None
+        self.run, self.saved = Run(self.n, g.randint(20, 60), self.name), None
         self.incarnations = {}
         self.hub = None
         self.processes = {}
@@ -199,7 +215,7 @@ class World:
 
     def boot_server(self):
         incarnation = self.incarnations[SERVER] = self.incarnations.get(SERVER, 0) + 1
-        self.hub = Hub("run", "text", KINDS, self.n, incarnation, Liveness(1.0), "1")
+        self.hub = Hub("run", "text", self.kinds, self.n, incarnation, Liveness(1.0), "1")
         if self.saved is not None:
             self.run = copy.deepcopy(self.saved)
         self.run.unaware = set(range(self.n))
@@ -252,12 +268,12 @@ class World:
             raise AssertionError(spoke.fate)
         if spoke.welcome is not None:
             process.memory = {}
-            spoke.ready(KINDS, now_s)
+            spoke.ready(self.kinds, now_s)
         if spoke.state != "working":
             process.memory = {}
         if process.busy is None and (order := spoke.take()) is not None:
             if order.kept is not None:
-                process.memory[order.shard] = order.kept["memory"]
+                process.memory[order.shard] = order.kept[self.name]
             process.busy = order, process.memory[order.shard]
             self.at(self.g.expovariate(1 / self.compute_s), process.node, self.computed, process)
         for frames in spoke.outbox:
@@ -272,13 +288,18 @@ class World:
         if self.g.random() < self.raises:
             spoke.failed(order, "the test's own", now_s)
         else:
-            payload = gradient(order.x, order.shard, order.draw, memory[0])
-            kept = (memory + payload) / 2
+            if self.name == SENT:
+                message = difference(order.x, order.shard, order.draw, memory[0])
+                (payload,), kept, told = message.encode(), memory + message.dense(), {}
+            else:
+                payload = gradient(order.x, order.shard, order.draw, memory[0])
+                kept = (memory + payload) / 2
+                told = {"memory": kept}
             if process.memory.get(order.shard) is memory:
                 process.memory[order.shard] = kept
             if self.spoils and self.g.random() < self.spoils:
                 self.garble(process)
-            spoke.answer(order, Answer(order.serial, 1.0, payload, {"memory": kept}, 0.1), now_s)
+            spoke.answer(order, Answer(order.serial, 1.0, payload, told, 0.1), now_s)
         self.work(process)
 
     def garble(self, process):
@@ -384,11 +405,16 @@ class World:
         """I8: the applied updates, computed again without faults, make the same model."""
         serials = [order.serial for order, _ in self.run.applied]
         assert len(set(serials)) == len(serials)  # nothing was applied twice
-        x = X0.copy()
+        x, sent = X0.copy(), {}
         for order, payload in self.run.applied:
-            again = gradient(order.x, order.shard, order.draw, order.kept[0])
+            job = order.x, order.shard, order.draw, order.kept[0]
+            if self.name == SENT:
+                again = difference(*job).dense()
+                update = sent[order.worker] = sent.get(order.worker, 0.0) + again
+            else:
+                again = update = gradient(*job)
             np.testing.assert_array_equal(again, payload)
-            x = x - 0.125 * again
+            x = x - 0.125 * update
         np.testing.assert_array_equal(x, self.run.x)
 
 

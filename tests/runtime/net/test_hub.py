@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from offbeat.algorithms.compression import COMPRESSORS
 from offbeat.runtime.crew import Answer, Back, Failed, Gone, Order
 from offbeat.runtime.errors import ConfigError, Fenced, PeerError, Refused
 from offbeat.runtime.net import messages as say
@@ -14,6 +15,7 @@ from offbeat.runtime.net.cli import shown
 from offbeat.runtime.net.hub import Hub
 from offbeat.runtime.net.jobs import MOST_OFFENCES, MOST_STRIKES, Liveness
 from offbeat.runtime.net.spoke import Spoke
+from offbeat.workers.compressed import SENT
 
 D = 4
 X = np.arange(float(D))
@@ -253,6 +255,59 @@ def test_wrong_arrays_are_counted_and_at_last_cost_the_connection(payload):
     assert "b" in site.hub.seats
 
 
+# -- Compressed updates ----------------------------------------------------------------------------
+
+CODED = say.kinds(X, {SENT: np.zeros((1, D)), "momentum": np.zeros((1, D))})
+(FRAME,) = COMPRESSORS.parse("topk(1)").compress(X).encode()
+
+
+def test_of_a_compressed_update_the_frame_travels_and_not_what_was_sent():
+    site, momentum = Site("a", 1, CODED), np.ones((1, D))
+    site.order(7, 0)
+    spoke = site.spokes["a"]
+    order = spoke.take()
+    spoke.answer(order, Answer(order.serial, 1.0, FRAME, {"momentum": momentum}, 0.1), site.now_s)
+    assert [bytes(frame) for frame in spoke.outbox[0][1:]] == [FRAME, momentum.tobytes()]
+    site.settle()
+    (answer,) = site.heard(Answer)
+    np.testing.assert_array_equal(answer.payload, [0, 0, 0, 3])
+    assert (answer.nbytes, list(answer.kept)) == (len(FRAME), ["momentum"])
+
+
+@pytest.mark.parametrize(
+    ("name", "arrays"),
+    [
+        ("peer_error", {"payload": b"garbage"}),
+        ("peer_error", {"payload": FRAME[:-1]}),
+        ("peer_error", {"payload": FRAME + b"0"}),
+        ("peer_error", {"payload": COMPRESSORS["topk"](1).compress(np.ones(D + 1)).encode()[0]}),
+        ("bad_array", {"payload": COMPRESSORS["topk"](1).compress(np.ones(D, "f4")).encode()[0]}),
+        ("bad_array", {"payload": FRAME, "kept.sent": np.ones((1, D))}),
+        ("too_large", {"payload": bytes(2**16 + 60)}),
+    ],
+)
+def test_wrong_frames_cost_the_connection(name, arrays):
+    site, momentum = Site(kinds=CODED), {"kept.momentum": np.ones((1, D))}
+    site.order(7, slot(site, "a"))
+    for count in range(1, MOST_OFFENCES + 1):
+        assert "a" in site.hub.seats
+        forged(site, "a", "result", say.Result(1, 1.0, 0.1), arrays | momentum)
+        assert site.hub.counts[name] == count
+    assert "a" not in site.hub.seats
+    assert site.hub.cuts[-1][0] == b"a"
+    assert site.heard(Answer) == []
+    assert "b" in site.hub.seats
+
+
+def test_nobody_else_is_asked_about_what_follows_from_what_a_worker_keeps():
+    site = Site(kinds=say.kinds(X, {SENT: np.zeros((1, D))}))
+    site.order(7, slot(site, "a"))
+    site.answer("a", FRAME, loss=np.nan)
+    (answer,) = site.heard(Answer)
+    assert np.isnan(answer.loss)
+    assert not site.spokes["b"].orders
+
+
 def test_another_nodes_job():
     site = Site()
     site.order(7, slot(site, "b"))
@@ -364,7 +419,7 @@ def test_status():
     site = Site()
     site.order(7, slot(site, "a"), step=3)
     site.answer("a", loss=0.25)
-    status = json.loads(site.hub.status(site.now_s))
+    status = site.hub.status(site.now_s)
     assert (status["jobs"], status["slots"], status["step"]) == (1, 2, 3)
     rows = {row["node"]: row for row in status["workers"]}
     assert (rows["a"]["jobs"], rows["a"]["loss"], rows["a"]["state"]) == (1, 0.25, "here")
@@ -402,6 +457,16 @@ def test_an_idle_worker_is_found_where_it_connected_anew():
     for _ in range(5):
         site.settle()
     assert [order.serial for order in site.spokes["elsewhere"].orders] == [2]
+
+
+def test_who_was_welcomed_meanwhile_does_not_ask_again():
+    """What a server says of a message to the one before it may come after its welcome."""
+    spoke = Site("a", 1, incarnation=2).spokes["a"]
+    for server, state in ((1, "working"), (2, "calling")):
+        (parcel,) = wire.parcels("again", say.Again(server))
+        frames = wire.pack(parcel, run="r", node="server", incarnation=2, to=spoke.incarnation)
+        spoke.receive([bytes(frame) for frame in frames], 0.0)
+        assert spoke.state == state
 
 
 def test_what_is_no_offence_does_not_count_as_one():
@@ -445,7 +510,7 @@ def test_time_that_nobody_can_have_spent(spent_s):
 
 def test_a_status_is_json_and_says_nothing_to_a_terminal():
     site = Site(["a[/x]\x1b[2J"], 1)
-    text = site.hub.status(site.now_s)
+    text = json.dumps(site.hub.status(site.now_s))
     (row,) = json.loads(text, parse_constant=pytest.fail)["workers"]
     assert row["loss"] is None
     table = shown(json.loads(text))
@@ -457,8 +522,22 @@ def test_a_status_is_json_and_says_nothing_to_a_terminal():
 
 def test_who_was_shut_out_is_told_nothing():
     site = Site("a", 1)
-    site.hub.revoke("a")
+    site.hub._shut_out(site.hub.seats["a"], "it misbehaves")
     site.hub.outbox.clear()
     forged(site, "a", "ask", say.Ask(), run="", sequence=0)
     assert site.hub.counts["wrong_node"] == 1
     assert (b"a", "wrong_node") in site.hub.cuts
+
+
+def test_who_is_not_listed_any_more_is_nobody_until_it_is_again():
+    site = Site("ab", 2)
+    site.hub.revoke("a")
+    assert list(site.hub.seats) == ["b"]
+    (parcel,) = wire.parcels("hello", say.Hello(7, "1", "there"))
+    hello = [bytes(frame) for frame in wire.pack(parcel, run="", node="a", incarnation=0)]
+    site.hub.cuts.clear()
+    site.hub.receive(b"anew", "", hello, site.now_s)  # its key is not in the list
+    assert list(site.hub.seats) == ["b"]
+    assert site.hub.cuts == [(b"anew", "wrong_node")]
+    site.hub.receive(b"anew", "a", hello, site.now_s)  # it is again
+    assert sorted(site.hub.seats) == ["a", "b"]

@@ -1,6 +1,7 @@
 """Membership and the job table, with time as an argument."""
 
 import pytest
+from deploying import SERVER
 
 from offbeat.runtime.errors import (
     ConfigError,
@@ -9,6 +10,7 @@ from offbeat.runtime.errors import (
     UnknownJob,
     WrongNode,
 )
+from offbeat.runtime.net.cli import serving
 from offbeat.runtime.net.jobs import (
     FREE_RESTARTS,
     MOST_RESTARTS,
@@ -154,3 +156,9 @@ def test_slots_are_taken_kept_and_given_on():
     assert c.slot == a.slot
     r.drop(b)
     assert join(r, "a", 1, 1.0).slot == b.slot  # its own is taken
+
+
+def test_an_experiments_nonsense_is_not_passed_over(tmp_path):
+    (tmp_path / "run.toml").write_text(f"engine = 'zmq(suspect_after_s=7200)'\n{SERVER}")
+    with pytest.raises(ConfigError, match=r"run\.toml: suspect_after_s must be from 0\.05"):
+        serving(tmp_path / "run.toml", {}, [])

@@ -115,7 +115,16 @@ def test_who_is_listed_comes_in_under_the_name_of_its_key(folder, context):
     assert event == zmq.EVENT_HANDSHAKE_SUCCEEDED
     assert socket.poll(5000)
     frames = socket.recv_multipart(copy=False)
-    assert {frame.get("User-Id") for frame in frames} == {"ann"}
+    assert {gate.who(frame) for frame in frames} == {"ann"}
+    (folder / keys.AUTHORIZED / "ann.key").unlink()
+    assert gate.revoked() == {"ann"}
+    assert gate.who(frames[0]) == ""  # also where the connection is still there
+    keys.authorize(folder, "ann", keys.show(folder, "b"))
+    gate.revoked()
+    assert gate.who(frames[0]) == ""  # the name is another key's now
+    keys.authorize(folder, "anna", keys.show(folder, "a"))
+    gate.revoked()
+    assert gate.who(frames[0]) == "anna"
 
 
 def test_others_are_refused(folder, context):
@@ -148,6 +157,15 @@ def test_a_key_taken_off_the_list_is_told_once_and_not_let_in_again(folder, cont
     assert gate.revoked() == set()
     event = knock(context, endpoint, keys.identity(folder, "a"), server)
     assert event == zmq.EVENT_HANDSHAKE_FAILED_AUTH
+
+
+def test_a_dead_authenticator_is_noticed(folder, context):
+    gate, *_ = serve(context, folder)
+    assert gate.revoked() == set()
+    gate._thread.pipe.send(b"TERMINATE")
+    gate._thread.thread.join(5.0)
+    with pytest.raises(Refused, match="the thread that checks keys has ended"):
+        gate.revoked()
 
 
 def test_a_list_that_cannot_be_read_lets_nobody_in_and_ends_nothing(folder, context, caplog):

@@ -11,7 +11,7 @@ from simulated import put_in
 from offbeat.runtime.errors import ConfigError, Fenced
 from offbeat.runtime.net import messages as say
 from offbeat.runtime.net.jobs import MOST_OFFENCES
-from offbeat.runtime.net.mesh import Said
+from offbeat.runtime.net.mesh import DONE, LATE_S, Said
 from offbeat.runtime.net.wire import pack, parcels
 from offbeat.workers.fleet import Fleet
 
@@ -97,6 +97,30 @@ def test_who_lost_its_disk_takes_the_next_incarnation_and_joins():
     assert live.settled
     assert live.counts["join"] == 1
     assert live.parties[3].mesh.incarnation == 2
+
+
+def test_who_comes_after_the_run_and_cannot_join_learns_that_it_is_over():
+    live = Net(NOISY, METHODS["dsgd"], "ring", seed=4, limit=10).run(until_s=8.0)
+    live.kill(3)
+    live.run(until_s=60.0)
+    assert all(live.parties[i].mesh.standing == DONE for i in (2, 4))
+    live.start(3)
+    live.parties[3].mesh._joins = False
+    live.run(until_s=64.0)
+    assert live.counts["over"] > 0
+    assert live.parties[3].node is None
+
+
+def test_who_is_done_waits_only_so_long_for_one_that_is_gone():
+    live = Net(NOISY, METHODS["dsgd"], "ring", seed=4, limit=10).run(until_s=8.0)
+    live.kill(3)
+    meshes = [party.mesh for party in live.parties.values()]
+    while not all(m.standing == DONE for m in meshes):
+        live.run(until_s=live.now + 1.0)
+    neighbour, other = live.parties[2].mesh, live.parties[7].mesh
+    assert other.finished(live.now + 1.0)
+    assert not neighbour.finished(neighbour._left_s + LATE_S - 1.0)
+    assert neighbour.finished(neighbour._left_s + LATE_S)
 
 
 def test_a_younger_process_of_the_same_name_ends_the_older():

@@ -22,6 +22,11 @@ def test_a_few_hundred_seeds():
     assert min(happened.values()) > 20, happened  # every kind of fault happened
 
 
+@pytest.mark.parametrize("seed", [2674, 6682])
+def test_seeds_of_which_a_worker_once_called_for_ever(seed):
+    assert simulate(seed).run.step > 0
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("block", range(20))
 def test_ten_thousand_seeds(block):

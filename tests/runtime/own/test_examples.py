@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -15,16 +16,18 @@ from loops import free_port, listens, serving
 from torch import nn
 
 import offbeat
+from offbeat.runtime.net.cli import asking
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
-def started(*words):
+def started(*words, cwd=None):
     return subprocess.Popen(
         [sys.executable, *map(str, words)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        cwd=cwd,
     )
 
 
@@ -100,3 +103,63 @@ def test_a_trainer_with_the_callback():
         made = StubTrainer(model, 10_000, callback()(address, patience_s=20.0)).train()
     assert 15 <= made < 10_000  # three jobs of five steps; then it was stopped
     assert ended["result"].final["loss"] < ended["result"].metrics[-2]["loss"]
+
+
+def test_three_processes_that_gossip_one_of_them_killed(tmp_path, processes):
+    """Nobody serves; the one that is killed in mid-run is started again, and returns to it."""
+    ports = [free_port() for _ in range(3)]
+    hosts = "".join(
+        f'[[hosts]]\nname = "n{i}"\naddress = "127.0.0.1"\nport = {port}\n'
+        for i, port in enumerate(ports)
+    )
+    (tmp_path / "hosts.toml").write_text(hosts)
+    text = (EXAMPLES / "served" / "own_gossip.toml").read_text()
+    (tmp_path / "gossip.toml").write_text(
+        text.replace("steps = 40", "steps = 100000").replace('"real"', '"0.005"')
+    )
+
+    def joins(i):
+        words = (EXAMPLES / "own_loop.py", "gossip.toml", "hosts.toml", f"n{i}")
+        processes.append(started(*words, cwd=tmp_path))
+        return processes[-1]
+
+    def events(i):
+        path = tmp_path / "runs" / f"gossip-n{i}" / "trace.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        rows = [json.loads(line) for line in lines if '"event"' in line]
+        return [row["event"] for row in rows if row.get("node") == 1]
+
+    def text_of(i):
+        path = tmp_path / "runs" / f"gossip-n{i}" / "experiment.toml"
+        return path.read_text() if path.exists() else ""
+
+    def until(condition):
+        end_s = time.monotonic() + 200
+        while not condition():
+            assert time.monotonic() < end_s, "it did not happen in time"
+            assert loops[0].poll() is None, loops[0].communicate()
+            time.sleep(0.05)
+
+    loops = [joins(i) for i in range(3)]
+    until(lambda: 'name = "own-loop"' in text_of(0))
+    with asking(f"tcp://127.0.0.1:{ports[1]}", None, "test") as ask:
+        until(lambda: ask()["round"] > 10)
+    loops[1].kill()
+    assert loops[1].wait() == -signal.SIGKILL
+    until(lambda: "down" in events(0) and "down" in events(2))
+    loops[1] = joins(1)
+    until(lambda: all("up" in events(i)[events(i).index("down") :] for i in (0, 2)))
+    with asking(f"tcp://127.0.0.1:{ports[1]}", None, "test") as ask:
+        before = ask()["round"]
+        until(lambda: ask()["round"] > before + 5)  # it computes again
+    for loop in loops:
+        loop.send_signal(signal.SIGINT)
+    said = [loop.communicate(timeout=60)[0] for loop in loops]
+    assert all("joined; 2410 parameters" in text for text in said)
+    assert all("KeyboardInterrupt" in text for text in said)
+    folders = [tmp_path / "runs" / f"gossip-n{i}" for i in range(3)]
+    left = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+    assert [one["reason"] for one in left] == ["interrupted"] * 3
+    assert min(one["round"] for one in left) > 10
+    ends = [offbeat.weights(folder) for folder in folders]
+    assert all({*end} == {"0.weight", "0.bias", "2.weight", "2.bias"} for end in ends)

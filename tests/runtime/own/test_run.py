@@ -1,6 +1,5 @@
 """Training loops that join a run: what they compute, and what they are told when it goes wrong."""
 
-import threading
 import time
 from itertools import pairwise
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
-from loops import serving
+from loops import digits_loop, little, serving, together
 from safetensors.torch import save_file
 from torch import nn
 
@@ -22,69 +21,6 @@ from offbeat.runtime.own.flat import Flat
 from offbeat.workers.tasks import TASKS
 
 ROUNDS = {"stop": {"steps": 6}, "evaluate": {"steps": 2}, "clock": "real"}
-
-
-def together(*loops):
-    """Run every loop in a thread; answers what they return, or raises what one raised."""
-    found = [None] * len(loops)
-
-    def call(at):
-        try:
-            found[at] = loops[at]()
-        except BaseException as error:
-            found[at] = error
-
-    threads = [threading.Thread(target=call, args=(at,)) for at in range(len(loops))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    for one in found:
-        if isinstance(one, BaseException):
-            raise one
-    return found
-
-
-class Net(nn.Module):
-    """The built-in perceptron with one hidden layer, its parameters in its order."""
-
-    def __init__(self, task):
-        super().__init__()
-        dtype = torch.from_numpy(task.initial(0)).dtype
-        for name, (i, o) in zip("ab", task.model.shapes, strict=True):
-            self.register_parameter(f"{name}0", nn.Parameter(torch.zeros(i, o, dtype=dtype)))
-            self.register_parameter(f"{name}1", nn.Parameter(torch.zeros(o, dtype=dtype)))
-
-    def forward(self, inputs):
-        return torch.relu(inputs @ self.a0 + self.a1) @ self.b0 + self.b1
-
-
-def digits_loop(address, task, optimizer, exact=False, **options):
-    """Train on the samples that the built-in worker would draw; answers the run's counts."""
-    net = Net(task)
-    steps = optimizer(net.parameters())
-    with offbeat.join(address, net, steps, **options) as run:
-        while not run.over:
-            where = np.array([run.shard]), np.array([run.draw])
-            steps.zero_grad()
-            if exact:
-                x = nn.utils.parameters_to_vector(net.parameters()).detach().numpy()
-                losses, gradients = task.gradient(x[None], *where)
-                loss = float(losses[0])
-                nn.utils.vector_to_parameters(
-                    torch.from_numpy(gradients[0]), (g := Net(task)).parameters()
-                )
-                for p, q in zip(net.parameters(), g.parameters(), strict=True):
-                    p.grad = q.detach()
-            else:
-                a, y = task.shards.samples(*where)
-                loss = nn.functional.cross_entropy(
-                    net(torch.from_numpy(a[0])), torch.from_numpy(y[0])
-                )
-                loss.backward()
-            steps.step()
-            run.step(loss)
-    return run.jobs
 
 
 class Plain(torch.optim.Optimizer):
@@ -138,11 +74,6 @@ def test_a_loop_of_ones_own_is_the_built_in_worker(case):
     np.testing.assert_allclose(result.x, built_in.x, rtol=apart, atol=apart)
     mine, theirs = result.column("loss"), built_in.column("loss")
     np.testing.assert_allclose(mine, theirs, rtol=max(apart, 1e-12))
-
-
-def little(width=4):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, 1))
 
 
 def fit(address, net, **options):

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import matplotlib.image
 import numpy as np
+import pandas
 import pytest
 
 import offbeat
@@ -19,7 +20,8 @@ from offbeat.runtime import api, cli
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.experiment import from_table
 from offbeat.runtime.records import TRACE_COLUMNS
-from offbeat.runtime.studies import report, study, watch
+from offbeat.runtime.studies import figures, report, study, watch
+from offbeat.runtime.studies import table as tables
 from offbeat.runtime.studies.scenes import COMMUNICATE, COMPUTE, QUEUE, timeline
 from offbeat.runtime.studies.study import Study
 
@@ -94,6 +96,9 @@ def test_a_browser_shows_every_figure_from_a_file(folders, tmp_path):
     page = report.write([folders / name for name in names], tmp_path / "page.html")
     dom, complaints = browse(page.as_uri())
     assert complaints == []
+    assert 'aria-pressed="false"' in dom  # what is off looks so
+    assert "·  ·" not in dom
+    assert not re.search(r"<span>[^<]* · (·|<)", dom)
     found = shown(dom)
     assert found == {
         "curves": 3, "targets": 1, "gap": 1, "graphs": 6, "timeline": 1, "staleness": 1, "table": 0
@@ -156,6 +161,65 @@ def test_curves_are_what_was_recorded(folders):
     )  # fmt: skip
     assert mine["c"]["loss"] == pytest.approx(result.column("loss").tolist(), rel=1e-4)
     assert mine["c"]["bytes"] == pytest.approx(result.column("bytes").tolist(), rel=1e-4)
+
+
+def test_numbers_of_the_page_are_those_of_the_table(folders):
+    """Medians over the seeds, in the page's units."""
+    made = Study(GOSSIP)
+    done = study.read_cells(folders / "study")
+    frame = pandas.DataFrame(tables.rows(made, [(c, done[c.key]) for c in made.plan(done)[1]]))
+    middle = frame.groupby(["algorithm", "topology"]).median(numeric_only=True)
+    shown = report.data([folders / "study"])["table"]
+    names = [name for name, _ in shown["columns"]]
+    assert len(shown["rows"]) == len(middle) == 8
+    for row in shown["rows"]:
+        there = dict(zip(names, row, strict=True))
+        mine = middle.loc[(there["method"], there["topology"])]
+        for name, column, unit in (
+            ("gap", "gap", 1), ("floor", "floor", 1), ("loss", "loss", 1), ("rounds", "step", 1),
+            ("steps to target", "steps_to_target", 1), ("MB to target", "bytes_to_target", 1e6),
+            ("MB sent", "bytes", 1e6), ("worst node", "loss_worst", 1),
+        ):  # fmt: skip
+            assert there[name] == pytest.approx(mine[column] / unit, rel=1e-4), name
+
+
+def test_a_study_is_shown_where_its_data_are_no_longer(tmp_path, monkeypatch):
+    data = tmp_path / "a.svm"
+    data.write_text("".join(f"{(-1) ** i} 1:{i} 2:{i % 3}\n" for i in range(8)))
+    made = Study(
+        {
+            "experiment": {
+                "task": {"name": "logistic", "data": str(data)},
+                "algorithm": "pure",
+                "fleet": {"workers": 2},
+                "stop": {"steps": 5},
+            }
+        }
+    )
+    study.run(made, tmp_path / "out")
+    data.unlink()
+    assert len(report.data([tmp_path / "out"])["runs"]) == 1
+    assert watch.look(tmp_path / "out")[1]
+
+
+def test_runs_of_another_version_are_told(folders, tmp_path):
+    shutil.copytree(folders / "study", tmp_path / "study")
+    monkey = tmp_path / "study" / study.CELLS
+    first, *others = monkey.read_bytes().splitlines(keepends=True)
+    other = first.replace(b'"version":"', b'"version":"9.').replace(b'"cell":"', b'"cell":"0')
+    monkey.write_bytes(b"".join([other, *others]))
+    found = report.data([tmp_path / "study"])
+    assert len(found["runs"]) == 15
+    assert "Not shown: runs of offbeat 9." in found["notes"][1]
+
+
+def test_what_differs_in_kind_is_named_by_what_it_has(folders):
+    """No empty words in the names, and server steps are no rounds."""
+    found = report.data([folders / "comparison", folders / "synchronous"])
+    assert found["columns"]["step"]["label"] == "steps"
+    names = [name for _, name, _ in figures._shown(found, every=True)]
+    assert len(names) == 3
+    assert all(name == name.strip(" ·") and "·  ·" not in name for name in names)
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_setting(tmp_path):

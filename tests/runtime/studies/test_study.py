@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas
 import pytest
 from cells import work
@@ -70,7 +71,12 @@ def test_a_cell_is_the_run_that_its_settings_describe(tmp_path):
         ({"grid": {"seed": [1]}}, "seeds = "),
         ({"zip": [{"stop.steps": [1, 2], "fleet.speeds": ["1..4"]}]}, "of one length"),
         ({"zip": [{"fleet.workers": [4, 6]}]}, "varied twice"),
+        ({"tune": {"grid": {"fleet.workers": [4, 6]}}}, "varied twice"),
+        ({"zip": 3}, "zip must be tables"),
+        ({"zip": [{}]}, "zip must be a table of dotted keys"),
+        ({"experiment": {"task": "quadratic(3)", "record": 3}}, "[record] must be a table"),
         ({"seeds": "3"}, "seeds must be"),
+        ({"seeds": True}, "seeds must be"),
         ({"tune": {"grid": {"algorithm.lrate": [1.0]}}}, 'unknown key "lrate"; known: lr, wait'),
         ({"tune": {"grid": {}}}, "name a key"),
         ({"target": {"levle": 1.0}}, 'did you mean "level"?'),
@@ -102,7 +108,7 @@ experiment.stop.steps = 10
     ((quick,), _) = Study.read(path, quick=True).plan({})
     assert quick.table["stop"]["steps"] == 10
     assert quick.table["algorithm"]["lr"] == 0.3
-    words = ["seeds=[7]", "grid.algorithm.lr=[0.5]", "grid.fleet.workers=[3]"]
+    words = ["seeds=[7]", "grid.algorithm.lr=[0.5]", 'grid."fleet.workers"=[3]']
     (other,) = Study.read(path, words, quick=True).plan({})[0]
     assert (other.seed, other.table["algorithm"]["lr"]) == (7, 0.5)
     assert other.table["fleet"]["workers"] == 3
@@ -202,6 +208,43 @@ grid.algorithm = ["pure", "shuffled"]
     assert rows["loss"].notna().all()
 
 
+def test_a_target_that_is_no_metric_is_told_after_the_first_cell(tmp_path):
+    for metric in ("lss", "accuracy"):
+        with pytest.raises(ConfigError, match=f'runs have no metric "{metric}"'):
+            study.run(small(target={"metric": metric, "level": 0.1}), tmp_path / metric, jobs=1)
+        assert len(study.read_cells(tmp_path / metric)) == 1
+
+
+def test_what_another_process_finished_meanwhile_is_not_run_again(tmp_path, monkeypatch):
+    """It ends between this one's beginning and its turn."""
+    opened = study.CellsFile
+
+    def wait(folder):
+        monkeypatch.setattr(study, "CellsFile", opened)
+        study.run(small(), folder)
+        return opened(folder)
+
+    monkeypatch.setattr(study, "CellsFile", wait)
+    study.run(small(), tmp_path)
+    assert (tmp_path / study.CELLS).read_bytes().count(b"\n") == 8
+
+
+def test_a_script_need_not_guard_itself(tmp_path):
+    """Processes do not run it again."""
+    path = tmp_path / "script.py"
+    path.write_text(f"""
+from pathlib import Path
+from offbeat.runtime.studies import study
+print("begun")
+cells = study.run(study.Study({SMALL!r}), Path({str(tmp_path)!r}), jobs=2)
+print([line.get("error") for _, line in cells])
+""")
+    done = subprocess.run(
+        [sys.executable, str(path)], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.splitlines() == ["begun", str([None] * 8)], done.stderr
+
+
 def test_run_folders_where_asked(tmp_path):
     made = small(seeds=1, grid={"algorithm": ["pure"]})
     ((one, line),) = study.run(made, tmp_path, folders=True)
@@ -256,6 +299,23 @@ def test_the_way_to_a_target_is_geometric_between_evaluations():
     assert table.reached(curve, "loss", 1e-9) == {}
 
 
+def test_what_was_not_finite_is_no_number_of_the_table():
+    """A metric that overflowed, or was not known at first, is null in the file."""
+    line = {
+        "cell": "a", "reason": "steps", "wall_s": 1.0, "topology": None, "final": {"step": 30},
+        "curve": {"step": [0, 10, 20, 30], "loss": [None, None, 0.1, None]},
+    }  # fmt: skip
+    found = table.row(line, study.Target(level=0.5))
+    assert (found["steps_to_target"], found["floor"]) == (20, None)
+
+
+def test_numbers_are_kept_to_six_digits():
+    values = 10.0 ** np.random.default_rng(0).uniform(-15, 15, 2000)
+    kept = cell.short(np.array([values, -values]))
+    assert kept[0].tolist() == [float(f"{value:.6g}") for value in values]
+    assert (kept[1] == -kept[0]).all()
+
+
 def test_a_table_is_tidy_and_read_in_one_line(tmp_path):
     made = Study(
         {
@@ -290,6 +350,16 @@ def test_studies_that_come_along_can_be_run(path):
     """Every value of every axis builds, in full and in short."""
     assert len(Study.read(path).settings()) >= 16
     assert len(Study.read(path, quick=True).plan({})[0]) >= 4
+
+
+@pytest.mark.parametrize("name", ["", "..", "../up"])
+def test_a_study_stays_in_its_own_folder(name, monkeypatch, capsys):
+    words = ["offbeat", "study", str(STUDIES[0]), "--quick", "--set", f'name="{name}"']
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert f'no folder can be called "{name}"' in capsys.readouterr().err
 
 
 def test_one_command_ends_with_table_and_report(tmp_path, monkeypatch, capsys):

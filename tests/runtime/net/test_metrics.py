@@ -1,0 +1,57 @@
+"""Metrics, and logs as JSON: where they are, what they say, and who cannot hold them up."""
+
+import json
+import logging
+import socket
+import sys
+from contextlib import closing
+from urllib.parse import urlsplit
+
+import pytest
+from processes import metrics
+
+from offbeat.runtime import logs
+from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.net import metrics as served
+
+
+@pytest.mark.parametrize("where", ["", "x", "9464/x", "1:2:3", "host:99999", "u@host:1", ":9464"])
+def test_what_is_no_address_is_refused(where):
+    with pytest.raises(ConfigError, match="is neither a port nor host:port"):
+        served.address(where)
+
+
+def test_a_port_that_is_taken():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"--metrics: {port}: cannot listen"):
+            served.Exporter(str(port), "server")
+
+
+def test_who_connects_and_says_nothing_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(served._Handler, "timeout", 0.1)
+    with closing(served.Exporter("0", "server")) as exporter:
+        exporter.show({"run": "r", "jobs": 7, "counts": {"stale_job": 2, "gone": 1}})
+        port = urlsplit(exporter.endpoint).port
+        with socket.create_connection(("127.0.0.1", port)):
+            found = metrics(exporter.endpoint)
+    assert found["offbeat_updates_total"] == {(): 7.0}
+    assert found["offbeat_rejected_total"] == {("stale_job",): 2.0}
+    assert found["offbeat_events_total"] == {("gone",): 1.0}
+
+
+def test_a_line_is_one_object_whatever_was_logged():
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        record = logging.LogRecord("x", 40, "f", 1, "%s\n%d", ("a", 2), sys.exc_info())
+    line = logs.Lines().format(record)
+    assert "\n" not in line
+    row = json.loads(line)
+    assert (row["event"], row["level"], row["message"]) == ("log", "error", "a\n2")
+    assert row["traceback"].endswith("ValueError: two\nlines")
+
+
+def test_another_form_of_logs_is_refused():
+    with pytest.raises(ConfigError, match='no "jason"; did you mean "json"'), logs.telling("jason"):
+        pass

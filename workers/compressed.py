@@ -1,0 +1,125 @@
+"""Work whose updates travel compressed, with error feedback in the form of EF21.
+
+Richtarik, Sokolov, Fatkhullin, EF21: A New, Simpler, Theoretically Better, and Practically Faster
+Error Feedback, NeurIPS 2021 (arXiv:2106.05203), for several nodes.  Worker i and the server both
+hold h_i, zero at the start.  For the update u of a job
+
+    c = C(u - h_i)        the worker sends it
+    h_i <- h_i + c        at both ends; what the method sees as the update is the new h_i
+
+What a worker keeps so follows from what it sent, and only c travels.  A job that is lost, taken
+back or handed to another worker has not changed the server's h_i, and it is the server's that
+counts: a worker of which the server cannot be sure is given h_i again with its next job.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offbeat.algorithms.compression import Compressor, Message
+from offbeat.algorithms.compression.contract import made
+from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.randomness import rng
+from offbeat.runtime.registry import Seed, Spec
+from offbeat.workers.tasks.contract import Task
+from offbeat.workers.work import WORK, Kept, OwnLoop, Work
+
+SENT = "sent"  # h among what is kept: the sum of all that was sent
+
+
+class Compressed:
+    """``work``, of whose updates a compressor's messages travel.
+
+    Args:
+        compressor: C.
+        work: what is done with a job.
+        feedback: False: the update is C(u), and nothing is kept for it.
+        seed: of what C draws, which is a function of it and of the job's shard and draw.
+    """
+
+    spec: Spec | None = None
+
+    def __init__(self, compressor: Compressor, work: Work, feedback: bool, seed: int) -> None:
+        self.compressor, self.work, self.feedback, self.seed = compressor, work, feedback, seed
+        self.steps = work.steps
+
+    def keep(self, n: int, x: NDArray) -> Kept:
+        """What ``work`` keeps, and h ``[n, d]`` where a message can lack something.
+
+        Raises:
+            ConfigError: differences that C compresses need not get smaller.
+        """
+        kept = self.work.keep(n, x)
+        alpha = self.compressor.alpha(x.size)
+        if not self.feedback or alpha == 1:
+            return kept
+        if alpha is None and self.compressor.omega(x.size) is not None:
+            raise ConfigError(
+                f"compressed: {self.compressor} is unbiased but not contractive, and error "
+                f"feedback would not converge; take contractive({self.compressor}), or "
+                "feedback = false"
+            )
+        return kept | {SENT: np.zeros((n, x.size), x.dtype)}
+
+    def update(
+        self, task: Task, x: NDArray, worker: NDArray, draw: NDArray, steps: NDArray, kept: Kept
+    ) -> tuple[NDArray, NDArray]:
+        """See ``Work``: the updates as the server will see them."""
+        return self.coded(task, x, worker, draw, steps, kept)[:2]
+
+    def coded(
+        self, task: Task, x: NDArray, worker: NDArray, draw: NDArray, steps: NDArray, kept: Kept
+    ) -> tuple[NDArray, NDArray, Message]:
+        """``update``, and the message of k rows that travels.
+
+        The rows of h are not changed, but replaced in ``kept``, and are the updates.  What is not
+        finite cannot be compressed: its loss is not a number, and tells.
+        """
+        own = {name: rows for name, rows in kept.items() if name != SENT}
+        losses, updates = self.work.update(task, x, worker, draw, steps, own)
+        h = kept.get(SENT)
+        apart = updates if h is None else np.subtract(updates, h, out=updates)
+        if not np.isfinite(np.vecdot(apart, apart)).all():
+            bad = ~np.isfinite(apart).all(axis=1)
+            apart = np.where(bad[:, None], 0, apart)
+            losses = np.where(bad, np.nan, losses)
+        generators: Any = None
+        if self.compressor.draws:
+            jobs = zip(worker.tolist(), draw.tolist(), strict=True)
+            generators = [rng(self.seed, "compress update", *job) for job in jobs]
+        message = self.compressor.compress(apart, generators)
+        seen = message.dense()
+        if h is not None:
+            seen += h
+            kept[SENT] = seen
+        return losses, seen, message
+
+
+@WORK.register("compressed")
+def compressed(
+    compressor: str | Compressor = "topk(0.01)",
+    work: Any = "gradient",
+    *,
+    feedback: bool = True,
+    seed: Seed = 0,
+) -> Compressed:
+    """Another work whose updates travel compressed, with error feedback (EF21) or without.
+
+    >>> work = WORK.parse("compressed(topk(0.1), local-steps(adamw, steps=20))")
+    >>> str(work.compressor), work.steps
+    ('topk(k=0.1)', 20)
+    >>> compressed("topk(0.1)", "own-loop")
+    Traceback (most recent call last):
+    ...
+    offbeat.runtime.errors.ConfigError: compressed: own-loop sends its updates as they are; \
+take gradient or local-steps
+    """
+    inner = WORK.parse(work) if isinstance(work, str) else work
+    if isinstance(inner, OwnLoop | Compressed) or not hasattr(inner, "update"):
+        named = getattr(inner, "spec", None)
+        raise ConfigError(
+            f"compressed: {named.name if named else repr(inner)} sends its updates as they are; "
+            "take gradient or local-steps"
+        )
+    return Compressed(made(compressor), inner, feedback, seed)
