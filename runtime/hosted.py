@@ -41,6 +41,7 @@ class Parcel(NamedTuple):
     kind: str
     number: int
     items: tuple[Item, ...]
+    again: bool = False  # of no use while what was sent before is still on its way
 
 
 class Report:
@@ -223,7 +224,7 @@ class Hosted:
                 if now_s - self._moved_s[i] > AGAIN_S and not (node.quiet or computes):
                     self._moved_s[i] = now_s
                     self._note(i, "again")
-                    self._do(i, node.again())
+                    self._do(i, node.again(), again=True)
 
     def _handle(self, event: tuple[Any, ...]) -> None:
         kind, *what = event
@@ -297,21 +298,21 @@ class Hosted:
 
     # -- Effects -------------------------------------------------------------------------------
 
-    def _do(self, i: int, effects: Sequence[Effect]) -> None:
+    def _do(self, i: int, effects: Sequence[Effect], again: bool = False) -> None:
         for effect in effects:
             if isinstance(effect, Send):
-                self._post(i, effect)
+                self._post(i, effect, again)
             elif isinstance(effect, Compute):
                 self._jobs.append((i, effect, self.now_s()))
             elif self._every is not None and effect.round % self._every == 0:
                 self._report.models.append((effect.round, i, self.now_s(), effect.model))
 
-    def _post(self, i: int, send: Send) -> None:
+    def _post(self, i: int, send: Send, again: bool) -> None:
         """Have a message on its way, or hold it for as long as an emulated link takes."""
         serial = self._serials.get((i, send.to), 0)
         self._serials[i, send.to] = serial + 1
         incarnation = self.nodes[i].incarnation
-        parcel = Parcel(send.to, i, incarnation, serial, send.kind, send.number, send.items)
+        parcel = Parcel(send.to, i, incarnation, serial, send.kind, send.number, send.items, again)
         fleet, now_s = self._fleet, self.now_s()
         delay_s = fleet.latency_s
         if fleet.bandwidth:  # one message after the other

@@ -52,12 +52,12 @@ class Party:
                     self._do(self.node.receive(p.frm, p.kind, p.number, p.items, p.incarnation))
             if net.now - self.moved_s > AGAIN_S and not self.node.quiet:
                 self.moved_s = net.now
-                self._do(self.node.again())
+                self._do(self.node.again(), again=True)
             m.round = self.node.round
             if m.standing == mesh.RUNNING and self.node.quiet:
                 m.leave(mesh.DONE, net.now)
         posts, m.outbox = m.outbox, []
-        for to, frames in posts:
+        for to, _, frames in posts:
             net.carry(self.i, to, [bytes(memoryview(f).cast("B")) for f in frames])
 
     def _begin(self, how):
@@ -87,7 +87,7 @@ class Party:
             self.moved_s = self.net.now
             self._do(node.computed(job.number, *node.answer(job)))
 
-    def _do(self, effects):
+    def _do(self, effects, again=False):
         for e in effects:
             if isinstance(e, Send):
                 parcel = Parcel(
@@ -98,6 +98,7 @@ class Party:
                     e.kind,
                     e.number,
                     e.items,
+                    again,
                 )
                 self.mesh.send(parcel, self.net.now)
             elif isinstance(e, Compute):

@@ -9,18 +9,41 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+from simulated import put_in
+
 from offbeat.runtime import api, checkpoint
 from offbeat.runtime.errors import OffbeatError
 from offbeat.runtime.experiment import from_table
+from offbeat.runtime.net import keys
 from offbeat.runtime.net.cli import asking
 from offbeat.runtime.net.peer import PeerProcess, Seat, alone
-from offbeat.runtime.node import gossip_node
+from offbeat.runtime.node import OPEN, gossip_node
 
 LIMIT_S = 60.0  # of anything that a test waits for
 SUSPECT_S = 0.4
 context = multiprocessing.get_context("forkserver")
 # Not this module: a fork server does not look where tests are.
 context.set_forkserver_preload(["offbeat.runtime.net.peer", "offbeat.runtime.net.cli"])
+
+MOTEF = "motef(lr=0.05, gamma=0.5, lam=0.5, compressor='topk(10)')"
+TASK = "quadratic(20, noise=0.1)"
+
+
+def table(steps, algorithm=MOTEF, topology="ring", seconds=0.002, **more):
+    return {
+        "task": TASK, "algorithm": algorithm, "topology": topology, "fleet": f"4 {seconds}",
+        "stop": {"steps": steps}, "evaluate": {"steps": 20}, "seed": 3, **more,
+    }  # fmt: skip
+
+
+def keyring(folder, names):
+    """A folder of keys for each name, in which all others are listed."""
+    for name in names:
+        keys.new(folder / name, name)
+    for name in names:
+        for other in names:
+            keys.authorize(folder / name, other, keys.show(folder / other, other))
 
 
 def made(table):
@@ -120,3 +143,19 @@ class Ring:
 
     def saved(self, i):
         return checkpoint.exist(self.folder / self.names[i] / "checkpoint")
+
+
+def sound(ring, steps):
+    """All did their rounds; copies are equal, and sums are what was put in (I3, I4)."""
+    nodes = ring.nodes()
+    assert {node.round for node in nodes.values()} == {steps}
+    v = sum(node.node.v for node in nodes.values())
+    np.testing.assert_allclose(v, sum(map(put_in, nodes.values())), atol=1e-9)
+    compared = 0
+    for i, node in nodes.items():
+        for j, link in node.links.items():
+            if link.is_ == OPEN and not link.anew and not nodes[j].links[i].anew:
+                mine, theirs = node.node._ends["x"], nodes[j].node._ends["x"]
+                np.testing.assert_array_equal(theirs.copies[i], mine.h)
+                compared += 1
+    assert compared == 8

@@ -77,6 +77,12 @@ class Seat:
         self.rates = 0.0, 0.0  # jobs and bytes a second, lately
         self.before: tuple[float, int, int] = (member.heard_s, 0, 0)  # of which this is the last
 
+    def at(self, address: bytes, now_s: float) -> None:
+        """It speaks from ``address``; from another than before, it has connected anew."""
+        if address != self.address:
+            self.address = address
+            self.link.lost(now_s)
+
 
 class Hub:
     """Server of one run.
@@ -89,6 +95,7 @@ class Hub:
         incarnation: of this server; above those of its predecessors on this run.
         liveness: times.
         package: the version of this package; workers with another are refused.
+        resend_s: see ``Link``; short where messages can be lost on a connection that stands.
     """
 
     def __init__(
@@ -100,10 +107,11 @@ class Hub:
         incarnation: int,
         liveness: Liveness,
         package: str,
+        resend_s: float | None = None,
     ) -> None:
         self.run, self.incarnation, self.liveness = run, incarnation, liveness
         self._experiment, self._kinds, self._package = experiment, kinds, package
-        self._manifest = say.manifest(kinds)
+        self._manifest, self._resend_s = say.manifest(kinds), resend_s or liveness.resend_s
         self._reader, self._pool = Reader(run, kinds), Pool()
         self._keeping = any(name.startswith(say.KEPT) for name in kinds["work"].arrays)
         self.roster, self.jobs = Roster(slots, liveness), Jobs()
@@ -256,11 +264,11 @@ class Hub:
         seat = self.seats[head.node]
         if head.kind == "pulse" and head.sequence == 0:
             if head.acknowledged:  # of the connection that messages come over
-                seat.address = address
+                seat.at(address, now_s)
                 seat.link.acknowledge(head.acknowledged, now_s)
                 self._flush(seat, now_s)
             return
-        seat.address = address  # where it is now, if it connected anew
+        seat.at(address, now_s)
         seat.nbytes += sum(one.nbytes for one in head.arrays)
         seat.link.acknowledge(head.acknowledged, now_s)
         if head.sequence == 0:
@@ -303,15 +311,13 @@ class Hub:
             self._post(address, "refusal", answer, 0)
             return
         if head.node not in self.seats:
-            link: Link = Link(
-                resend_s=self.liveness.resend_s, ack_s=self.liveness.tick_s
-            )  # fmt: skip
+            link: Link = Link(resend_s=self._resend_s, ack_s=self.liveness.tick_s)
             seat = self.seats[head.node] = Seat(
                 member, address, link, Assembly(self._kinds, self._pool)
             )
             seat.where = hello.where
             self.counts["joined"] += 1
-        self.seats[head.node].address = address
+        self.seats[head.node].at(address, now_s)
         welcome = say.Welcome(
             hello.nonce, member.incarnation, member.slot, self.liveness.suspect_after_s,
             self._experiment, self._manifest,

@@ -138,6 +138,10 @@ class Link(Generic[T]):
         owed_s = self._owed_since_s + self._ack_s if self._owed else float("inf")
         return min(again_s, owed_s)
 
+    def lost(self, now_s: float) -> None:
+        """What is in flight was lost, all of it maybe: send it again, now."""
+        self._again_s, self._burst = now_s, max(1, len(self._flight))
+
     def owes(self, now_s: float) -> bool:
         """Whether an acknowledgement has to travel now, alone; asking counts as sending it."""
         if not self._owed:

@@ -196,6 +196,7 @@ class Mesh:
         saved: whether it has a checkpoint to go on from.
         joins: whether a node can join others that run.
         now_s: the time.
+        resend_s: see ``Link``; short where messages can be lost without ``lost`` being called.
     """
 
     def __init__(
@@ -213,10 +214,12 @@ class Mesh:
         saved: bool,
         joins: bool,
         now_s: float,
+        resend_s: float | None = None,
     ) -> None:
         self.run, self._text, self.me, self.name = run, text, me, names[me]
         self.liveness, self._kinds, self._joins = liveness, kinds, joins
         self._nonce = nonce
+        self._resend_s = resend_s or liveness.resend_s
         self._reader = Reader(run, kinds)
         self.standing = SAVED if saved else GATHERING
         self.round = self._beats = 0
@@ -228,7 +231,7 @@ class Mesh:
         self._left_s = now_s  # when it was done
         self._differs_s: float | None = None  # since when another run was heard of
         self._difference = ""
-        self.outbox: list[tuple[int, list[Any]]] = []  # neighbour, frames
+        self.outbox: list[tuple[int, bool, list[Any]]] = []  # neighbour, is it a beat?, frames
         self.events: list[tuple[str, int]] = []  # "down" or "up" and who, for the node
         self.mail: list[Parcel] = []  # for the node
         self.requests: list[Request] = []
@@ -253,7 +256,7 @@ class Mesh:
 
     def _renew(self, n: Neighbour) -> None:
         """A new link to ``n``."""
-        n.link = Link(resend_s=self.liveness.resend_s, ack_s=self.liveness.tick_s)
+        n.link = Link(resend_s=self._resend_s, ack_s=self.liveness.tick_s)
         n.assembly = Assembly(self._kinds)
         n.knows = False
         n.beat_s = -np.inf
@@ -307,6 +310,8 @@ class Mesh:
         if not n.up:
             self.counts["unsent"] += 1
             return
+        if parcel.again and n.link.pending:
+            return  # else a slow line would carry nothing but repetitions
         arrays = {str(k): item for k, item in enumerate(parcel.items) if item is not None}
         body = Said(parcel.kind, parcel.number, parcel.serial, len(parcel.items))
         try:
@@ -500,6 +505,12 @@ class Mesh:
         if alone and not self.begun and now_s - differs_s > DIFFER_S:
             self.fate = ConfigError(self._difference)
 
+    def lost(self, number: int, now_s: float) -> None:
+        """The connection to a neighbour is a new one: what was on its way may be lost."""
+        n = self.neighbours[number]
+        n.link.lost(now_s)
+        self._flush(n, now_s)
+
     def due_s(self) -> float:
         """When ``tick`` has something to do, if nothing comes before."""
         most_s = self._looked_s + self.liveness.heartbeat_s
@@ -553,4 +564,4 @@ class Mesh:
             parcel, run=self.run, node=self.name, incarnation=n.mine, to=n.theirs,
             sequence=sequence, acknowledged=n.link.acknowledged,
         )  # fmt: skip
-        self.outbox.append((n.number, frames))
+        self.outbox.append((n.number, parcel.kind == "beat", frames))

@@ -1,7 +1,8 @@
 """A peer process: one gossip node, and its neighbours over ZeroMQ.
 
-It listens at one ROUTER socket, and speaks to every neighbour over a DEALER socket that is
-connected to that neighbour's: so whoever is listened to has proved its key.  The main thread moves
+It listens at one ROUTER socket, and speaks to every neighbour over DEALER sockets that are
+connected to that neighbour's: so whoever is listened to has proved its key.  Beats have one of
+their own, so that on a slow line they do not wait behind a model.  The main thread moves
 bytes and beats; the node, its gradients and its emulated times are in a thread of their own.
 
 What all nodes share is the experiment and the list of nodes; no process is special.  A peer ends
@@ -202,6 +203,7 @@ class PeerProcess:
                 self.liveness, incarnation=self._claim.incarnation,
                 nonce=random.SystemRandom().randrange(1, mesh.PROCESS),
                 saved=self._state is not None, joins=node.bears, now_s=time.monotonic(),
+                resend_s=sockets.PIECE_S,
             )  # fmt: skip
             run, incarnation = self.mesh.run, self.mesh.incarnation
             identify(run=run, node=self.seat.name, incarnation=incarnation)
@@ -241,6 +243,7 @@ class PeerProcess:
         own = None
         self._router = sockets.limited(context, zmq.ROUTER, self.liveness)
         self._router.router_handover = 1
+        sockets.patient(self._router)
         if keys_folder is not None:
             own = keys.identity(keys_folder, self.seat.name)
             self._gate = keys.Gate(context, keys_folder)
@@ -250,17 +253,22 @@ class PeerProcess:
         self.endpoint = sockets.bound(self._router, bind)
         if self._gate is not None and own is not None:
             self._gate.self_test(keys.knock(self.endpoint), own.public)
-        self._dealers: dict[int, zmq.Socket] = {}
-        self._monitors: dict[int, zmq.Socket] = {}
+        self._dealers: dict[tuple[int, bool], zmq.Socket] = {}  # whether for beats
+        self._monitors: dict[tuple[int, bool], zmq.Socket] = {}
         for j in self.mesh.neighbours:
             seat = self._seats[j]
-            dealer = self._dealers[j] = sockets.limited(context, zmq.DEALER, self.liveness)
-            dealer.reconnect_ivl, dealer.reconnect_ivl_max = RECONNECT_MS
-            dealer.linger = 0 if self._watched else round(1000 * FAREWELL_S)
-            if own is not None and keys_folder is not None:
-                keys.as_client(dealer, own, keys.public(keys_folder, seat.name))
-            self._monitors[j] = dealer.get_monitor_socket(sockets.FAILED)
-            sockets.connected(dealer, seat.endpoint)
+            for beats in (False, True):
+                dealer = sockets.limited(context, zmq.DEALER, self.liveness)
+                if not beats:
+                    sockets.patient(dealer)
+                dealer.reconnect_ivl, dealer.reconnect_ivl_max = RECONNECT_MS
+                dealer.linger = 0 if self._watched else round(1000 * FAREWELL_S)
+                if own is not None and keys_folder is not None:
+                    keys.as_client(dealer, own, keys.public(keys_folder, seat.name))
+                self._dealers[j, beats] = dealer
+                seen = sockets.FAILED if beats else zmq.EVENT_HANDSHAKE_SUCCEEDED
+                self._monitors[j, beats] = dealer.get_monitor_socket(seen)
+                sockets.connected(dealer, seat.endpoint)
 
     # -- The loop --------------------------------------------------------------------------------
 
@@ -343,9 +351,9 @@ class PeerProcess:
             self._claim.take(self.mesh.incarnation)  # before anybody hears of it
             identify(incarnation=self.mesh.incarnation)
         posts, self.mesh.outbox = self.mesh.outbox, []
-        for j, frames in posts:
+        for j, beats, frames in posts:
             try:
-                self._dealers[j].send_multipart(frames, zmq.NOBLOCK, copy=False)
+                self._dealers[j, beats].send_multipart(frames, zmq.NOBLOCK, copy=False)
                 self._bytes_out += sockets.size(frames)
             except zmq.Again:
                 self.mesh.counts["unreachable"] += 1  # the link sends it again
@@ -437,6 +445,10 @@ class PeerProcess:
         for what, j in events:
             name = self._seats[j].name
             tell(what, f"{self.seat.name}: {name} is {what}", neighbour=name)
+            if what == "down":  # what is on its way is of no use, and TCP may try for long
+                with suppress(zmq.ZMQError):
+                    self._dealers[j, False].disconnect(self._seats[j].endpoint)
+                sockets.connected(self._dealers[j, False], self._seats[j].endpoint)
             self._hosted.tell(what, j)
             self.records.event({"event": what, "node": j}, self._hosted.now_s())
         if self.mesh.mail:
@@ -529,14 +541,18 @@ class PeerProcess:
             ) from None
 
     def _knock(self, now_s: float) -> None:
-        """What sockets say of neighbours that do not let this peer in."""
+        """What sockets say of connections that are new, and of neighbours that refuse them."""
         for j in [j for j, when_s in self._knocks.items() if now_s >= when_s]:
             del self._knocks[j]
-            with suppress(zmq.ZMQError):  # where ZeroMQ has given it up altogether
-                self._dealers[j].disconnect(self._seats[j].endpoint)
-            sockets.connected(self._dealers[j], self._seats[j].endpoint)
-        for j, monitor in self._monitors.items():
+            for beats in (False, True):
+                with suppress(zmq.ZMQError):  # where ZeroMQ has given it up altogether
+                    self._dealers[j, beats].disconnect(self._seats[j].endpoint)
+                sockets.connected(self._dealers[j, beats], self._seats[j].endpoint)
+        for (j, beats), monitor in self._monitors.items():
             for event, _ in sockets.told(monitor):
+                if not beats:  # TCP loses nothing but with its connection
+                    self.mesh.lost(j, now_s)
+                    continue
                 name = self._seats[j].name
                 self.mesh.counts["handshakes_refused"] += 1
                 if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and self._hosted is None:

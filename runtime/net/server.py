@@ -151,6 +151,7 @@ class ZmqCrew(Crew):
         self._context = zmq.Context()
         try:
             self._socket = sockets.limited(self._context, zmq.ROUTER, liveness)
+            sockets.patient(self._socket)
             if folder_of_keys is not None:
                 own = keys.identity(folder_of_keys, keys.SERVER)
                 self._gate = keys.Gate(self._context, folder_of_keys)
@@ -161,7 +162,7 @@ class ZmqCrew(Crew):
                 self._gate.self_test(keys.knock(self.endpoint), own.public)
             self._hub = Hub(
                 self._claim.run, text, spoken, experiment.fleet.workers,
-                self._claim.incarnation, liveness, version("offbeat"),
+                self._claim.incarnation, liveness, version("offbeat"), sockets.PIECE_S,
             )  # fmt: skip
             if options.metrics:
                 self._exporter = Exporter(options.metrics, SERVER)

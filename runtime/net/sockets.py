@@ -17,6 +17,8 @@ QUEUED = 2 * WINDOW  # messages a peer, each way
 MOST_FRAMES = wire.MOST_ARRAYS + 3  # address, header, arrays, and one that is too many
 LINGER_MS = 1000
 HANDSHAKE_MS = 3000
+CONNECT_MS = 3000  # then again; the system's own patience doubles each time, up to minutes
+PIECE_S = 60.0  # for a piece of a model to arrive: 140 kbit/s
 RECONNECT_MS = 100, 5000
 BACKLOG = 1024
 # As numbers: to combine ZeroMQ's own flags takes as long as to send.
@@ -43,9 +45,18 @@ def limited(context: zmq.Context, kind: int, liveness: Liveness) -> zmq.Socket:
         made.router_mandatory = 1
         made.backlog = BACKLOG
     else:
+        made.connect_timeout = CONNECT_MS
         made.immediate = 1  # what cannot be sent is sent again by the link, not kept by the socket
         made.reconnect_ivl, made.reconnect_ivl_max = RECONNECT_MS
     return made
+
+
+def patient(socket: zmq.Socket) -> None:
+    """Have ``socket`` wait for a piece of a model on a slow line, silent until the piece is whole.
+
+    Who lives has to be seen elsewhere: from beats on a connection of their own.
+    """
+    socket.heartbeat_timeout = socket.heartbeat_ttl = round(1000 * PIECE_S)
 
 
 def bound(socket: zmq.Socket, endpoint: str) -> str:

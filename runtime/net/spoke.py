@@ -30,9 +30,19 @@ class Spoke:
         package: the version of this package.
         where: the process runs.
         now_s: the time.
+        resend_s: see ``Link``; short where messages can be lost without ``lost`` being called.
     """
 
-    def __init__(self, node: str, nonce: int, package: str, where: str, now_s: float) -> None:
+    def __init__(
+        self,
+        node: str,
+        nonce: int,
+        package: str,
+        where: str,
+        now_s: float,
+        resend_s: float | None = None,
+    ) -> None:
+        self._resend_s = resend_s
         self.node, self.nonce, self._hello = node, nonce, say.Hello(nonce, package, where)
         self.run = ""
         self.incarnation = self.server = 0  # its own, as the server gave it, and the server's
@@ -110,10 +120,17 @@ class Spoke:
         self._pulsate()
 
     def _reset(self) -> None:
-        self._link = Link(resend_s=self.liveness.resend_s, ack_s=self.liveness.tick_s)
+        resend_s = self._resend_s or self.liveness.resend_s
+        self._link = Link(resend_s=resend_s, ack_s=self.liveness.tick_s)
         self._assembly = Assembly(self._kinds, self.pool)
         self._model = None
         self._forget()
+
+    def lost(self, now_s: float) -> None:
+        """The connection is a new one: what was on its way may be lost."""
+        if self.state in ("building", "working"):
+            self._link.lost(now_s)
+            self._flush(now_s)
 
     def _refused(self, refusal: say.Refusal, now_s: float) -> None:
         self.last_said = refusal.why

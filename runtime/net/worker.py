@@ -5,6 +5,7 @@ thread says over a connection of its own that the process is alive.
 """
 
 import errno
+import math
 import os
 import platform
 import random
@@ -58,6 +59,8 @@ class Worker:
         ConfigError: no such device, no keys of that name, or an address that is none.
     """
 
+    _apart = True  # whether pulses have a connection of their own
+
     def __init__(
         self,
         endpoint: str,
@@ -77,7 +80,8 @@ class Worker:
         nonce = random.SystemRandom().randrange(1, 2**52)
         self.name = self.own.name if self.own else name or f"{where}:{nonce % 16**4:04x}"
         identify(node=self.name)
-        self.spoke = Spoke(self.name, nonce, version("offbeat"), where, time.monotonic())
+        self.spoke = Spoke(self.name, nonce, version("offbeat"), where, time.monotonic(),
+                           sockets.PIECE_S)  # fmt: skip
         self._context = zmq.Context()
         self._leaving = False
         self._computing = False
@@ -86,12 +90,16 @@ class Worker:
         self._kinds: Any = None
         self._handshakes = 0  # failed since one succeeded
         self._unsent = False  # the last message found no connection
+        self._forgotten = False  # the server knew nothing of a pulse
+        self._anew_s = -math.inf  # when the connection was begun anew
         self._stop = threading.Event()
         self._bytes_in = self._bytes_out = 0  # of whole messages
         self._spent = 0.0, 0  # seconds, jobs
         self._exporter: Exporter | None = None
         try:
             self._socket = self._connected()
+            if self._apart:
+                sockets.patient(self._socket)
             self._socket.rcvtimeo = round(1000 * self.spoke.liveness.tick_s)
             self._monitor = self._socket.get_monitor_socket()
             sockets.connected(self._socket, endpoint)
@@ -144,11 +152,12 @@ class Worker:
             if (now_s := time.monotonic()) >= tick_s:
                 tick_s = now_s + spoke.liveness.tick_s
                 self._socket.rcvtimeo = round(1000 * spoke.liveness.tick_s)
+                self._listen(now_s)
+                self._renew(now_s)
                 spoke.tick(now_s)
                 if self._exporter is not None:
                     self._exporter.show(self.status())
                 if self._alone:
-                    self._listen()
                     self._await(now_s)
                 else:
                     self._waits_s = None
@@ -278,8 +287,18 @@ class Worker:
             self._send()
             self._drain(wait=True)
 
-    def _listen(self) -> None:
-        """What the socket's monitor says of a server that does not let this worker in.
+    def _renew(self, now_s: float) -> None:
+        """Connect anew where the server is there, but has given this worker up.
+
+        It is what TCP may take long to find out after a partition.
+        """
+        if self._forgotten and now_s - self._anew_s > sockets.CONNECT_MS / 1000:
+            self._forgotten, self._anew_s = False, now_s
+            self._socket.disconnect(self.endpoint)
+            sockets.connected(self._socket, self.endpoint)
+
+    def _listen(self, now_s: float) -> None:
+        """What the socket's monitor says of new connections, or that the worker is not let in.
 
         Raises:
             Refused: it makes no sense to knock again.
@@ -287,6 +306,7 @@ class Worker:
         for event, value in sockets.told(self._monitor):
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._handshakes = 0
+                self.spoke.lost(now_s)
             elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and self.own is not None:
                 raise Refused(
                     "this node's key is not in the run's list; at the server, run: "
@@ -317,8 +337,9 @@ class Worker:
                         socket.send_multipart(frames, zmq.NOBLOCK)
                     except zmq.Again:
                         continue  # no connection: there is nobody to tell
-                while socket.poll(0):  # answers go to the main thread's connection, too
+                while socket.poll(0):
                     socket.recv_multipart()
+                    self._forgotten = True
 
 
 def built(text: str, device: str) -> tuple[Runner, Any]:

@@ -30,6 +30,8 @@ class Courier(Worker):
         memory: makes buffers in which models are received.
     """
 
+    _apart = False
+
     def __init__(
         self,
         endpoint: str,
@@ -144,6 +146,10 @@ class Courier(Worker):
     def _serve(self) -> None:
         spoke = self.spoke
         while not self._leaving:
+            with self._changed:
+                now_s = time.monotonic()
+                self._listen(now_s)
+                self._renew(now_s)
             due_s = self._turn()
             if spoke.fate is not None:
                 raise spoke.fate
@@ -151,8 +157,6 @@ class Courier(Worker):
                 with self._changed:
                     self._build(spoke.welcome)
                 continue
-            if self._alone:
-                self._listen()
             self._wait(due_s - time.monotonic())
 
     def _turn(self) -> float:

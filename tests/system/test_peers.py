@@ -8,9 +8,8 @@ import deploying
 import numpy as np
 import psutil
 import pytest
-from peering import LIMIT_S, SUSPECT_S, Ring, free_port, made
+from peering import LIMIT_S, MOTEF, SUSPECT_S, Ring, free_port, keyring, made, sound, table
 from processes import Told, metrics, start, wait_for
-from simulated import put_in
 from typer.testing import CliRunner
 
 import offbeat
@@ -18,32 +17,13 @@ from offbeat.runtime import api
 from offbeat.runtime.cli import app
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.net import keys
-from offbeat.runtime.node import OPEN
+from offbeat.runtime.net.wire import PIECE_BYTES
 from offbeat.runtime.records import Records
 from offbeat.runtime.replayed import Replayed, read_inputs
-
-MOTEF = "motef(lr=0.05, gamma=0.5, lam=0.5, compressor='topk(10)')"
-TASK = "quadratic(20, noise=0.1)"
-
-
-def table(steps, algorithm=MOTEF, topology="ring", seconds=0.002, **more):
-    return {
-        "task": TASK, "algorithm": algorithm, "topology": topology, "fleet": f"4 {seconds}",
-        "stop": {"steps": steps}, "evaluate": {"steps": 20}, "seed": 3, **more,
-    }  # fmt: skip
 
 
 def virtual(of):
     return offbeat.run(**of)
-
-
-def keyring(folder, names):
-    """A folder of keys for each name, in which all others are listed."""
-    for name in names:
-        keys.new(folder / name, name)
-    for name in names:
-        for other in names:
-            keys.authorize(folder / name, other, keys.show(folder / other, other))
 
 
 @pytest.mark.parametrize(
@@ -97,22 +77,6 @@ def test_a_peer_whose_key_is_revoked_is_mixed_around_until_it_is_listed_again(tm
         for i in range(4):
             ring.signal(i, signal.SIGTERM)
         assert ring.join() == [0] * 4
-
-
-def sound(ring, steps):
-    """All did their rounds; copies are equal, and sums are what was put in (I3, I4)."""
-    nodes = ring.nodes()
-    assert {node.round for node in nodes.values()} == {steps}
-    v = sum(node.node.v for node in nodes.values())
-    np.testing.assert_allclose(v, sum(map(put_in, nodes.values())), atol=1e-9)
-    compared = 0
-    for i, node in nodes.items():
-        for j, link in node.links.items():
-            if link.is_ == OPEN and not link.anew and not nodes[j].links[i].anew:
-                mine, theirs = node.node._ends["x"], nodes[j].node._ends["x"]
-                np.testing.assert_array_equal(theirs.copies[i], mine.h)
-                compared += 1
-    assert compared == 8
 
 
 def test_kill_9_of_a_peer_and_its_return(tmp_path):
@@ -228,6 +192,15 @@ def test_offbeat_run_watches_peers_of_its_own_and_goes_on_where_it_was(tmp_path)
     ]
     more = api.resume(tmp_path / "run", overrides=["stop.steps=60"])
     np.testing.assert_allclose(more.x, virtual(longer).x, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dim", [200_000, pytest.param(600_000, marks=pytest.mark.soak)])
+def test_models_of_several_pieces(tmp_path, dim):
+    of = table(4, "dsgd(lr=0.1)", task=f"quadratic({dim}, workers=4)", evaluate={"steps": 4})
+    there = offbeat.run(**of, engine="zmq", folder=tmp_path / "run")
+    here = virtual(of)
+    np.testing.assert_allclose(there.x, here.x, rtol=0, atol=1e-12)
+    assert there.facts["bytes"] == here.facts["bytes"] > 4 * PIECE_BYTES
 
 
 def test_what_asynchronous_peers_did_is_replayed_from_their_traces(tmp_path):
