@@ -104,7 +104,8 @@ def equal(ring, of):
     np.testing.assert_allclose(ring.mean(), offbeat.run(**of).x, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("percent", [pytest.param(2, marks=pytest.mark.soak), 20])
+@pytest.mark.soak
+@pytest.mark.parametrize("percent", [2, 20])
 def test_packets_are_lost(tmp_path, percent):
     of = table(40)
     with Wide(of, tmp_path, suspect_after_s=10.0) as ring:
