@@ -64,8 +64,11 @@ class Run:
                 continue
         return found
 
-    def left(self, limit_s=20.0):
-        """Processes that are still there a while after the run."""
+    def left(self, limit_s=90.0):
+        """Processes that are still there a while after the run.
+
+        After a kill -9 Ray's own agent, if it was just beginning, was seen to stay for over 40 s.
+        """
         until = time.monotonic() + limit_s
         while (found := self.processes()) and time.monotonic() < until:
             time.sleep(0.05)
