@@ -146,6 +146,8 @@ def bare(n: int, d: int, jobs: int, folder: Path | None) -> float:
 class Echo:
     """A runner that computes nothing."""
 
+    task = None
+
     def __init__(self, d: int) -> None:
         self._payload = np.zeros(d)
 
