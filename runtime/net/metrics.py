@@ -6,7 +6,7 @@ The process shows its status now and then; who reads metrics is told of the last
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from socket import AF_INET6
 from typing import Any
@@ -159,27 +159,34 @@ def _counts(counts: Mapping[str, int]) -> Iterator[Metric]:
 def _workers(rows: list[dict[str, Any]]) -> Iterator[Metric]:
     here = sum(row["state"] == "here" for row in rows)
     yield _gauge("workers_here", "Workers that are here, and not suspected.", here)
-    for key, name, help_ in (
+    told = (
         ("staleness", "worker_staleness", "Of a worker's last result."),
         ("loss", "worker_loss", "Of a worker's last result."),
         ("jobs_s", "worker_jobs_per_second", "Of the last second or so."),
         ("bytes_s", "worker_bytes_per_second", "Of arrays, in the last second or so."),
         ("waiting", "worker_messages_waiting", "Not acknowledged yet."),
-    ):
-        there = {row["node"]: row[key] for row in rows if row[key] is not None}
-        yield _each(GaugeMetricFamily, name, help_, "worker", there)
+    )
+    yield from _members(rows, "worker", told)
 
 
 def _neighbours(rows: list[dict[str, Any]]) -> Iterator[Metric]:
     up = sum(row["state"] == "up" for row in rows)
     yield _gauge("neighbours_up", "Neighbours that hear, and are heard.", up)
-    for key, name, help_ in (
+    told = (
         ("round", "neighbour_round", "That a neighbour told last."),
         ("silent_s", "neighbour_silent_seconds", "Since it was heard."),
         ("waiting", "neighbour_messages_waiting", "Not acknowledged yet."),
-    ):
-        there = {row["node"]: row[key] for row in rows}
-        yield _each(GaugeMetricFamily, name, help_, "neighbour", there)
+    )
+    yield from _members(rows, "neighbour", told)
+
+
+def _members(
+    rows: list[dict[str, Any]], label: str, told: Iterable[tuple[str, str, str]]
+) -> Iterator[Metric]:
+    """Of each of ``told``, a key of ``rows`` with name and help, the rows that know it."""
+    for key, name, help_ in told:
+        there = {row["node"]: row[key] for row in rows if row[key] is not None}
+        yield _each(GaugeMetricFamily, name, help_, label, there)
 
 
 def _gauge(name: str, help_: str, value: float) -> Metric:
