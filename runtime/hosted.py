@@ -1,7 +1,8 @@
 """Gossip nodes of one process: what comes in is queued, and one thread does all the rest.
 
 The thread takes the mail, computes, keeps the nodes' emulated times by holding back what is done
-too soon (it goes on with other things meanwhile), and notes what there is to report.
+too soon (it goes on with other things meanwhile), and notes what there is to report.  While it
+sleeps, a thread that brings mail may do its work: one thread at a time does, under ``_turns``.
 """
 
 import heapq
@@ -26,6 +27,7 @@ from offbeat.runtime.randomness import rng
 AGAIN_S = 5.0  # real seconds without a new round after which messages are repeated
 MOST_MAIL = 256  # parcels handled before the thread computes again
 MOST_WAIT_S = 1.0  # of the thread for mail
+MOST_TURNS = 4  # of a thread that brings mail, before it leaves the rest to the own one
 
 Input = list[Any]
 """What a node was given, for a replay: a name and what came with it."""
@@ -112,8 +114,10 @@ class Hosted:
         self._link_s = dict.fromkeys(nodes, 0.0)  # until when what it sends keeps its link busy
         self._moved_s = dict.fromkeys(nodes, math.inf)  # when it last did a round, really
         self._report, self._lock = Report(), threading.Condition()
-        self._urgent, self._ended = False, False
+        self._urgent, self._begun, self._ended = False, False, False
         self._rests = False
+        self._turns = threading.Lock()
+        self._until_s = -math.inf  # until when the thread sleeps, if it does
         self._limits = 0  # that were set
         self._zero_s = 0.0  # of the monotonic clock, when the run began
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -130,6 +134,20 @@ class Hosted:
     def deliver(self, parcels: Sequence[Parcel]) -> None:
         """Messages for nodes here have come."""
         self._queue.put(("mail", parcels))
+
+    def bring(self, parcels: Sequence[Parcel]) -> None:
+        """The same, from a thread with time to spare: it does what comes of them, if nobody else.
+
+        To wake a thread for every message costs more than the message.
+        """
+        free = self._begun and not self._ended and self._turns.acquire(blocking=False)
+        if not free:
+            self.deliver(parcels)
+            return
+        try:
+            self._safely(self._brought, parcels)
+        finally:
+            self._turns.release()
 
     def tell(self, what: str, *args: Any) -> None:
         """Have every node do ``what``: "down" or "up" with a node, "extend" with a limit."""
@@ -172,11 +190,32 @@ class Hosted:
         return (time.monotonic() - self._zero_s) / self._pace
 
     def _work(self) -> None:
+        with self._turns:
+            self._safely(self._all)
+
+    def _all(self) -> None:
+        with self._lock:
+            self._begin()  # before any mail that is there already
+        while not self._ended:
+            self._turn()
+            if self._idle:
+                self._rest()
+
+    def _brought(self, parcels: Sequence[Parcel]) -> None:
+        """See ``bring``: by another thread, while the own one sleeps."""
+        self._handle(("mail", parcels))
+        for _ in range(MOST_TURNS):
+            self._turn()
+            if self._idle:
+                self._settle()
+                break
+        if not self._idle or self._ended or self._next_s() < self._until_s:
+            self._queue.put(("go",))
+
+    def _safely(self, work: Callable[..., None], *given: Any) -> None:
+        """What goes wrong ends the run, and is reported."""
         try:
-            with self._lock:
-                self._begin()  # before any mail that is there already
-            while not self._ended:
-                self._turn()
+            work(*given)
         except Exception as error:
             kind = type(error) if isinstance(error, OffbeatError) else None
             with self._lock:
@@ -185,7 +224,7 @@ class Hosted:
                 self._lock.notify_all()
 
     def _turn(self) -> None:
-        """Take the mail, do what is due, compute one gradient; or wait for something to do."""
+        """Take the mail, do what is due, compute one gradient."""
         now_s = self.now_s()
         while self._timers and self._timers[0][0] <= now_s:
             self._handle(heapq.heappop(self._timers)[2])
@@ -200,19 +239,39 @@ class Hosted:
         self._flush()
         if self._jobs and not self._ended:
             self._compute(*self._jobs.popleft())
-        elif not self._ended and not self._here and self._queue.empty():
-            self._rest()
 
-    def _rest(self) -> None:
+    @property
+    def _idle(self) -> bool:
+        """Whether there is nothing to do now."""
+        return not (self._jobs or self._here or self._out) and self._queue.empty()
+
+    def _next_s(self) -> float:
+        return self._timers[0][0] if self._timers else math.inf
+
+    def _settle(self) -> None:
+        """Note whether all nodes rest."""
         if not self._rests and all(node.quiet for node in self.nodes.values()):
             with self._lock:
                 self._rests = self._urgent = True
                 self._lock.notify_all()
-        until_s = self._timers[0][0] if self._timers else math.inf
-        wait_s = min(MOST_WAIT_S, max(0.0, (until_s - self.now_s()) * self._pace))
+
+    def _rest(self) -> None:
+        """Sleep until there is something to do; others may handle mail meanwhile."""
+        self._settle()
+        now_s = self.now_s()
+        self._until_s = min(self._next_s(), now_s + MOST_WAIT_S / self._pace)
+        wait_s = max(0.0, (self._until_s - now_s) * self._pace)
+        self._turns.release()
         try:
-            self._handle(self._queue.get(timeout=wait_s))
+            event = self._queue.get(timeout=wait_s)
         except queue.Empty:
+            event = None
+        finally:
+            self._turns.acquire()
+            self._until_s = -math.inf
+        if event is not None:
+            self._handle(event)
+        else:
             self._repeat()
 
     def _repeat(self) -> None:
@@ -232,6 +291,7 @@ class Hosted:
         handlers: dict[str, Callable[..., None]] = {
             "mail": self._mail, "post": self._post_now, "done": self._done, "tell": self._tell,
             "ask": self._answer, "end": self._end, "came": self._came, "fail": self._fail,
+            "go": lambda: None,
         }  # fmt: skip
         with self._lock:  # a report is of a moment between two events
             handlers[kind](*what)
@@ -247,7 +307,7 @@ class Hosted:
                 self._serials |= {(i, j): serial for j, serial in state["serials"]}
                 self._note(i, "restore", node.limit)
                 self._do(i, node.restore(state["node"]))
-        self._states = None
+        self._states, self._begun = None, True
 
     def _end(self) -> None:
         self._ended = True

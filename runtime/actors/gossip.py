@@ -84,7 +84,7 @@ class GossipHost:
                 p._replace(items=tuple(large[x] if type(x) is int else x for x in p.items))
                 for p in parcels
             ]
-        self._hosted.deliver(parcels)
+        self._hosted.bring(parcels)
 
     def tell(self, what: str, each: Sequence[Any]) -> None:
         """See ``Hosted``, with each of some arguments."""
