@@ -46,6 +46,7 @@ from offbeat.algorithms.gossip import Gossip, Points
 from offbeat.runtime import trees
 from offbeat.runtime.errors import ConfigError, Diverged, PeerError
 from offbeat.runtime.experiment import Experiment
+from offbeat.runtime.finite import finite
 from offbeat.runtime.network import Network
 from offbeat.runtime.peer import Item, Links, nbytes
 
@@ -186,7 +187,7 @@ class GossipNode(ABC):
         if self.job is None or number != self.job.number:
             return self._dropped("jobs")
         gradients = found if isinstance(found, tuple) else (found,)
-        if not all(np.isfinite(losses)) or not all(np.isfinite(g).all() for g in gradients):
+        if not all(np.isfinite(losses)) or not all(finite(g) for g in gradients):
             raise Diverged(
                 f"the gradient or loss of node {self.i} is not finite in round {self.round}; take "
                 "a smaller step size"

@@ -22,6 +22,7 @@ from offbeat.algorithms.compression.contract import HEADER, decode
 from offbeat.algorithms.gossip import Channel, Gossip
 from offbeat.runtime import trees
 from offbeat.runtime.errors import PeerError
+from offbeat.runtime.finite import finite
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.stacked import NOTHING, Round
 
@@ -123,7 +124,8 @@ class End(ABC):
         return moved
 
     def _back(self, total: NDArray) -> None:
-        self.mixed, self.owed = total + self.owed, NOTHING
+        self.mixed = total if self.owed is NOTHING else total + self.owed
+        self.owed = NOTHING
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -168,11 +170,14 @@ class Values(End):
         """See ``End``."""
         if self.value is None:
             return
-        total = np.zeros_like(self.value)
+        total = NOTHING
         if self.frame is not None:  # else all start alike
             for j, weight in links.takes.items():
                 if got[j].value is not None:
-                    total += self._moved(j, weight * (got[j].value - self.value))
+                    moved = got[j].value - self.value
+                    moved *= weight
+                    self._moved(j, moved)
+                    total = moved if total is NOTHING else np.add(total, moved, out=total)
         self._back(total)
 
 
@@ -462,7 +467,7 @@ def read(items: Sequence[Item], sizes: Sequence[int], dtype: np.dtype) -> list[R
                 f"a vector is {value.dtype} of shape {list(value.shape)}, where {dtype} of shape "
                 f"[{d}] is right"
             )
-        if not np.isfinite(value).all():
+        if not finite(value):
             raise PeerError("a vector is not finite")
         found.append(Read(value, whole))
     return found

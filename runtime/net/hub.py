@@ -25,6 +25,7 @@ from offbeat.runtime.errors import (
     WrongRun,
     WrongVersion,
 )
+from offbeat.runtime.finite import finite
 from offbeat.runtime.logs import Note
 from offbeat.runtime.net import messages as say
 from offbeat.runtime.net import shapes
@@ -52,7 +53,6 @@ from offbeat.runtime.net.wire import (
 )
 
 SERVER = "server"  # the name under which it speaks
-DOT_PAYS = 4096  # entries from which on a product is faster than to look at each
 MOST_SHOWN = 400  # workers in a status
 HARMLESS = (OldIncarnation, StaleJob, NotFinite)  # what honest nodes cause, too
 
@@ -393,9 +393,9 @@ class Hub:
             for name, row in message.arrays.items()
             if name.startswith(say.KEPT)
         }
-        finite = (body.loss is None or math.isfinite(body.loss)) and _finite(payload)
+        sound = (body.loss is None or math.isfinite(body.loss)) and finite(payload)
         nbytes = sum(one.nbytes for one in message.head.arrays if one.name == "payload")
-        loss = body.loss if finite else np.nan
+        loss = body.loss if sound else np.nan
         answer = Answer(serial, loss, payload, kept, body.spent_s, nbytes)
         order = self._orders.pop(serial)
         seat.jobs += 1
@@ -403,7 +403,7 @@ class Hub:
         seat.staleness = self._newest - order.step
         self._staleness += seat.staleness
         self._spent_s += body.spent_s
-        if finite:
+        if sound:
             member.strikes = 0
             self._settle(serial, now_s)
             self.events.append(answer)
@@ -562,12 +562,3 @@ class Hub:
             parcel, run=self.run, node=SERVER, incarnation=self.incarnation, to=to,
             acknowledged=acknowledged,
         )  # fmt: skip
-
-
-def _finite(x: NDArray) -> bool:
-    """Whether all entries are; of many, the product knows fastest, unless it overflows."""
-    if x.size > DOT_PAYS:
-        with np.errstate(all="ignore"):
-            if math.isfinite(x.dot(x)):
-                return True
-    return bool(np.isfinite(x).all())
