@@ -59,6 +59,11 @@ def reap(pids: list[int]) -> None:
         os.waitpid(pid, 0)
 
 
+def warm(n: int, jobs: int) -> int:
+    """Jobs that are not timed: until every buffer was used, whose pages are made then."""
+    return max(6 * n, jobs // 10)
+
+
 # -- Bare loops ----------------------------------------------------------------------------------
 
 
@@ -111,7 +116,7 @@ def bare(n: int, d: int, jobs: int, folder: Path | None) -> float:
     here = [router.recv_multipart()[0] for _ in range(n)]
     began_s = 0.0
     got = dict.fromkeys(here, 0)
-    done = -max(n, jobs // 10)  # to warm up
+    done = -warm(n, jobs)
     for who in here:
         give(who)
     descriptor = router.fileno()
@@ -173,7 +178,7 @@ def ours(n: int, d: int, jobs: int, folder: Path | None) -> float:
     while here < n:
         here += sum(isinstance(event, Back) for event in crew.collect(1.0))
     models = [np.zeros(d) for _ in range(4)]  # a model is not sent twice in a row
-    serial, done, began_s = 0, -max(n, jobs // 10), 0.0
+    serial, done, began_s = 0, -warm(n, jobs), 0.0
 
     def give(who: int) -> None:
         nonlocal serial
@@ -204,6 +209,7 @@ def gloo(d: int, jobs: int) -> float:
     import torch
     import torch.distributed as dist
 
+    torch.set_num_threads(1)  # others would not survive the fork
     store = tempfile.mktemp(prefix="offbeat-gloo-")
 
     def side(rank: int, count: int) -> float:

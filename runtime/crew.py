@@ -7,6 +7,7 @@ The run says what is to be computed; the crew moves it to a process that has the
 not its business: see ``runtime.remote``.
 """
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.algorithms.compression import Message
+from offbeat.runtime.finite import finite
 from offbeat.workers.compressed import SENT, Compressed
 from offbeat.workers.tasks.contract import Task
 from offbeat.workers.work import Gradient, Kept, Work
@@ -181,9 +183,8 @@ def rows(
         losses, payloads, message = work.coded(task, x, shard, draw, steps, kept)
     else:
         losses, payloads = work.update(task, x, shard, draw, steps, kept)
-    flat = payloads.reshape(-1)
     told = losses.tolist()
-    if not np.isfinite(flat.dot(flat) + sum(told)):
+    if not (math.isfinite(sum(told)) and finite(payloads)):
         good = np.isfinite(payloads).all(axis=1) & np.isfinite(losses)
         told = np.where(good, losses, np.nan).tolist()
     return told, payloads, message

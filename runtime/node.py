@@ -374,7 +374,7 @@ class GossipNode(ABC):
             isinstance(x, np.ndarray)
             and x.shape == (self.experiment.task.dim,)
             and x.dtype.kind == "f"
-            and np.isfinite(x).all()
+            and finite(x)
         ):
             raise PeerError("a greeting's model is no finite vector of the right size")
         if number < -1 + (says[2] > 0) or not 0 <= says[2] <= 2 or says[3] < 0:

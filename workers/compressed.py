@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from offbeat.algorithms.compression import Compressor, Message
 from offbeat.algorithms.compression.contract import made
 from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.finite import finite
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.registry import Seed, Spec
 from offbeat.workers.tasks.contract import Task
@@ -80,7 +81,7 @@ class Compressed:
         losses, updates = self.work.update(task, x, worker, draw, steps, own)
         h = kept.get(SENT)
         apart = updates if h is None else np.subtract(updates, h, out=updates)
-        if not np.isfinite(np.vecdot(apart, apart)).all():
+        if not finite(apart):
             bad = ~np.isfinite(apart).all(axis=1)
             apart = np.where(bad[:, None], 0, apart)
             losses = np.where(bad, np.nan, losses)

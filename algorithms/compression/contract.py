@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from offbeat.algorithms.compression.coding import CHUNK, Reader
 from offbeat.runtime.errors import ConfigError, PeerError
+from offbeat.runtime.finite import finite
 from offbeat.runtime.registry import Registry, Spec
 
 COMPRESSORS = Registry("compressor")
@@ -239,7 +240,7 @@ class Compressor(ABC):
             raise ConfigError(f"{self} compresses rows of at most {MOST_PARAMETERS}, not {d}")
         rows = np.ascontiguousarray(x).reshape(-1, d)
         with np.errstate(all="ignore"):
-            if not np.isfinite(np.vecdot(rows, rows)).all() and not np.isfinite(rows).all():
+            if not finite(rows):
                 raise ConfigError(f"{self} cannot compress what is not finite")
             if not self.draws:
                 message = self._compress(rows, _NO_RNG)

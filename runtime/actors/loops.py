@@ -5,6 +5,7 @@ its actors call it, which are placed, watched and replaced like all others.  In 
 ``offbeat.join("ray", model, optimizer)`` is the run, as elsewhere.
 """
 
+import math
 import queue
 import threading
 import time
@@ -21,6 +22,7 @@ from offbeat.runtime.actors.start import last_line
 from offbeat.runtime.checkpoint import write_whole
 from offbeat.runtime.crew import Answer, Order, Runner
 from offbeat.runtime.errors import ConfigError, CrewError, StorageError
+from offbeat.runtime.finite import finite
 from offbeat.runtime.net import shapes
 from offbeat.runtime.own.desk import HERE, Hosting, called
 from offbeat.runtime.own.flat import Flat
@@ -104,8 +106,8 @@ class LoopRunner(Runner):
         came = self._answers.get()
         if isinstance(came, Exception):
             raise came
-        finite = np.isfinite(came.payload).all() and np.isfinite(came.loss or 0.0)
-        return came if finite else came._replace(loss=np.nan)
+        sound = finite(came.payload) and math.isfinite(came.loss or 0.0)
+        return came if sound else came._replace(loss=np.nan)
 
 
 def runner(task: Task, work: Work) -> Runner:

@@ -16,13 +16,13 @@ from logging import WARNING, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import zmq
 
 from offbeat.runtime import checkpoint
 from offbeat.runtime.checkpoint import write_whole
 from offbeat.runtime.crew import Answer, Back, Crew, Event, Gone, Order
 from offbeat.runtime.errors import ConfigError, CrewError, Fenced, StorageError
+from offbeat.runtime.finite import finite
 from offbeat.runtime.logs import identify, tell
 from offbeat.runtime.net import keys, shapes, sockets
 from offbeat.runtime.net.hub import SERVER, Hub
@@ -219,7 +219,7 @@ class ZmqCrew(Crew):
                     asked = None if asked == event.worker else asked
                 elif isinstance(event, Answer) and not known:
                     assert isinstance(task, External)
-                    if known := bool(np.isfinite(event.payload).all()):
+                    if known := finite(event.payload):
                         task.begin(task.initial(experiment.seed) - event.payload)
                     else:
                         log.warning(
