@@ -8,7 +8,6 @@ sleeps, a thread that brings mail may do its work: one thread at a time does, un
 import heapq
 import itertools
 import math
-import queue
 import threading
 import time
 import traceback
@@ -104,7 +103,8 @@ class Hosted:
         self._every = experiment.evaluate.steps if not experiment.asynchronous else None
         self._tracing = experiment.record.trace
         self._reports = hasattr(experiment.task, "report")
-        self._queue: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        self._queue: deque[tuple[Any, ...]] = deque()  # handled in order, under ``_turns``
+        self._rings = threading.Event()  # there is something in it for the thread
         self._out: list[Parcel] = []
         self._here: deque[Parcel] = deque()  # parcels between nodes of this process
         self._timers: list[tuple[float, int, tuple[Any, ...]]] = []
@@ -131,9 +131,13 @@ class Hosted:
             node.limit = limit
         self._thread.start()
 
+    def _put(self, *event: Any) -> None:
+        self._queue.append(event)
+        self._rings.set()
+
     def deliver(self, parcels: Sequence[Parcel]) -> None:
         """Messages for nodes here have come."""
-        self._queue.put(("mail", parcels))
+        self._put("mail", parcels)
 
     def bring(self, parcels: Sequence[Parcel]) -> None:
         """The same, from a thread with time to spare: it does what comes of them, if nobody else.
@@ -144,26 +148,27 @@ class Hosted:
         if not free:
             self.deliver(parcels)
             return
+        self._queue.append(("mail", parcels))
         try:
-            self._safely(self._brought, parcels)
+            self._safely(self._some)
         finally:
             self._turns.release()
 
     def tell(self, what: str, *args: Any) -> None:
         """Have every node do ``what``: "down" or "up" with a node, "extend" with a limit."""
-        self._queue.put(("tell", what, args))
+        self._put("tell", what, args)
 
     def ask(self, question: int, what: str) -> None:
         """Have the next report answer by ``question``: "state" or "model" of every node."""
-        self._queue.put(("ask", question, what))
+        self._put("ask", question, what)
 
     def computed(self, i: int, number: int, losses: list[float], gradient: Any) -> None:
         """What came of node ``i``'s job, which was computed elsewhere."""
-        self._queue.put(("came", i, number, losses, gradient))
+        self._put("came", i, number, losses, gradient)
 
     def failed(self, error: Exception) -> None:
         """What was to be computed elsewhere cannot be: that ends the run."""
-        self._queue.put(("fail", error))
+        self._put("fail", error)
 
     def report(self, wait_s: float) -> Report:
         """What happened, waiting so long unless there is something that cannot wait."""
@@ -180,7 +185,7 @@ class Hosted:
 
     def end(self, most_s: float | None = None) -> None:
         """Stop, waiting so long at most for the job at hand."""
-        self._queue.put(("end",))
+        self._put("end")
         self._thread.join(most_s)
 
     # -- The thread ----------------------------------------------------------------------------
@@ -198,19 +203,18 @@ class Hosted:
             self._begin()  # before any mail that is there already
         while not self._ended:
             self._turn()
-            if self._idle:
+            if self._idle and not self._ended:
                 self._rest()
 
-    def _brought(self, parcels: Sequence[Parcel]) -> None:
+    def _some(self) -> None:
         """See ``bring``: by another thread, while the own one sleeps."""
-        self._handle(("mail", parcels))
         for _ in range(MOST_TURNS):
             self._turn()
             if self._idle:
                 self._settle()
                 break
         if not self._idle or self._ended or self._next_s() < self._until_s:
-            self._queue.put(("go",))
+            self._rings.set()
 
     def _safely(self, work: Callable[..., None], *given: Any) -> None:
         """What goes wrong ends the run, and is reported."""
@@ -232,10 +236,9 @@ class Hosted:
             if self._here:
                 self._handle(("mail", [self._here.popleft()]))
                 continue
-            try:
-                self._handle(self._queue.get_nowait())
-            except queue.Empty:
+            if not self._queue:
                 break
+            self._handle(self._queue.popleft())
         self._flush()
         if self._jobs and not self._ended:
             self._compute(*self._jobs.popleft())
@@ -243,7 +246,7 @@ class Hosted:
     @property
     def _idle(self) -> bool:
         """Whether there is nothing to do now."""
-        return not (self._jobs or self._here or self._out) and self._queue.empty()
+        return not (self._jobs or self._here or self._out or self._queue)
 
     def _next_s(self) -> float:
         return self._timers[0][0] if self._timers else math.inf
@@ -262,16 +265,11 @@ class Hosted:
         self._until_s = min(self._next_s(), now_s + MOST_WAIT_S / self._pace)
         wait_s = max(0.0, (self._until_s - now_s) * self._pace)
         self._turns.release()
-        try:
-            event = self._queue.get(timeout=wait_s)
-        except queue.Empty:
-            event = None
-        finally:
-            self._turns.acquire()
-            self._until_s = -math.inf
-        if event is not None:
-            self._handle(event)
-        else:
+        rang = self._rings.wait(wait_s)
+        self._turns.acquire()
+        self._rings.clear()
+        self._until_s = -math.inf
+        if not (rang or self._queue):
             self._repeat()
 
     def _repeat(self) -> None:
@@ -291,7 +289,6 @@ class Hosted:
         handlers: dict[str, Callable[..., None]] = {
             "mail": self._mail, "post": self._post_now, "done": self._done, "tell": self._tell,
             "ask": self._answer, "end": self._end, "came": self._came, "fail": self._fail,
-            "go": lambda: None,
         }  # fmt: skip
         with self._lock:  # a report is of a moment between two events
             handlers[kind](*what)
