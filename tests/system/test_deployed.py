@@ -543,9 +543,7 @@ def test_a_pod_that_is_done_stays_until_it_is_stopped(stay, machine):
 def test_a_pod_that_fails_or_is_stopped_says_so(stay, machine):
     script, done = stay
     assert machine.call(script, "sh", "-c", "exit 6")[0] == 6
-    command = (
-        "trap 'exit 130' TERM; kill -TERM $PPID; sleep 60 & wait"  # also before it has a number
-    )
+    command = "trap 'kill $! 2>&1; exit 130' TERM; kill -TERM $PPID; sleep 60 >&- 2>&- & wait"
     assert {machine.call(script, "sh", "-c", command)[0] for _ in range(10)} == {130}
     assert not done.exists()
 

@@ -291,7 +291,7 @@ def test_code_that_raises_is_told_with_its_traceback(tmp_path, caplog):
     task = Faulty(tmp_path, {(3, 2): ("raise", 2)})
     result = run("pure", Borrowed(), task=task, clock="virtual")
     assert task.happened("raise") == 2
-    (told,) = caplog.messages
+    (told,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert "job 2 of worker 3 (shard 3, draw 2) failed and is tried again:" in told
     assert "ZeroDivisionError: division at (3, 2)" in told
     assert result.facts["failures"] in (1, 2)  # of a batch, each order is computed again alone
