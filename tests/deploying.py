@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from offbeat.runtime.cli import app
 
 SERVER = """
+pace = 0.05
 [task]
 name = "quadratic"
 dim = 4

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from offbeat.runtime.backends import Ray
     from offbeat.runtime.experiment import Experiment
 
-WATCH_S = 0.1  # between reports of an actor with nothing urgent to say
+WATCH_S = 0.1, 1.0  # between reports of an actor with nothing urgent to say: few actors, many
+REPORTS_S = 20  # reports a second, of all actors: each costs as much as a message
 
 
 class GossipHost:
@@ -178,6 +179,8 @@ class RayGossip(Watched[Seat]):
         n = experiment.task.workers
         count = math.ceil(n / options.workers_per_actor)
         seats = [Seat(list(range(first, n, count))) for first in range(count)]
+        least_s, most_s = WATCH_S
+        self._watch_s = min(most_s, max(least_s, count / REPORTS_S))
         super().__init__(experiment, seats, records, **around)
         self._session = start(options.address)
         try:
@@ -285,7 +288,7 @@ class RayGossip(Watched[Seat]):
         self._watch(seat)
 
     def _watch(self, seat: Seat) -> None:
-        seat.watch = seat.actor.report.options(concurrency_group="watch").remote(WATCH_S)
+        seat.watch = seat.actor.report.options(concurrency_group="watch").remote(self._watch_s)
 
     def _lose(self, seat: Seat, why: str) -> None:
         """An actor is dead: its neighbours are told, and another is begun."""
