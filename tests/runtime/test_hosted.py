@@ -1,13 +1,17 @@
 """Nodes of one process, as several threads speak to them."""
 
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 from canonical import METHODS, N, canonical
+from simulated import experiment
 from threaded import Threaded, Threads
 
 import offbeat
+from offbeat.runtime.hosted import Hosted, Parcel
 
 NOISY = canonical(noise=0.1)
 
@@ -61,3 +65,76 @@ def test_who_rested_before_others_offered_an_exchange_rests_again(tmp_path):
     assert engine.loop.busy == 0
     again = offbeat.replay(tmp_path / "run", task=task)
     np.testing.assert_array_equal(again.x, result.x)
+
+
+class Bringing(Threaded):
+    """Counts the gradients that a thread which brings mail computes before it brings more."""
+
+    computed = ()
+
+    def _bring(self, seat):
+        mine = threading.current_thread()
+        while (parcels := seat.mail.get()) is not None:
+            before = LONG.by.count(mine)
+            seat.hosted.bring(parcels)
+            self.computed = (*self.computed, LONG.by.count(mine) - before)
+
+
+class Long:
+    """A task whose gradients take a while; ``by`` are the threads that computed them."""
+
+    spec = None
+    workers, dim = N, NOISY.dim
+
+    def __init__(self):
+        self.by = []
+
+    def initial(self, seed):
+        return NOISY.initial(seed)
+
+    def evaluate(self, x):
+        return NOISY.evaluate(x)
+
+    def gradient(self, x, worker, draw):
+        time.sleep(0.02)
+        self.by.append(threading.current_thread())
+        return NOISY.gradient(x, worker, draw)
+
+
+LONG = Long()
+
+
+def test_who_brings_mail_is_not_kept_for_several_jobs():
+    """What is told and asked meanwhile waits behind it."""
+    engine = Threads(2, kind=Bringing)
+    run("dsgd(lr=0.03)", engine, f"{N} real", "complete", LONG, pace=1.0)
+    assert max(engine.loop.computed) == 1
+
+
+# -- The end ---------------------------------------------------------------------------------------
+
+
+def alone(carry):
+    return Hosted(experiment(NOISY, METHODS["dsgd"], "ring"), [0], carry)
+
+
+def test_nothing_is_handled_or_sent_after_the_end():
+    sent, begun = [], threading.Event()
+    ours = alone(lambda parcels: (sent.append(parcels), begun.set()))
+    ours.begin(0.0, 2)
+    assert begun.wait(10.0)
+    mail = [Parcel(0, 1, 0, 0, "mail", 0, (NOISY.initial(0),))]
+    with ours._turns:  # while it sleeps
+        ours._put("end")
+        ours.deliver(mail)
+    ours.end(10.0)
+    ours.bring(mail)
+    assert not ours._thread.is_alive()
+    assert ours.nodes[0].mail == {}
+    assert len(sent) == 1
+
+
+def test_what_never_began_can_end():
+    ours = alone(lambda parcels: None)
+    ours.end(1.0)
+    assert not ours._thread.is_alive()
