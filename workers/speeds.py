@@ -409,7 +409,9 @@ class Paused(Clock):
         if windows is None:
             return self._clock.finish(worker, number, start_s, steps)
         awake_s = start_s - away(windows, 0.0, start_s)
-        return _wake(windows, self._clock.finish(worker, number, awake_s, steps))
+        end_s = _wake(windows, self._clock.finish(worker, number, awake_s, steps))
+        back_s = max((over for begin, over in windows if begin <= start_s < over), default=start_s)
+        return max(end_s, back_s)  # a job of no time, begun in a window, would have ended before it
 
 
 def away(windows: list[tuple[float, float]], start_s: float, end_s: float) -> float:
