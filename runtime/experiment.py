@@ -4,7 +4,9 @@ import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from glob import iglob
 from itertools import product
+from os.path import isfile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -398,8 +400,11 @@ def _part(made: Any) -> dict[str, Any]:
     if spec is not None and spec.portable():
         table: dict[str, Any] = spec.table()
         for key in FILES & table.keys():  # so that the run can go on from anywhere
-            if (path := Path(str(table[key])).expanduser()).is_file():
-                table[key] = str(path.resolve())
+            given = str(table[key])
+            prefix = "text:" if given.startswith("text:") else ""
+            path = Path(given.removeprefix(prefix)).expanduser()
+            if path.is_file() or any(map(isfile, iglob(str(path), recursive=True))):
+                table[key] = f"{prefix}{path.resolve()}"
         return table
     return {"name": f"{MADE_BY_HAND}{type(made).__name__}"}
 
@@ -419,5 +424,7 @@ def _fleet_table(fleet: Fleet) -> dict[str, Any]:
     law = fleet.law()
     if law is fleet.speeds:
         table["speeds"] = str(law.spec)
+    if law.spec is not None and "file" in law.spec.options:
+        table["speeds"] = f"trace({str(Path(law.spec.options['file']).expanduser().resolve())!r})"
     table["outages"] = [_given(outage) for outage in fleet.outages]
     return {key: value for key, value in table.items() if value not in ("", [])}
