@@ -249,8 +249,7 @@ class Engine(Loop):
         workers, server = self.workers, self.server
         self.records.outage(workers, event)
         if isinstance(event, Joined):
-            if lost := self._lost.pop(event.worker, 0):
-                self.algorithm.joined(server, event.worker, lost)
+            self.algorithm.joined(server, event.worker, self._lost.pop(event.worker, 0))
             if not workers.has_job(event.worker) and workers.relieve(event.worker):
                 server.assign(event.worker)
             return

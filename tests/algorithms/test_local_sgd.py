@@ -556,6 +556,28 @@ def test_decoupled_diloco_between_its_corners():
         assert runs[0].final["step"] >= 10
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        decoupled_diloco(momentum=0.0, quorum=4),
+        decoupled_diloco(momentum=0.0, quorum=2),
+        decoupled_diloco(momentum=0.0, fragments=2, overlap=1, alpha=0.5),
+        streaming_diloco(momentum=0.0, fragments=3, overlap=2),
+    ],
+)
+def test_learners_give_what_they_moved_whoever_does_their_jobs(method):
+    """Not what the model moved since a learner was last there, nor by how much two are apart."""
+    task = Quadratic(np.tile(np.arange(1.0, 6.0), (4, 1)))
+    away = [offbeat.Outage(worker=w, from_s=5.5 + w, to_s=200.5 + 3 * w) for w in (0, 1)]
+    speeds = [1.0, 1.1, 1.2, 1.3]
+    fleet = offbeat.Fleet(workers=4, speeds=speeds, outages=away, on_outage="reassign")
+    work, ends = "local-steps(sgd(0.1), steps=2)", {"seconds": 400}
+    result = offbeat.run(task, method, fleet, work=work, stop=ends, evaluate={"seconds": 1})
+    assert result.facts["reassigned"] >= 2
+    loss = result.column("loss")
+    assert (loss[1:] <= 1.001 * loss[:-1]).all()
+
+
 class Uneven(Fragments):
     """Its first jobs have 20, 5 and 20 local steps."""
 
