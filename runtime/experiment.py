@@ -93,6 +93,8 @@ class Experiment:
                 + (hint if parts > workers and any_shard is False else "")
             )
         self._check_clock()
+        if self.stop.loss is not None and self.evaluate == Evaluate():
+            raise ConfigError("stop.loss: the run never evaluates; give evaluate.steps or the like")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed must be a whole number, not {self.seed!r}")
         if not 0 <= self.seed < MOST_SEEDS:

@@ -311,6 +311,11 @@ def test_engine_clock_and_pace_are_settings(offbeat_):
         (["--task", "lm(/tmp/text)"], 2, "name:argument, with quotes around a path"),
         (["--set", "stop={loss=0.1}"], 2, "stop: a target loss may never be reached"),
         (["--task", "mixtures(classes=1)"], 2, "mixtures: needs two classes"),
+        (
+            ["--steps", "9", "--set", "evaluate={}", "--set", "stop.loss=0.1"],
+            2,
+            "stop.loss: the run never eval",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_sentence(offbeat_, words, code, said):
