@@ -5,6 +5,7 @@ take nothing on trust and raise ``PeerError``.
 """
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,11 @@ def rice_parameter(d: int, k: NDArray) -> NDArray[np.int64]:
     return np.maximum(0, np.floor(np.log2(math.log(2) * d / k))).astype(np.int64)
 
 
+@lru_cache
+def _rice_parameter(d: int, k: int) -> int:
+    return int(rice_parameter(d, np.array(k)))
+
+
 def rice_plan(values: NDArray) -> tuple[NDArray, NDArray]:
     """Of each row of unsigned ``values [n, d]``, in Golomb-Rice code: ``(bytes [n], b [n])``."""
     d = values.shape[1]
@@ -175,7 +181,7 @@ def support_sizes(index: NDArray, d: int) -> NDArray[np.int64]:
     n, k = index.shape
     if k in (0, d):
         return np.ones(n, np.int64)
-    b = int(rice_parameter(d, np.array(k)))
+    b = _rice_parameter(d, k)
     quotient = np.empty_like(index)
     np.subtract(index[:, 1:], index[:, :-1] + 1, out=quotient[:, 1:])
     quotient[:, 0] = index[:, 0]

@@ -84,7 +84,8 @@ class Coded(Message):
     @property
     def sizes(self) -> NDArray[np.int64]:
         """See ``Message``."""
-        return np.full(self.n, HEADER + self._sizes())
+        sizes = HEADER + self._sizes()
+        return sizes if isinstance(sizes, np.ndarray) else np.full(self.n, sizes)
 
     def encode(self) -> list[bytes]:
         """See ``Message``."""

@@ -106,7 +106,7 @@ class LoopRunner(Runner):
         came = self._answers.get()
         if isinstance(came, Exception):
             raise came
-        assert isinstance(came.payload, np.ndarray)
+        assert not isinstance(came.payload, bytes)
         sound = finite(came.payload) and math.isfinite(came.loss or 0.0)
         return came if sound else came._replace(loss=np.nan)
 

@@ -218,7 +218,8 @@ class ZmqCrew(Crew):
                     here.discard(event.worker)
                     asked = None if asked == event.worker else asked
                 elif isinstance(event, Answer) and not known:
-                    assert isinstance(task, External) and isinstance(event.payload, np.ndarray)
+                    assert isinstance(task, External)
+                    assert not isinstance(event.payload, bytes)
                     if known := finite(event.payload):
                         task.begin(task.initial(experiment.seed) - event.payload)
                     else:
