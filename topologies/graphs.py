@@ -364,14 +364,16 @@ def file(path: str, weights: Weights = "metropolis", allow_disconnected: bool = 
 
 
 def _edge_list(path: str) -> nx.Graph:
-    edges, said = [], {}
+    edges, said = [], dict[frozenset[str], float]()
     for number, fields in table(path):
         line = f'{path} line {number}: "{" ".join(fields)[:40]}"'
         try:
-            i, j, weight = (*fields, "1") if len(fields) == 2 else fields
-            edges.append((i, j, float(weight)))
+            i, j, text = (*fields, "1") if len(fields) == 2 else fields
+            if not math.isfinite(weight := float(text)):
+                raise ValueError
         except ValueError:
             raise ConfigError(f"{line} is no edge i j [weight]") from None
+        edges.append((i, j, weight))
         if said.setdefault(frozenset((i, j)), weight) != weight:
             raise ConfigError(f"{line} says otherwise than a line before; one weight an edge")
     names = dict.fromkeys(name for i, j, _ in edges for name in (i, j))

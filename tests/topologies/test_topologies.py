@@ -641,7 +641,8 @@ MISTAKES = [
     ("file:nowhere.graphml", "nowhere.graphml: cannot be read as GraphML"),
     ("file:bad.txt", 'bad.txt line 2: "1 2 x" is no edge'),
     ("file:empty.txt", "has no nodes"),
-    ("file('nan.txt', weights=attribute)", 'edge 0, 1 has nan as its "weight"'),
+    ("file:nan.txt", 'nan.txt line 1: "0 1 nan" is no edge'),
+    ("file('nan.graphml', weights=attribute)", 'edge 0, 1 has nan as its "weight"'),
     ("file:twice.txt", 'twice.txt line 3: "1 0 0.1" says otherwise than a line before'),
     ("timed:epoch.csv", "epoch.csv line 1: round 1763800000 is beyond"),
     ("file:apart.txt", "2 components, of 2, 2 nodes; cut off from the largest: 2, 3"),
@@ -657,6 +658,7 @@ def test_mistakes(files, text, said):
     (files / "bad.txt").write_text("0 1\n1 2 x\n")
     (files / "empty.txt").write_text("# nothing\n")
     (files / "nan.txt").write_text("0 1 nan\n1 2 0.5\n")
+    nx.write_graphml(nx.Graph([(0, 1, {"weight": np.nan})]), files / "nan.graphml")
     (files / "twice.txt").write_text("0 1 0.5\n1 2 0.25\n1 0 0.1\n")
     (files / "epoch.csv").write_text("1763800000,0,1\n")
     (files / "apart.txt").write_text("0 1\n2 3\n")
