@@ -32,7 +32,7 @@ class Cedas(Gossip):
         if self.compressor.omega(LARGE) is None:  # it would diverge
             raise ConfigError(
                 f"cedas needs an unbiased compressor, which {self.compressor.spec} is not; take "
-                "qsgd(16) or natural, or beer or motef, which bear any"
+                "qsgd(16) or natural, or beer or motef, which bear any contractive one"
             )
         self.lr, self.gamma = lr, gamma
 
