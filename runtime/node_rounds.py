@@ -198,6 +198,8 @@ class RoundNode(GossipNode):
 
     def _forgotten(self, j: int) -> None:
         self.node.fresh(j)
+        for mail in self.mail.values():  # j may do those rounds again, and say something else
+            mail.pop(j, None)
 
     @property
     def quiet(self) -> bool:

@@ -84,8 +84,13 @@ class Simulation:
 
     @property
     def settled(self):
-        """Whether all is done and nothing under way that matters."""
-        return not self.dead and not self.cut and all(n.quiet for n in self.nodes.values())
+        """Whether all is done and nothing under way that matters.
+
+        While a link is not open at both ends, one may have given back what the other has not.
+        """
+        if self.dead or self.cut or not all(node.quiet for node in self.nodes.values()):
+            return False
+        return all(is_open(one, j) for i, one in self.nodes.items() for j in self.nodes if j != i)
 
     def _do(self, i, effects):
         node = self.nodes[i]
@@ -184,6 +189,10 @@ class Simulation:
     @property
     def x(self):
         return np.stack([self.nodes[i].model for i in range(self.n)])
+
+
+def is_open(node, j):
+    return (node.links[j].is_ if j in node.links else node.first) == OPEN
 
 
 def copies_agree(simulation, i):

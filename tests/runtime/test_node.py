@@ -19,7 +19,7 @@ from simulated import (
 
 from offbeat.algorithms.gossip import ad_psgd, dsgt, motef
 from offbeat.runtime.errors import PeerError
-from offbeat.runtime.node import gossip_node
+from offbeat.runtime.node import MOST_OPENINGS, gossip_node
 from offbeat.runtime.node_rounds import MOST_EARLY
 from offbeat.topologies import TOPOLOGIES
 from offbeat.workers.fleet import Fleet
@@ -96,6 +96,23 @@ def test_with_faults_what_must_hold_holds():
         assert counts[happened] > 100
     assert counts["copies compared"] > 5_000
     assert counts["sums compared"] > 3_000
+
+
+def test_a_seed_of_which_mail_of_a_former_incarnation_was_once_mixed():
+    assert faulty(1333, drop=0.2, check=check).settled
+
+
+def test_mail_of_a_former_incarnation_is_forgotten():
+    """It came while the link was opening; the next incarnation does the same round again."""
+    node = gossip_node(experiment(NOISY, METHODS["dsgd"]), 0)
+    node.start()
+    node.down(1)
+    node.up(1)
+    node.receive(1, "mail", 1, (np.zeros(20),))
+    assert 1 in node.mail[1]
+    says = np.array([MOST_OPENINGS + 1, 0, 0, 0])
+    node.receive(1, "open", -1, (says, None), incarnation=1)
+    assert 1 not in node.mail[1]
 
 
 @pytest.mark.soak
@@ -234,6 +251,11 @@ def test_at_their_own_pace_what_must_hold_holds():
         assert counts[happened] > 100
     assert counts["ends compared"] > 5_000
     assert counts["sums compared"] > 5_000
+
+
+@pytest.mark.parametrize("seed", [3266, 4293])
+def test_seeds_of_which_a_run_once_ended_while_a_link_was_open_at_one_end(seed):
+    assert apace(seed, drop=0.2, check=check_apace).settled
 
 
 @pytest.mark.soak
