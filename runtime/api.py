@@ -29,7 +29,7 @@ from offbeat.runtime.experiment import (
 )
 from offbeat.runtime.farmed import FarmedWork
 from offbeat.runtime.logs import tell
-from offbeat.runtime.loop import Loop
+from offbeat.runtime.loop import Loop, uninterrupted
 from offbeat.runtime.pairs import Pairs
 from offbeat.runtime.records import TRACE_COLUMNS, Records, column, read_timers, read_trace
 from offbeat.runtime.remote import LiveWorkers, RemoteWorkers
@@ -494,8 +494,9 @@ def _finish(
         reason, final = engine.run()
         tell("ended", f"the run has ended ({reason})", reason=reason)
     finally:
-        records.close()
-        engine.close()
+        with uninterrupted():
+            records.close()
+            engine.close()
     facts = engine.facts()
     result = Result(
         experiment=experiment,

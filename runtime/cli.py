@@ -450,6 +450,11 @@ def main() -> None:
             f"offbeat: {error}", highlight=False, markup=False
         )
         sys.exit(error.exit_code)
+    except MemoryError as error:  # numpy says of what size
+        Console(stderr=True, soft_wrap=True).print(
+            f"offbeat: not enough memory: {error}", highlight=False, markup=False
+        )
+        sys.exit(OffbeatError.exit_code)
 
 
 if __name__ == "__main__":

@@ -74,6 +74,8 @@ class ServerState:
         since_s: float | None = None,
     ) -> None:
         """Queue a job that says more than the model it begins with."""
+        steps = None if steps is None else operator.index(steps)
+        shard = None if shard is None else operator.index(shard)
         if steps is not None and steps < 1:
             raise ConfigError(f"the method assigned {steps} local steps; a job has at least one")
         if self._workers.single and (steps or 1) > 1:
@@ -247,8 +249,7 @@ class Engine(Loop):
         workers, server = self.workers, self.server
         self.records.outage(workers, event)
         if isinstance(event, Joined):
-            if lost := self._lost.pop(event.worker, 0):
-                self.algorithm.joined(server, event.worker, lost)
+            self.algorithm.joined(server, event.worker, self._lost.pop(event.worker, 0))
             if not workers.has_job(event.worker) and workers.relieve(event.worker):
                 server.assign(event.worker)
             return

@@ -4,7 +4,9 @@ import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from glob import iglob
 from itertools import product
+from os.path import isfile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -91,6 +93,8 @@ class Experiment:
                 + (hint if parts > workers and any_shard is False else "")
             )
         self._check_clock()
+        if self.stop.loss is not None and self.evaluate == Evaluate():
+            raise ConfigError("stop.loss: the run never evaluates; give evaluate.steps or the like")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed must be a whole number, not {self.seed!r}")
         if not 0 <= self.seed < MOST_SEEDS:
@@ -398,8 +402,11 @@ def _part(made: Any) -> dict[str, Any]:
     if spec is not None and spec.portable():
         table: dict[str, Any] = spec.table()
         for key in FILES & table.keys():  # so that the run can go on from anywhere
-            if (path := Path(str(table[key])).expanduser()).is_file():
-                table[key] = str(path.resolve())
+            given = str(table[key])
+            prefix = "text:" if given.startswith("text:") else ""
+            path = Path(given.removeprefix(prefix)).expanduser()
+            if path.is_file() or any(map(isfile, iglob(str(path), recursive=True))):
+                table[key] = f"{prefix}{path.resolve()}"
         return table
     return {"name": f"{MADE_BY_HAND}{type(made).__name__}"}
 
@@ -419,5 +426,7 @@ def _fleet_table(fleet: Fleet) -> dict[str, Any]:
     law = fleet.law()
     if law is fleet.speeds:
         table["speeds"] = str(law.spec)
+    if law.spec is not None and "file" in law.spec.options:
+        table["speeds"] = f"trace({str(Path(law.spec.options['file']).expanduser().resolve())!r})"
     table["outages"] = [_given(outage) for outage in fleet.outages]
     return {key: value for key, value in table.items() if value not in ("", [])}

@@ -26,7 +26,9 @@ from offbeat.runtime.randomness import rng
 AGAIN_S = 5.0  # real seconds without a new round after which messages are repeated
 MOST_MAIL = 256  # parcels handled before the thread computes again
 MOST_WAIT_S = 1.0  # of the thread for mail
-MOST_TURNS = 4  # of a thread that brings mail, before it leaves the rest to the own one
+# Of a thread that brings mail, before it leaves the rest to the own one: what is told the nodes
+# meanwhile, and brought, waits behind it.
+MOST_TURNS, MOST_TURNS_S = 4, 0.005
 
 Input = list[Any]
 """What a node was given, for a replay: a name and what came with it."""
@@ -186,7 +188,8 @@ class Hosted:
     def end(self, most_s: float | None = None) -> None:
         """Stop, waiting so long at most for the job at hand."""
         self._put("end")
-        self._thread.join(most_s)
+        if self._thread.is_alive():
+            self._thread.join(most_s)
 
     # -- The thread ----------------------------------------------------------------------------
 
@@ -208,10 +211,13 @@ class Hosted:
 
     def _some(self) -> None:
         """See ``bring``: by another thread, while the own one sleeps."""
+        end_s = time.monotonic() + MOST_TURNS_S
         for _ in range(MOST_TURNS):
             self._turn()
             if self._idle:
                 self._settle()
+                break
+            if time.monotonic() > end_s:
                 break
         if not self._idle or self._ended or self._next_s() < self._until_s:
             self._rings.set()
@@ -284,6 +290,8 @@ class Hosted:
                     self._do(i, node.again(), again=True)
 
     def _handle(self, event: tuple[Any, ...]) -> None:
+        if self._ended:
+            return
         kind, *what = event
         self._rests = False
         handlers: dict[str, Callable[..., None]] = {
@@ -390,7 +398,7 @@ class Hosted:
             self._out.append(parcel)
 
     def _flush(self) -> None:
-        if self._out:
+        if self._out and not self._ended:  # whoever carries may be gone
             out, self._out = self._out, []
             self._carry(out)
 

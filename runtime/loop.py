@@ -32,6 +32,20 @@ def stands_still(time_s: float, jobs: int) -> ConfigError:
     )
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Without heed to Ctrl-C and SIGTERM: what is closed by half is left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Loop(ABC):
     """One run, whatever makes its events.
 

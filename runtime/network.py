@@ -92,10 +92,20 @@ class Network:
                 f"{name} would lose the nodes' mean where {trouble} on a directed graph: its links "
                 "cannot be paired; take an undirected graph, or gradient-push"
             )
-        sums = np.asarray(topology.matrix(0).sum(axis=1)).ravel()
-        if not method.pushes and np.abs(sums - 1).max() > TOLERANCE:
+        if topology.directed and not method.varying:
+            raise ConfigError(
+                f"{name} may diverge where weights are not symmetric, and this graph is directed; "
+                "take an undirected one, or dsgd, dsgt or gradient-push"
+            )
+        sums = [np.abs(topology.matrix(0).sum(axis=axis) - 1).max() for axis in (0, 1)]
+        if not method.pushes and sums[1] > TOLERANCE:
             raise ConfigError(
                 f"{name} needs weights whose rows sum to 1; these suit gradient-push only"
+            )
+        if sums[0] > TOLERANCE:
+            raise ConfigError(
+                f"{name} needs weights whose columns sum to 1: with these the sum over the nodes "
+                "would not be kept"
             )
 
     def round(self, k: int, present: NDArray | None = None) -> Round:

@@ -220,7 +220,7 @@ class Records:
         return {"staleness_mean": mean, "staleness_max": int(len(taus) - 1)}
 
     def busy(self, workers: VirtualWorkers) -> float:
-        """Fraction of the workers' time so far that they spent computing."""
+        """Fraction of the workers' time so far spent on results that arrived or are under way."""
         spent, now_s = float(self.busy_s.sum()), workers.now_s
         for job in workers.running():
             until_s = min(now_s, job.end_s)

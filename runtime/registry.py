@@ -205,6 +205,7 @@ name(arguments) or name:argument
     match = _CALL.fullmatch(text)
     unreadable = ConfigError(
         f'cannot read the {kind} "{text}"; write name, name(arguments) or name:argument'
+        + (", with quotes around a path in brackets" if "/" in text else "")
     )
     if match is None:
         raise unreadable

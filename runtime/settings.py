@@ -32,7 +32,7 @@ class Stop:
         bounds = (self.steps, self.seconds, self.gradients, self.wall_s)
         if all(bound is None for bound in bounds):
             what = "a target loss may never be reached; add" if self.loss is not None else "give"
-            raise ConfigError(f"stop: {what} steps, seconds, gradients or wall_s")
+            raise ConfigError(f"{what} steps, seconds, gradients or wall_s")
 
 
 @settings

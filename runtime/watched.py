@@ -265,7 +265,8 @@ class Watched(Loop, Generic[P]):
 
     def _rest(self) -> None:
         """Have all nodes stand between rounds, in the same one, with nothing under way."""
-        limit, seats = 0, self._seats
+        limit, seats, asynchronous = 0, self._seats, self.experiment.asynchronous
+        before: list[int] = []
         while True:
             self._extend(limit)
             self._await(
@@ -277,9 +278,13 @@ class Watched(Loop, Generic[P]):
             )
             if all(s.told.rests for s in seats):
                 self._arrive(all_=True)
-                if self.experiment.asynchronous or len(set(self._rounds.values())) == 1:
+                # Who rests may be offered an exchange by who does not yet, and say so later.  Once
+                # all have rested nobody offers one: who then says again that it rests, does.
+                now = [s.replaced for s in seats]
+                if now == before if asynchronous else len(set(self._rounds.values())) == 1:
                     self._frozen_s = self._clock_s()
                     return
+                before = now
             limit = self._reached_most()  # who has begun a round needs the others in it
 
     def _reached_most(self) -> int:

@@ -18,7 +18,7 @@ from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.registry import Count, Natural, Positive, Seed
 from offbeat.topologies.contract import TOPOLOGIES, Topology, finished
-from offbeat.topologies.weights import Edges, Weights, check, weigh
+from offbeat.topologies.weights import TOLERANCE, Edges, Weights, check, weigh
 
 MAX_DRAWS = 100  # of a random graph, until one is connected
 
@@ -94,7 +94,7 @@ def from_matrix(matrix: NDArray | sparse.sparray) -> Topology:
     """
     check(matrix)
     w = sparse.csr_array(matrix, copy=True)
-    return Topology(w.shape[0], lambda k: w, directed=abs(w - w.T).max() > 0)
+    return Topology(w.shape[0], lambda k: w, directed=abs(w - w.T).max() > TOLERANCE)
 
 
 @TOPOLOGIES.register("ring")
@@ -206,8 +206,13 @@ def random_regular(
             "it must be less than n, and n x degree even"
         )
 
+    # Pairs of a dense graph's ends hardly ever fit: what it leaves out is drawn.
+    few = min(degree, n - 1 - degree)
+
     def attempt(g: np.random.Generator) -> Edges | None:
-        edges = next(filter(None, (_paired(n, degree, g) for _ in range(MAX_DRAWS))), None)
+        edges = next(filter(None, (_paired(n, few, g) for _ in range(MAX_DRAWS))), None)
+        if edges and few < degree:
+            edges = Edges(n, *np.triu(1 - edges.hears.toarray(), k=1).nonzero())
         return edges if edges and edges.pieces()[0] == 1 else None
 
     return _fixed(_redraw(attempt, "random-regular", seed), weights)
@@ -249,6 +254,11 @@ def watts_strogatz(
     """A small world: a ring of ``neighbours`` neighbours, each edge rewired with probability p."""
     if neighbours > n:
         raise ConfigError(f"{neighbours} neighbours do not fit in a ring of {n} nodes")
+    if neighbours % 2:
+        raise ConfigError(
+            f"watts-strogatz starts from an even number of neighbours, not {neighbours}: as many "
+            "on either side"
+        )
     return _connected(
         lambda g: nx.watts_strogatz_graph(n, neighbours, p, g), "watts-strogatz", weights, seed
     )
@@ -311,18 +321,23 @@ def equistatic(
     EquiTopo, Song et al., NeurIPS 2022.
     """
     count = shifts or max(1, n.bit_length() - 1)
+    a = drawn_shifts(n, count, "equistatic", seed)
+    matrix = sparse.eye_array(n) / n
+    for shift in a:
+        matrix = matrix + (1 - 1 / n) / count * cyclic(n, shift)
+    w = sparse.csr_array(matrix if directed else (matrix + matrix.T) / 2)
+    return Topology(n, lambda k: w, directed=directed)
+
+
+def drawn_shifts(n: int, count: int, name: str, seed: int) -> list[int]:
+    """``count`` shifts of a circle of n, uniform in 1..n-1; none if n = 1."""
 
     def draw(g: np.random.Generator) -> list[int] | None:
         a = g.integers(1, n, count).tolist() if n > 1 else []
         # Not in the paper: shifts that share a divisor with n never mix, and are drawn again.
         return a if math.gcd(n, *a) == 1 else None
 
-    a = _redraw(draw, "equistatic", seed)
-    matrix = sparse.eye_array(n) / n
-    for shift in a:
-        matrix = matrix + (1 - 1 / n) / count * cyclic(n, shift)
-    w = sparse.csr_array(matrix if directed else (matrix + matrix.T) / 2)
-    return Topology(n, lambda k: w, directed=directed)
+    return _redraw(draw, name, seed)
 
 
 def cyclic(n: int, a: int) -> sparse.csr_array:
@@ -349,14 +364,18 @@ def file(path: str, weights: Weights = "metropolis", allow_disconnected: bool = 
 
 
 def _edge_list(path: str) -> nx.Graph:
-    edges = []
+    edges, said = [], dict[frozenset[str], float]()
     for number, fields in table(path):
+        line = f'{path} line {number}: "{" ".join(fields)[:40]}"'
         try:
-            i, j, weight = (*fields, "1") if len(fields) == 2 else fields
-            edges.append((i, j, float(weight)))
+            i, j, text = (*fields, "1") if len(fields) == 2 else fields
+            if not math.isfinite(weight := float(text)):
+                raise ValueError
         except ValueError:
-            line = " ".join(fields)[:40]
-            raise ConfigError(f'{path} line {number}: "{line}" is no edge i j [weight]') from None
+            raise ConfigError(f"{line} is no edge i j [weight]") from None
+        edges.append((i, j, weight))
+        if said.setdefault(frozenset((i, j)), weight) != weight:
+            raise ConfigError(f"{line} says otherwise than a line before; one weight an edge")
     names = dict.fromkeys(name for i, j, _ in edges for name in (i, j))
     graph = nx.Graph()
     # Numbered nodes keep their order, others come as in the file.

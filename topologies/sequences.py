@@ -15,11 +15,13 @@ from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.registry import Count, Positive, Seed
 from offbeat.topologies.contract import TOPOLOGIES, Topology
-from offbeat.topologies.graphs import Probability, cyclic, levels, table
+from offbeat.topologies.graphs import Probability, cyclic, drawn_shifts, levels, table
 from offbeat.topologies.weights import Edges, check_connected, metropolis_pairs, pairwise
 
 Nodes = Sequence[int]
 Pairs = list[tuple[int, int, float]]  # (i, j, w_ij = w_ji) of one round
+
+MOST_ROUNDS = 100_000  # that a file of timed edges has
 
 
 @TOPOLOGIES.register("one-peer-exponential")
@@ -184,7 +186,7 @@ def equidyn(
     """
     if n == 1:
         return _exact(1, [])
-    known = rng(seed, "equidyn shifts").integers(1, n, shifts) if shifts else np.arange(1, n)
+    known = drawn_shifts(n, shifts, "equidyn shifts", seed) if shifts else range(1, n)
     rest = sparse.eye_array(n) * (1 - eta + eta / n)
 
     def matrix(k: int) -> sparse.csr_array:
@@ -339,6 +341,10 @@ def timed(file: str, n: Count | None = None, allow_disconnected: bool = False) -
             raise ConfigError(
                 f'{file} line {number}: "{",".join(fields)[:40]}" is no round,i,j{among}'
             ) from None
+        if at >= MOST_ROUNDS:
+            raise ConfigError(
+                f"{file} line {number}: round {at} is beyond {MOST_ROUNDS:,}; number rounds from 0"
+            )
         rows.append((at, min(i, j), max(i, j)))
     edges = np.array(sorted(set(rows))).reshape(-1, 3)
     if not len(edges):

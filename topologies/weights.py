@@ -3,6 +3,7 @@
 W[i, j] is the weight with which node i takes node j's vector: x_i <- sum_j W[i, j] x_j.
 """
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -260,7 +261,8 @@ def attribute(name: str = "weight") -> Rule:
     def rule(edges: Edges) -> sparse.csr_array:
         graph = edges.graph
         for i, j, value in graph.edges(data=name):
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not math.isfinite(value):
                 raise ConfigError(
                     f'weights: edge {i}, {j} has {value!r} as its "{name}", which is no number'
                 )

@@ -22,6 +22,7 @@ from pydantic import Field
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.registry import NonNegative, Positive, Registry, Spec
+from offbeat.workers.work import WORK
 
 SPEEDS = Registry("speed law")
 MOST_S = 1e12  # a job's mean, in seconds
@@ -355,12 +356,15 @@ def _steps(path: Path) -> int:
         run = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
-    if run["algorithm"].get("dylu"):
+    algorithm, work = run.get("algorithm"), run.get("work")
+    if not isinstance(algorithm, dict) or not isinstance(work, dict):
+        raise ConfigError(f"{path}: is beside a trace, but was not written by the run that made it")
+    if algorithm.get("dylu"):
         raise ConfigError(
             f"{path.parent}: its jobs are of different numbers of local steps (dylu), which its "
             "trace does not have; record a run without"
         )
-    return int(run["work"].get("steps", 1))
+    return int(WORK.table(work).steps)
 
 
 class Instant(Clock):
@@ -409,7 +413,9 @@ class Paused(Clock):
         if windows is None:
             return self._clock.finish(worker, number, start_s, steps)
         awake_s = start_s - away(windows, 0.0, start_s)
-        return _wake(windows, self._clock.finish(worker, number, awake_s, steps))
+        end_s = _wake(windows, self._clock.finish(worker, number, awake_s, steps))
+        back_s = max((over for begin, over in windows if begin <= start_s < over), default=start_s)
+        return max(end_s, back_s)  # a job of no time, begun in a window, would have ended before it
 
 
 def away(windows: list[tuple[float, float]], start_s: float, end_s: float) -> float:

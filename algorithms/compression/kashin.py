@@ -34,6 +34,7 @@ from pydantic import Field
 from offbeat.algorithms.compression.coding import Reader, subsets, words
 from offbeat.algorithms.compression.contract import (
     COMPRESSORS,
+    MOST_NESTING,
     Coded,
     Compressor,
     Message,
@@ -101,7 +102,9 @@ class Framed(Coded):
     @classmethod
     def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> Message:
         seed = source.array("<u8", 1).astype(np.uint64)
-        inner = nested(source, depth, dtype, int(2 * MOST_REDUNDANCY) * d)
+        # Coefficients nest nothing: frames in frames would each have eight times as many.
+        deepest = max(depth, MOST_NESTING - 1)
+        inner = nested(source, deepest, dtype, int(2 * MOST_REDUNDANCY) * d)
         if inner.d < d or inner.d & (inner.d - 1):
             raise PeerError(f"a frame has {inner.d} coefficients of {d} numbers, no power of two")
         return cls(d, seed, inner)

@@ -6,6 +6,8 @@
 C unbiased, a <= 1/(1 + omega), gamma in (0, 1]; sum_i d_i = 0 at all times.  Liu et al., LEAD,
 ICLR 2021 (arXiv:2007.00232); Huang and Pu, CEDAS, 2023 (arXiv:2301.05872).  UNVERIFIED: the papers'
 texts were not at hand; these lines converge linearly, and are exact diffusion without compression.
+They diverge where omega is large, as qsgd(16)'s is from d = 2,000 on, unless gamma and a shrink
+with it.
 """
 
 from numpy.typing import NDArray
@@ -32,7 +34,7 @@ class Cedas(Gossip):
         if self.compressor.omega(LARGE) is None:  # it would diverge
             raise ConfigError(
                 f"cedas needs an unbiased compressor, which {self.compressor.spec} is not; take "
-                "qsgd(16) or natural, or beer or motef, which bear any"
+                "natural or qsgd(64), or beer or motef, which bear any contractive one"
             )
         self.lr, self.gamma = lr, gamma
 
@@ -59,7 +61,7 @@ def cedas(
     lr: Positive = 0.1,
     gamma: Share = 1.0,
     damping: Share = 0.5,
-    compressor: str = "qsgd(16)",
+    compressor: str = "natural",
 ) -> Cedas:
     """Exact diffusion over compressed differences; also known as LEAD.  Fixed graphs only."""
     return Cedas(lr, gamma, damping, compressor)

@@ -88,7 +88,10 @@ class Gossip(ABC):
 
     spec: Spec | None = None
     varying = True
-    """Whether it stays right where weights change: graphs, lost messages, nodes that are away."""
+    """Whether it stays right where weights change: graphs, lost messages, nodes that are away.
+
+    If not, they must be symmetric, too.
+    """
     asynchronous = True
     """Whether its nodes may do unequal numbers of rounds."""
     synchronous = True

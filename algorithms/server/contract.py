@@ -138,6 +138,6 @@ class Algorithm(ABC):
         """A job of ``worker`` is gone and will not come back; nothing by default."""
 
     def joined(self, server: Server, worker: int, lost: int) -> None:
-        """``worker`` is back, ``lost`` of whose jobs were lost: it gets as many by default."""
+        """``worker`` is back; of its jobs ``lost`` (0 too) are lost: it gets as many by default."""
         for _ in range(lost):
             server.assign(worker)

@@ -50,6 +50,7 @@ class Fragments(Algorithm):
         self.parts: list[list[tuple[int, int]]] = []  # fragment -> (first, end) of its tensors
         self.m: Any = None  # [d], outer momentum
         # Of each learner:
+        self.theta: list[NDArray] = []  # [d], its model; jobs that it does for another move it, too
         self.base: list[NDArray] = []  # [d], fragments as it took them last
         self.steps: list[list[int]] = []  # fragment -> its local steps since then
         self.due: list[list[int]] = []  # fragments it has still to take
@@ -57,7 +58,7 @@ class Fragments(Algorithm):
         self.given: list[bool] = []  # whether it has given in this round
         self.heard: list[bool] = []  # and in the one before
         self.step_s: list[float] = []  # seconds a step
-        self.waiting: list[tuple[int, NDArray]] = []  # learner, its theta [d]
+        self.waiting: list[int] = []  # learners
         # Of the round:
         self.t = 0
         self.count = self.weight = 0  # who has given; sum of weights
@@ -85,7 +86,8 @@ class Fragments(Algorithm):
             tensors = list(pairwise(d * k // fragments for k in range(fragments + 1)))
         self.parts = [tensors[k::fragments] for k in range(fragments)]
         self.m = np.zeros_like(server.x)
-        self.base, self.step_s, self.jobs = [server.x] * n, [0.0] * n, [0] * n
+        self.theta, self.base = [server.x] * n, [server.x] * n
+        self.step_s, self.jobs = [0.0] * n, [0] * n
         self.steps, self.due = [[0] * fragments for _ in range(n)], [[] for _ in range(n)]
         self.given = [False] * n
         self._open()
@@ -97,16 +99,17 @@ class Fragments(Algorithm):
         self.step_s[i] = (update.end_s - update.start_s) / update.steps
         self.steps[i] = [steps + update.steps for steps in self.steps[i]]
         self.jobs[i] += 1
-        theta, weight = update.x - update.payload, self.steps[i][self.t % self.fragments]
+        self.theta[i] = self.theta[i] - update.payload
+        weight = self.steps[i][self.t % self.fragments]
         if self.heard[i]:
-            self._take(server, i, theta)
+            self._take(server, i)
         if not self.given[i]:
-            self._give(server, i, theta, weight)
-        self._take(server, i, theta)
+            self._give(server, i, weight)
+        self._take(server, i)
         if self.jobs[i] >= self.overlap:
-            self.waiting.append((i, theta))
+            self.waiting.append(i)
         else:
-            server.assign(i, at=theta)
+            server.assign(i, at=self.theta[i])
         self._check(server)
 
     def timer(self, server: Server, token: int) -> None:
@@ -121,7 +124,8 @@ class Fragments(Algorithm):
 
     def joined(self, server: Server, worker: int, lost: int) -> None:
         """It begins with the newest model."""
-        self.base[worker], self.due[worker] = server.x, []
+        self.theta[worker] = self.base[worker] = server.x
+        self.due[worker] = []
         self.steps[worker] = [0] * self.fragments
         super().joined(server, worker, lost)
 
@@ -133,20 +137,22 @@ class Fragments(Algorithm):
         self.sums, self.lengths = [0.0] * tensors, [0.0] * tensors
         self.opened_s = self.now_s
 
-    def _take(self, server: Server, i: int, theta: NDArray) -> None:
+    def _take(self, server: Server, i: int) -> None:
         due, self.due[i] = self.due[i], []
-        base = self.base[i].copy() if due else self.base[i]
+        if not due:
+            return
+        theta, base = self.theta[i].copy(), self.base[i].copy()
         for p in due:
             for first, end in self.parts[p]:
                 x, mine = server.x[first:end], theta[first:end]
                 base[first:end] = x
                 mine[:] = self.alpha * mine + (1 - self.alpha) * x
             self.steps[i][p] = 0
-        self.base[i] = base
+        self.theta[i], self.base[i] = theta, base
 
-    def _give(self, server: Server, i: int, theta: NDArray, weight: int) -> None:
+    def _give(self, server: Server, i: int, weight: int) -> None:
         for k, (first, end) in enumerate(self.parts[self.t % self.fragments]):
-            v = self.base[i][first:end] - theta[first:end]
+            v = self.base[i][first:end] - self.theta[i][first:end]
             if self.radial:
                 length = float(np.linalg.norm(v))
                 self.lengths[k] += weight * length
@@ -186,9 +192,9 @@ class Fragments(Algorithm):
         self.t += 1
         self._open()
         waiting, self.waiting = self.waiting, []
-        for i, theta in waiting:
-            self._take(server, i, theta)
-            server.assign(i, at=theta)
+        for i in waiting:
+            self._take(server, i)
+            server.assign(i, at=self.theta[i])
 
 
 @ALGORITHMS.register("decoupled-diloco")

@@ -128,7 +128,7 @@ class Seat:
         self.workers = workers
         self.actor: Any = None  # None: it will not be filled again
         self.ready: Any = None  # what is answered when its actor is there; None: it is
-        self.limit_s = math.inf  # until when its actor has to be there
+        self.limit_s = math.inf  # until when its actor has to be there, before START_EACH_S
         self.waiting: deque[Order] = deque()
         self.calls = self.replaced = 0
 
@@ -259,7 +259,8 @@ class RayCrew(Crew):
             elif answered in self._calls:  # else its actor died, as another answer said
                 self._take(answered)
         for ping, seat in pings.items():
-            if seat.ready is ping and time.monotonic() > seat.limit_s:
+            limit_s = seat.limit_s + START_EACH_S * len(pings)
+            if seat.ready is ping and time.monotonic() > limit_s:
                 self._lose(seat, "it did not start again", refill=False)
 
     def _take(self, answered: Any) -> None:

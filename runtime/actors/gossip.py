@@ -146,7 +146,7 @@ class Seat(Place):
         self.actor: Any = None
         self.ready: Any = None  # what is answered when its actor is there; None: it is
         self.watch: Any = None  # its next report
-        self.limit_s = math.inf  # until when its actor has to be there
+        self.limit_s = math.inf  # until when its actor has to be there, before START_EACH_S
 
     @property
     def here(self) -> bool:
@@ -242,8 +242,9 @@ class RayGossip(Watched[Seat]):
             else:
                 self._watch(seat)
                 self._take(seat, told)
-        for seat in self._seats:
-            if seat.ready is not None and time.monotonic() > seat.limit_s:
+        begun = [seat for seat in self._seats if seat.ready is not None]
+        for seat in begun:
+            if time.monotonic() > seat.limit_s + START_EACH_S * len(begun):
                 self._lose(seat, "it did not start again")
         self._arrive()
 

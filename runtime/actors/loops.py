@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from offbeat.runtime.experiment import Experiment
 
 END_S = 10.0  # for loops to end by themselves, once their run is over
+JOIN_S = 600.0  # for a loop to come as far as offbeat.join, with its data and model
 ADDRESS = "ray"
 Came = Callable[[int, Answer | Exception], None]
 
@@ -164,7 +165,9 @@ def meet(ray: Any, experiment: "Experiment", options: "Ray", folder: Path | None
         folder: of the run.
 
     Raises:
-        ConfigError: it does not say which loop; the loop fails; its model is not the experiment's.
+        ConfigError: it does not say which loop; the loop fails, or does not join; its model is not
+            the experiment's.
+        CrewError: its process dies.
     """
     work, task = experiment.work, experiment.task
     if not isinstance(work, OwnLoop):
@@ -175,14 +178,20 @@ def meet(ray: Any, experiment: "Experiment", options: "Ray", folder: Path | None
             "\"own-loop(loop='module:function')\""
         )
     needs = {"num_cpus": options.num_cpus, "num_gpus": options.num_gpus}
+    asked = ray.remote(scouted).options(**needs, resources=options.resources).remote(work)
     try:
-        text, x = ray.get(
-            ray.remote(scouted).options(**needs, resources=options.resources).remote(work)
-        )
+        text, x = ray.get(asked, timeout=JOIN_S)
+    except ray.exceptions.GetTimeoutError:
+        raise ConfigError(
+            f"own-loop: the loop did not join within {JOIN_S:g} s; does it wait for something, or "
+            "is the cluster full?"
+        ) from None
     except ray.exceptions.RayTaskError as error:
         raise ConfigError(
             f"own-loop: the loop fails before it joins: {last_line(error)}\n{error}"
         ) from None
+    except ray.exceptions.RayError as error:
+        raise CrewError(f"own-loop: the loop's process dies: {last_line(error)}") from None
     like = task.initial(experiment.seed)
     if (x.dtype, x.size) != (like.dtype, like.size):
         raise ConfigError(

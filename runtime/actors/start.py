@@ -15,6 +15,7 @@ from types import ModuleType
 import psutil
 
 from offbeat.runtime.errors import ConfigError, CrewError
+from offbeat.runtime.loop import uninterrupted
 
 OLDEST = 2, 40
 # What Ray prints of its own accord; a run says it better.
@@ -113,8 +114,9 @@ def _begin(ray: ModuleType) -> Session:
     folder = tempfile.mkdtemp(prefix="offbeat-ray-", dir="/tmp")  # its sockets need a short path
 
     def stop() -> None:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+        with uninterrupted():
+            ray.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
 
     try:
         with _environment("RAY_USAGE_STATS_ENABLED", "0"):

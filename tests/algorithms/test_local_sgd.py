@@ -127,6 +127,35 @@ def test_staleness_and_throughput_of_the_published_profile(dylu, mean, most, sha
         assert rate == pytest.approx(4.01, abs=0.01)
 
 
+def profiled(steps, grace_s, dylu=True, updates=4000):
+    """A run of the published devices, with workers that restart at a window's last result."""
+    method = async_local_sgd(
+        lr=0.1, outer="sgd", grace_s=grace_s, charged=False, dylu=dylu,
+        seconds=PROFILE if dylu else None,
+    )  # fmt: skip
+    work = f"local-steps(sgd(lr=0.01), steps={steps})"
+    return offbeat.run(quadratic(3, workers=4), method, FLEET, work=work, stop={"steps": updates})
+
+
+def test_staleness_of_each_published_device_and_of_more_steps():
+    """The slower, the staler; with DyLU and 50 steps a mean of 2.33 and at most 4."""
+    trace = profiled(20, 0.5, dylu=False).trace
+    tau, worker = column(trace, "step") - column(trace, "read_step"), column(trace, "worker")
+    means = [tau[worker == w].mean() for w in range(4)]
+    np.testing.assert_allclose(means, [1.2, 1.5, 5.0, 12.3], atol=0.06)
+    final = profiled(50, 0.5).final
+    assert final["staleness_mean"] == pytest.approx(2.33, abs=0.006)
+    assert final["staleness_max"] == 4
+
+
+@pytest.mark.parametrize(("steps", "spread"), [(20, 1.61), (50, 2.36)])
+def test_a_window_as_long_as_the_spread_of_dylus_rounds_has_everybody_in_it(steps, spread):
+    """Four updates of one model, in turn: a mean of 1.5 and at most 3; not so in a shorter one."""
+    final = profiled(steps, spread + 0.005, updates=400).final
+    assert (final["staleness_mean"], final["staleness_max"]) == (1.5, 3)
+    assert profiled(steps, spread - 0.005, updates=400).final["staleness_mean"] > 2
+
+
 @pytest.mark.parametrize("c", [0.0, 0.25])
 def test_an_endless_window_with_a_buffer_of_all_is_diloco(c):
     """The same models at the same times, with a stateful inner optimiser."""
@@ -554,6 +583,28 @@ def test_decoupled_diloco_between_its_corners():
         np.testing.assert_allclose(runs[0].x, runs[1].x, rtol=1e-4, atol=1e-5)
         np.testing.assert_array_equal(runs[0].trace, runs[1].trace)
         assert runs[0].final["step"] >= 10
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        decoupled_diloco(momentum=0.0, quorum=4),
+        decoupled_diloco(momentum=0.0, quorum=2),
+        decoupled_diloco(momentum=0.0, fragments=2, overlap=1, alpha=0.5),
+        streaming_diloco(momentum=0.0, fragments=3, overlap=2),
+    ],
+)
+def test_learners_give_what_they_moved_whoever_does_their_jobs(method):
+    """Not what the model moved since a learner was last there, nor by how much two are apart."""
+    task = Quadratic(np.tile(np.arange(1.0, 6.0), (4, 1)))
+    away = [offbeat.Outage(worker=w, from_s=5.5 + w, to_s=200.5 + 3 * w) for w in (0, 1)]
+    speeds = [1.0, 1.1, 1.2, 1.3]
+    fleet = offbeat.Fleet(workers=4, speeds=speeds, outages=away, on_outage="reassign")
+    work, ends = "local-steps(sgd(0.1), steps=2)", {"seconds": 400}
+    result = offbeat.run(task, method, fleet, work=work, stop=ends, evaluate={"seconds": 1})
+    assert result.facts["reassigned"] >= 2
+    loss = result.column("loss")
+    assert (loss[1:] <= 1.001 * loss[:-1]).all()
 
 
 class Uneven(Fragments):

@@ -302,3 +302,26 @@ def test_engine_clock_and_pace_are_settings(offbeat_):
     code, _, err = offbeat_("resume", "out", "--engine", "virtaul")
     assert code == 2
     assert 'no engine is called "virtaul"; did you mean "virtual"?' in err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--task", "quadratic(100000000000000)"], 1, "not enough memory: Unable to allocate"),
+        (["--task", "lm(/tmp/text)"], 2, "name:argument, with quotes around a path"),
+        (["--set", "stop={loss=0.1}"], 2, "stop: a target loss may never be reached"),
+        (["--task", "mixtures(classes=1)"], 2, "mixtures: needs two classes"),
+        (
+            ["--steps", "9", "--set", "evaluate={}", "--set", "stop.loss=0.1"],
+            2,
+            "stop.loss: the run never eval",
+        ),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(offbeat_, words, code, said):
+    task = [] if "--task" in words else ["--task", "quadratic"]
+    ended, _, err = offbeat_("run", "--algorithm", "pure", *task, *words)
+    assert ended == code
+    assert said in err
+    assert "stop: stop" not in err
+    assert len(err.splitlines()) == 1

@@ -30,9 +30,9 @@ SEEDS = 120  # of each kind of run with faults
 
 def suits(method, graph, loss=0.0):
     topology = TOPOLOGIES.parse(graph, n=8)
-    if topology.period != 1 or loss:
-        return method.varying and not (loss and topology.directed and not method.pushes)
-    return True
+    if not method.varying and (topology.period != 1 or topology.directed or loss):
+        return False
+    return not (loss and topology.directed and not method.pushes)
 
 
 CASES = [

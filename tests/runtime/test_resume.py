@@ -12,6 +12,7 @@ import pytest
 
 import offbeat
 from offbeat import ConfigError, StorageError
+from offbeat.algorithms.server import Algorithm
 from offbeat.runtime import checkpoint, records, trees
 from offbeat.runtime.api import load_experiment
 
@@ -265,3 +266,36 @@ def test_what_a_full_disk_does_not_take_waits_up_to_a_limit(monkeypatch):
     with pytest.raises(StorageError, match="the last checkpoint is intact"):
         file.write("x" * records.HELD_BYTES)
     file.close()
+
+
+def test_a_method_may_count_with_numpys_integers(tmp_path):
+    class Counting(Algorithm):
+        any_shard = True
+
+        def arrive(self, server, update):
+            server.apply(0.1 * update.payload)
+            shard = server.rng("shard", server.step).integers(server.shards)
+            server.assign(update.worker, steps=np.int64(3), shard=shard)
+
+    parts = "quadratic(5)", Counting(), "3 1..3"
+    options = {"work": "local-steps(sgd, steps=2)", "stop": {"steps": 30}}
+    result = offbeat.run(*parts, **options, folder=tmp_path / "run")
+    np.testing.assert_array_equal(result.x, offbeat.run(*parts, **options).x)
+
+
+@pytest.mark.parametrize("law", ["trace('times.csv')", "trace(recorded)", "trace:recorded"])
+def test_a_run_goes_on_from_anywhere(law, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    (here / "times.csv").write_text("0,1\n1,2\n")
+    (here / "a.txt").write_text("words and words " * 100)
+    offbeat.run("quadratic(3)", "pure", "2 1..2", stop={"steps": 9}, folder="recorded")
+    fleet = offbeat.Fleet(workers=2, speeds=law)
+    for name, data in (("a", "text:a.txt"), ("b", "text:*.txt"), ("c", "*.txt")):
+        task = f"lm('{data}', length=8, batch=1, evaluated=1)"
+        monkeypatch.chdir(here)
+        offbeat.run(task, "pure", fleet, stop={"steps": 2}, folder=tmp_path / name)
+        monkeypatch.chdir(tmp_path)
+        again = offbeat.resume(tmp_path / name, overrides=["stop.steps=3"])
+        assert again.final["step"] == 3

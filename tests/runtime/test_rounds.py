@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 from canonical import canonical, ctad, engine, pairs, rounds
+from scipy import sparse
 
 import offbeat
 from offbeat.algorithms.gossip import choco, deepsqueeze, dsgd, dsgt
 from offbeat.runtime.errors import ConfigError, Diverged
 from offbeat.runtime.pairs import Pairs
 from offbeat.runtime.rounds import Rounds
-from offbeat.topologies import TOPOLOGIES
+from offbeat.topologies import TOPOLOGIES, Topology
 from offbeat.workers.fleet import Fleet, Outage
 from offbeat.workers.tasks import Quadratic, logistic, quadratic
 from offbeat.workers.work import WORK
@@ -155,6 +156,8 @@ def test_too_large_steps_are_one_sentence(method, mode):
         ({"algorithm": "cedas(compressor='topk(2)')", "topology": "ring"}, "needs an unbiased"),
         ({"algorithm": "cedas", "topology": "base"}, "here the graph does"),
         ({"algorithm": "cedas", "topology": "ring", "fleet": "8 loss=0.1"}, "messages are lost"),
+        ({"algorithm": "cedas", "topology": "exponential"}, "symmetric"),
+        ({"algorithm": "exact-diffusion", "topology": "exponential"}, "symmetric"),
         ({"algorithm": "motef", "topology": "base", "replicas": "global", "fleet": "8 loss=0.1"},
          "needs every message"),
         ({"algorithm": "dsgd", "topology": "exponential", "fleet": "8 loss=0.1"}, "directed"),
@@ -169,6 +172,18 @@ def test_mistakes_are_one_sentence(wrong, said):
     given = {"fleet": "8", **wrong}
     with pytest.raises(ConfigError, match=said):
         offbeat.run("quadratic(4)", stop={"steps": 1}, **given)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "sums", "said"),
+    [("gradient-push", 0, "columns"), ("dsgd", 0, "columns"), ("dsgd", 1, "rows")],
+)
+def test_weights_that_lose_the_mean_are_refused(algorithm, sums, said):
+    """Rows (1) or columns (0) of the weights do not sum to 1."""
+    w = sparse.csr_array([[0.5, 0.5], [0.2, 0.8]])
+    made = Topology(2, lambda k: w if sums == 0 else w.T, directed=True)
+    with pytest.raises(ConfigError, match=f"whose {said} sum to 1"):
+        offbeat.run("quadratic(4)", algorithm, "2", made, stop={"steps": 1})
 
 
 def test_reassigning_is_for_servers():

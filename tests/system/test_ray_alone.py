@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import time
 import types
 import uuid
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -98,6 +100,21 @@ def test_ctrl_c_then_another_engine(tmp_path):
     whole = offbeat.run(**PARTS, stop={"steps": reached + 100})
     np.testing.assert_array_equal(result.x, whole.x)
     np.testing.assert_array_equal(result.trace, whole.trace)
+
+
+def test_ctrl_c_again_and_again_leaves_nothing_behind(tmp_path):
+    with Run(tmp_path / "run", "--clock", "real", "--pace", "0.01") as run:
+        run.wait()
+        (raylet,) = [process for process in run.processes() if process.name() == "raylet"]
+        folder = Path(re.search("/tmp/offbeat-ray-[a-z0-9_]+", " ".join(raylet.cmdline()))[0])
+        sent = 0
+        while run.process.poll() is None:
+            run.process.send_signal(signal.SIGINT)
+            sent += 1
+            time.sleep(0.1)
+        assert sent > 2
+        assert run.left(limit_s=5.0) == []
+        assert not folder.exists()
 
 
 def test_kill_9_then_resume_under_a_real_clock(tmp_path):

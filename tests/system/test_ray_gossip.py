@@ -199,6 +199,15 @@ def test_an_actor_that_is_killed_joins_again(mode, tmp_path):
         replayed(result, tmp_path / "run")
 
 
+def test_several_actors_that_start_again_have_more_time(monkeypatch):
+    """Each takes its share of the machine's time from the others."""
+    monkeypatch.setattr("offbeat.runtime.actors.gossip.START_S", 0.0)
+    engine = Deadly([(20, 1), (20, 2)])
+    result = run(dsgt(lr=0.05), engine, "random-regular", f"{N} 0.01", 80, canonical())
+    assert len(set(engine.loop.killed)) == result.facts["restarts"] == 2
+    assert [event["event"] for event in result.events].count("back") == 4
+
+
 class DyingAsked(RayGossip):
     """Kills an actor when it is asked for its state."""
 

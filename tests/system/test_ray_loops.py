@@ -169,6 +169,27 @@ def test_loops_that_cannot_be(work, task, said, method, topology):
         )
 
 
+def waits(address):
+    assert address == "ray"
+    time.sleep(LIMIT_S)
+
+
+def dies(address):
+    assert address == "ray"
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("loop", "said"), [(waits, "did not join within 5 s"), (dies, "the loop's process dies")]
+)
+def test_loops_that_never_join(loop, said, monkeypatch):
+    if loop is waits:
+        monkeypatch.setattr("offbeat.runtime.actors.loops.JOIN_S", 5.0)
+    work, more = OwnLoop(5, loop), {"engine": "ray", "stop": {"steps": 3}}
+    with pytest.raises(offbeat.OffbeatError, match=said):
+        offbeat.run(EXTERNAL, "diloco", "2 real", work=work, **more)
+
+
 def test_a_loop_that_nobody_runs():
     net = little()
     with (

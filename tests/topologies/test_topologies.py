@@ -155,6 +155,27 @@ def test_matrices_are_shared_and_read_only():
         topology.matrix().data[0] = 1.0
 
 
+def test_rounding_makes_no_graph_directed():
+    w = np.array([[0.7, 0.3 + 1e-15], [0.3, 0.7]])
+    assert not from_matrix(w).directed
+    assert from_matrix(np.roll(np.eye(3), 1, axis=0)).directed
+
+
+@pytest.mark.parametrize(("n", "degree"), [(50, 48), (20, 17), (9, 8), (8, 4)])
+def test_dense_regular_graphs_are_drawn(n, degree):
+    graph = parse(f"random-regular({n}, {degree})").graph()
+    assert {d for _, d in graph.degree} == {degree}
+
+
+def test_equidyn_mixes_whatever_shifts_are_drawn():
+    """A shift that shares a divisor with n keeps nodes apart for ever."""
+    for seed in range(12):
+        union = nx.compose_all(
+            parse(f"equidyn(8, shifts=1, seed={seed})").graph(k) for k in range(64)
+        )
+        assert nx.is_connected(union)
+
+
 def test_a_given_matrix_stays_its_owners():
     w = np.full((3, 3), 1 / 3)
     mixing = sparse.csr_array(w)
@@ -606,6 +627,7 @@ MISTAKES = [
     ("barbell:3", "make no barbell"),
     ("random-regular(5, 3)", "no graph of 5 nodes has the degree 3"),
     ("watts-strogatz(3, 4)", "4 neighbours do not fit"),
+    ("watts-strogatz(8, 3)", "an even number of neighbours, not 3"),
     ("erdos-renyi(50, p=0.001)", "none of 100 draws was connected"),
     ("erdos-renyi(50, p=1.5)", "less than or equal to 1"),
     ("geometric(50, 0.01)", "none of 100 draws was connected"),
@@ -619,6 +641,10 @@ MISTAKES = [
     ("file:nowhere.graphml", "nowhere.graphml: cannot be read as GraphML"),
     ("file:bad.txt", 'bad.txt line 2: "1 2 x" is no edge'),
     ("file:empty.txt", "has no nodes"),
+    ("file:nan.txt", 'nan.txt line 1: "0 1 nan" is no edge'),
+    ("file('nan.graphml', weights=attribute)", 'edge 0, 1 has nan as its "weight"'),
+    ("file:twice.txt", 'twice.txt line 3: "1 0 0.1" says otherwise than a line before'),
+    ("timed:epoch.csv", "epoch.csv line 1: round 1763800000 is beyond"),
     ("file:apart.txt", "2 components, of 2, 2 nodes; cut off from the largest: 2, 3"),
     ("timed:nowhere.csv", "cannot be read"),
     ("timed:bad.txt", 'bad.txt line 1: "0,1" is no round,i,j'),
@@ -631,6 +657,10 @@ MISTAKES = [
 def test_mistakes(files, text, said):
     (files / "bad.txt").write_text("0 1\n1 2 x\n")
     (files / "empty.txt").write_text("# nothing\n")
+    (files / "nan.txt").write_text("0 1 nan\n1 2 0.5\n")
+    nx.write_graphml(nx.Graph([(0, 1, {"weight": np.nan})]), files / "nan.graphml")
+    (files / "twice.txt").write_text("0 1 0.5\n1 2 0.25\n1 0 0.1\n")
+    (files / "epoch.csv").write_text("1763800000,0,1\n")
     (files / "apart.txt").write_text("0 1\n2 3\n")
     with pytest.raises(ConfigError, match=said) as caught:
         parse(text)

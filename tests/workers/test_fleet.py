@@ -152,6 +152,18 @@ def test_a_paused_worker_stands_still():
     assert result.final["busy"] == pytest.approx((16.5 - 6.5 + 16.5) / 33)
 
 
+def test_what_is_begun_in_a_pause_ends_after_it_however_short_it_is():
+    task = quadratic(3, workers=2)
+    windows = [Outage(worker=0, from_s=4.5, to_s=10.0), Outage(worker=1, from_s=20.0)]
+    clock = Fleet(workers=2, speeds="poisson(0.01)", outages=windows).timing(0, 0).clock
+    assert [clock.finish(0, 1, start_s) for start_s in (4.0, 4.5, 7.0, 10.0)] == [4, 10, 10, 10]
+    assert clock.finish(1, 1, 21.0) == np.inf
+    fleet = Fleet(workers=2, speeds="poisson(0.7)", outages=windows[:1])
+    trace = offbeat.run(task, "random", fleet, stop={"steps": 100}).trace
+    assert (np.diff(column(trace, "time_s")) >= 0).all()
+    assert (column(trace, "end_s") >= column(trace, "start_s")).all()
+
+
 def test_lost_jobs_are_lost_and_reassigned_ones_are_not():
     task = quadratic(3, workers=3)
     outages = [Outage(worker=0, from_s=4.5, to_s=10.0)]

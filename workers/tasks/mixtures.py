@@ -88,7 +88,9 @@ def mixtures(
         seed: of data, division and sampling.
     """
     count = classes * clusters
-    if samples < count or classes < 2:
+    if classes < 2:
+        raise ConfigError(f"mixtures: needs two classes or more, not {classes}")
+    if samples < count:
         raise ConfigError(
             f"mixtures: {samples} samples cannot fill {classes} x {clusters} clusters"
         )

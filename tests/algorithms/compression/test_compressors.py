@@ -310,6 +310,12 @@ def test_frames_that_ask_for_too_much():
         decode([deep])
     with pytest.raises(PeerError, match="at most"):
         decode([bytes([0xFB, 1, 1, 0, 255, 255, 255, 255])])
+    # A frame of coefficients that are a frame of coefficients: eight times as many in each.
+    empty = np.float64(1).tobytes() + bytes([1, 0, 1, 0, 0, 0, 0, 0, 1])
+    inner = bytes([0xFB, 1, 4, 1]) + (2**15).to_bytes(4, "little") + empty
+    framed = bytes([0xFB, 1, 14, 1]) + (2**12).to_bytes(4, "little") + bytes(8) + inner
+    with pytest.raises(PeerError, match="deeper"):
+        decode([bytes([0xFB, 1, 14, 1]) + (1000).to_bytes(4, "little") + bytes(8) + framed])
 
 
 def test_frames_whose_numbers_are_beyond_range():

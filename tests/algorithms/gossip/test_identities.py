@@ -21,6 +21,7 @@ from offbeat.algorithms.gossip import (
 )
 from offbeat.algorithms.gossip.motef import MoTEF
 from offbeat.algorithms.gossip.tracking import DSGT
+from offbeat.workers.tasks import Quadratic
 
 NOISY = canonical(noise=0.1)
 EXACT = canonical()
@@ -134,6 +135,17 @@ def test_momentum_tracking_is_its_papers_recursion():
         found.append(x)
     ours = asked(momentum_tracking(lr=lr, beta=beta))
     assert np.abs(ours - np.array(found[:STEPS])).max() < 1e-13
+
+
+@pytest.mark.parametrize(("method", "limit"), [(dsgd, 2.0), (ctad, 2 / 3)])
+def test_steps_up_to_which_dsgd_is_stable(method, limit):
+    """lr L < 2 where adapting comes first, else lr L < 1 + lambda_n(W) = 2/3: L = 1, a ring."""
+    start = np.random.default_rng(0).standard_normal((8, 20))
+    for share, stays in ((0.95, True), (1.05, False)):
+        made = rounds(Quadratic(np.zeros((8, 20))), method(lr=share * limit), initial=start)
+        for _ in range(300):
+            made._advance()
+        assert (np.abs(made.node.x).max() < 1) == stays
 
 
 def test_duals_of_cedas_sum_to_zero():

@@ -75,12 +75,21 @@ def test_a_fleet_comes_from_a_run_or_a_table(tmp_path):
         recorded_times(path, 2)
 
 
-def test_times_of_local_steps_are_of_one_step(tmp_path):
+@pytest.mark.parametrize("work", ["{}", "compressed(topk(0.5), {})"])
+def test_times_of_local_steps_are_of_one_step(work, tmp_path):
     offbeat.run(
-        "quadratic(3)", "async-local-sgd", "3 1..3", work="local-steps(sgd(0.1), steps=5)",
-        stop={"steps": 30}, folder=tmp_path / "a",
+        "quadratic(3)", "async-local-sgd", "3 1..3", stop={"steps": 30}, folder=tmp_path / "a",
+        work=work.format("local-steps(sgd(0.1), steps=5)"),
     )  # fmt: skip
     assert recorded_times(tmp_path / "a", 3)[2] == pytest.approx([3.0] * 5, abs=1e-9)
+
+
+@pytest.mark.parametrize("text", ['algorithm = "pure"', 'work = "gradient"', "[[algorithm]]"])
+def test_only_a_runs_own_file_says_how_many_steps_its_jobs_have(text, tmp_path):
+    offbeat.run("quadratic(3)", "pure", "3 1..3", stop={"steps": 30}, folder=tmp_path / "a")
+    (tmp_path / "a" / "experiment.toml").write_text(text)
+    with pytest.raises(ConfigError, match=r"experiment\.toml: .* written by the run"):
+        recorded_times(tmp_path / "a", 3)
 
 
 def test_mistakes_are_told(tmp_path):
