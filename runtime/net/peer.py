@@ -226,6 +226,7 @@ class PeerProcess:
         self._saving: Future[None] | None = None
         self._saves = checkpoint.Attempts(experiment.record.max_failed_saves)
         self._evaluating: Future[dict[str, Any]] | None = None
+        self._newest: tuple[int, int, float, Any] | None = None  # model that is to be, next
         self._began_s = time.monotonic()
         self._save_s = self._look_s = self._began_s
         self._remind_s = self._began_s + REMIND_S
@@ -506,8 +507,10 @@ class PeerProcess:
             self._last = self._evaluating.result()
             self.records.add(self._last)
             self._evaluating = None
-        if told.models and self._evaluating is None:
-            k, _, time_s, x = told.models[-1]  # those before it are too many for this machine
+        if told.models:
+            self._newest = told.models[-1]  # those before it are too many for this machine
+        if self._newest is not None and self._evaluating is None:
+            (k, _, time_s, x), self._newest = self._newest, None
             self._evaluating = self._side.submit(self._evaluate, k, time_s, x)
 
     def _evaluate(self, k: int, time_s: float, x: Any) -> dict[str, Any]:
@@ -664,7 +667,8 @@ class PeerProcess:
             return "seconds"
         if self.mesh.standing == mesh.RUNNING and self._done():
             self.mesh.leave(mesh.DONE, now_s)
-        if self.mesh.standing == mesh.DONE and self.mesh.finished(now_s) and not self._mail:
+        busy = self._mail or self._evaluating is not None  # the last round's model is looked at
+        if self.mesh.standing == mesh.DONE and self.mesh.finished(now_s) and not busy:
             return "steps"
         return None
 
