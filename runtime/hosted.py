@@ -279,15 +279,15 @@ class Hosted:
             self._repeat()
 
     def _repeat(self) -> None:
-        """Nodes that stand still repeat what may not have arrived."""
+        """Nodes that stand still repeat what may not have arrived; others may wait for it."""
         now_s = time.monotonic()
         with self._lock:
             for i, node in self.nodes.items():
-                computes = i in self._given_s
-                if now_s - self._moved_s[i] > AGAIN_S and not (node.quiet or computes):
+                if now_s - self._moved_s[i] > AGAIN_S and i not in self._given_s:
                     self._moved_s[i] = now_s
-                    self._note(i, "again")
-                    self._do(i, node.again(), again=True)
+                    if effects := node.again():
+                        self._note(i, "again")
+                        self._do(i, effects, again=True)
 
     def _handle(self, event: tuple[Any, ...]) -> None:
         if self._ended:

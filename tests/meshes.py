@@ -50,7 +50,7 @@ class Party:
                 mail, m.mail = m.mail, []
                 for p in mail:
                     self._do(self.node.receive(p.frm, p.kind, p.number, p.items, p.incarnation))
-            if net.now - self.moved_s > AGAIN_S and not self.node.quiet:
+            if net.now - self.moved_s > AGAIN_S:
                 self.moved_s = net.now
                 self._do(self.node.again(), again=True)
             m.round = self.node.round

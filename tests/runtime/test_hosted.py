@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from threaded import Threaded, Threads
 
 import offbeat
 from offbeat.runtime.hosted import Hosted, Parcel
+from offbeat.runtime.node import HELLO
+from offbeat.runtime.node_rounds import MAIL
 
 NOISY = canonical(noise=0.1)
 
@@ -109,6 +112,68 @@ def test_who_brings_mail_is_not_kept_for_several_jobs():
     engine = Threads(2, kind=Bringing)
     run("dsgd(lr=0.03)", engine, f"{N} real", "complete", LONG, pace=1.0)
     assert max(engine.loop.computed) == 1
+
+
+# -- What is lost ----------------------------------------------------------------------------------
+
+
+class Pair:
+    """Two nodes, each in a process of its own, at the end of their rounds; ``lose`` is asked."""
+
+    def __init__(self, lose):
+        self.lost, self.lose = [], lose
+        task = canonical(n=2, noise=0.1)
+        made = replace(experiment(task, METHODS["dsgt"], "complete"), pace=1e-3)
+        self.ends = [Hosted(made, [i], self.carry) for i in range(2)]
+        for end in self.ends:
+            end.begin(0.0, 3)
+
+    def carry(self, parcels):
+        for parcel in parcels:
+            if self.lose(parcel) and not self.lost:
+                self.lost.append(parcel)
+            else:
+                self.ends[parcel.to].deliver([parcel])
+
+    def until(self, condition):
+        end_s = time.monotonic() + 10.0
+        while not all(condition(end, i) for i, end in enumerate(self.ends)):
+            assert time.monotonic() < end_s, "it did not happen in time"
+            time.sleep(0.01)
+
+    def end(self):
+        for end in self.ends:
+            end.end(10.0)
+
+
+def rests(end, i):
+    return end.report(0.0).rests
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    monkeypatch.setattr("offbeat.runtime.hosted.AGAIN_S", 0.2)
+    monkeypatch.setattr("offbeat.runtime.hosted.MOST_WAIT_S", 0.05)
+
+
+@pytest.mark.parametrize("far", [1, 2])
+def test_a_greeting_that_was_lost_is_said_again_by_who_is_done(soon, far):
+    """Else one end would have given back what the other has not, for as long as both rest."""
+    pair = Pair(lambda parcel: parcel.kind == HELLO and parcel.items[0][2] == far)
+    pair.until(rests)
+    pair.ends[0].tell("down", 1)
+    pair.ends[0].tell("up", 1)
+    pair.until(lambda end, i: end.nodes[i].counts["opened"])
+    pair.end()
+    assert len(pair.lost) == 1
+
+
+def test_the_last_mail_that_was_lost_is_sent_again_by_who_is_done(soon):
+    pair = Pair(lambda parcel: parcel.kind == MAIL and parcel.number == 2)
+    pair.until(rests)
+    pair.end()
+    assert len(pair.lost) == 1
+    assert [end.nodes[i].round for i, end in enumerate(pair.ends)] == [3, 3]
 
 
 # -- The end ---------------------------------------------------------------------------------------
