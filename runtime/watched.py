@@ -11,6 +11,7 @@ from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from logging import WARNING
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -21,12 +22,14 @@ from offbeat.runtime.errors import CrewError
 from offbeat.runtime.experiment import Experiment
 from offbeat.runtime.gossip import COUNTS, measure
 from offbeat.runtime.hosted import Report
+from offbeat.runtime.logs import tell
 from offbeat.runtime.loop import Loop
 from offbeat.runtime.node import gossip_node
 from offbeat.runtime.records import ROWS_HELD, Records
 
 LOOK_S = 0.1  # seconds after which a wait is interrupted for signals and checkpoints
-REST_S = 600.0  # within which nodes come to rest, or answer
+SILENT_S = 600.0  # without a word of a process that is waited for
+REMIND_S = 60.0  # between two sentences that say what is waited for
 
 
 class Place:
@@ -37,7 +40,8 @@ class Place:
         self.replaced = 0
         self.limits = 0  # that were set since its process began
         self.told = Report()  # the last one
-        self.now_s = 0.0  # of its last report
+        self.now_s = 0.0  # of its last report,
+        self.heard_s = -math.inf  # which came then
         self.answers: dict[int, Any] = {}
 
     @property
@@ -214,7 +218,7 @@ class Watched(Loop, Generic[P]):
         if told.error is not None:
             kind, said = told.error
             raise (kind or CrewError)(said)
-        seat.told, seat.now_s = told, told.now_s
+        seat.told, seat.now_s, seat.heard_s = told, told.now_s, time.monotonic()
         seat.answers |= told.answers
         for loss in told.losses:
             self.experiment.task.report(loss)  # type: ignore[attr-defined]
@@ -247,10 +251,21 @@ class Watched(Loop, Generic[P]):
             self.records.flush()
 
     def _await(self, done: Callable[[], bool], what: str) -> None:
-        until_s = time.monotonic() + REST_S
+        """Wait for as long as jobs take, and their processes say that they are there."""
+        began_s = time.monotonic()
+        remind_s = began_s + REMIND_S
         while not done():
-            if time.monotonic() > until_s:
-                raise CrewError(f"the nodes did not {what} within {REST_S:.0f} s")
+            now_s = time.monotonic()
+            for seat in self._seats:
+                if now_s - max(began_s, seat.heard_s) > SILENT_S:
+                    raise CrewError(
+                        f"node {seat.nodes[0]} did not {what}: its process said nothing for "
+                        f"{SILENT_S:.0f} s; resume the run from its last checkpoint"
+                    )
+            if now_s >= remind_s:
+                remind_s = now_s + REMIND_S
+                text = f"waiting for jobs at hand, after which the nodes {what}"
+                tell("waiting", text, WARNING, here=[])
             self._listen(LOOK_S)
 
     def _extend(self, limit: float) -> None:

@@ -12,6 +12,7 @@ from simulated import experiment
 from threaded import Threaded, Threads
 
 import offbeat
+from offbeat.runtime.errors import CrewError
 from offbeat.runtime.hosted import Hosted, Parcel
 from offbeat.runtime.node import HELLO
 from offbeat.runtime.node_rounds import MAIL
@@ -112,6 +113,42 @@ def test_who_brings_mail_is_not_kept_for_several_jobs():
     engine = Threads(2, kind=Bringing)
     run("dsgd(lr=0.03)", engine, f"{N} real", "complete", LONG, pace=1.0)
     assert max(engine.loop.computed) == 1
+
+
+# -- Nodes that are to rest ------------------------------------------------------------------------
+
+
+class Slow(Long):
+    """A task whose gradients take longer than a process may be silent."""
+
+    def gradient(self, x, worker, draw):
+        time.sleep(0.3)
+        return NOISY.gradient(x, worker, draw)
+
+
+def test_a_checkpoint_waits_for_as_long_as_a_job_takes(monkeypatch, tmp_path):
+    monkeypatch.setattr("offbeat.runtime.watched.SILENT_S", 0.2)
+    engine = Threads(N, watch_s=0.02, kind=Resting)
+    run(
+        "dsgd(lr=0.03)", engine, f"{N} real", task=Slow(), pace=1.0, stop={"steps": 3},
+        folder=tmp_path / "run", record={"save_every_s": 0.1},
+    )  # fmt: skip
+    assert engine.loop.rested > 2
+    assert engine.loop.busy == 0
+
+
+class Mute(Threaded):
+    """Node 3 says nothing any more, though it is there."""
+
+    def _take(self, seat, told):
+        if seat.nodes != [3]:
+            super()._take(seat, told)
+
+
+def test_a_process_that_says_nothing_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr("offbeat.runtime.watched.SILENT_S", 0.2)
+    with pytest.raises(CrewError, match="node 3 did not come to rest: its process said nothing"):
+        run("dsgd(lr=0.03)", Threads(N, watch_s=0.02, kind=Mute))
 
 
 # -- What is lost ----------------------------------------------------------------------------------
