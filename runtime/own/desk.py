@@ -66,7 +66,8 @@ class Desk:
     def __init__(self, answered: Callable[[Answer], None]) -> None:
         self._answered = answered
         self._changed = threading.Condition()
-        self._order: Order | None = None  # to be taken
+        self._order: Order | None = None  # to be taken,
+        self._taken: Order | None = None  # and not answered
         self._ended = False
         self._failure: BaseException | None = None
 
@@ -103,8 +104,8 @@ class Desk:
         with self._changed:
             while not self.over:
                 if self._order is not None:
-                    order, self._order = self._order, None
-                    return order
+                    self._taken, self._order = self._order, None
+                    return self._taken
                 now_s = time.monotonic()
                 whom, alone_s = self._awaited(began_s, now_s)
                 if patience_s is not None and alone_s > patience_s:
@@ -133,10 +134,13 @@ class Desk:
 
     def answer(self, order: Order, answer: Answer) -> None:
         """See ``Source``."""
+        self._taken = None
         self._answered(answer)
 
     def leave(self, why: str) -> None:
-        """See ``Source``."""
+        """See ``Source``: the loop is given it again when it is back."""
+        with self._changed:
+            self._order, self._taken = self._order or self._taken, None
 
 
 class Hosting(Desk):

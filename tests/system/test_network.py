@@ -591,6 +591,8 @@ def test_garbage_costs_who_sends_it_its_connection(tmp_path, stack):
             sender.disable_monitor()
             monitor.close()
     after = site.until(lambda s: s["counts"].get("bad_header", 0) >= 3, server)
+    assert after["counts"]["bad_header"] == 3
+    assert "too_large" not in after["counts"]  # nothing of that frame came so far
     assert after["counts"].get("gone", 0) == 0
     site.until(lambda s: s["jobs"] > status["jobs"] + 20, server)
 
