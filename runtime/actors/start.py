@@ -1,5 +1,6 @@
 """Ray: started quietly and only when asked for, and stopped by who started it."""
 
+import fcntl
 import logging
 import os
 import re
@@ -9,8 +10,10 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import ModuleType
+from typing import IO
 
 import psutil
 
@@ -23,6 +26,8 @@ NOISE = "A worker died or was killed|PYTHON worker processes have been|Raylet is
 PROCESSES = {"gcs_server", "raylet"}
 REACH_S = 5.0  # for a connection to a cluster
 LOOK_S = 1.0  # between looks after them
+FOLDER = "offbeat-ray-"  # how those of a Ray are called,
+OWNER = "owner"  # and the file in each that its process has locked
 log = logging.getLogger("offbeat")
 
 
@@ -111,12 +116,13 @@ def _begin(ray: ModuleType) -> Session:
     """A Ray of this process alone, in a folder of its own."""
     if os.environ.get("RAY_ADDRESS"):
         log.warning('RAY_ADDRESS is not followed; engine = "ray(address=auto)" would')
-    folder = tempfile.mkdtemp(prefix="offbeat-ray-", dir="/tmp")  # its sockets need a short path
+    folder, owner = own_folder()
 
     def stop() -> None:
         with uninterrupted():
             ray.shutdown()
             shutil.rmtree(folder, ignore_errors=True)
+            owner.close()
 
     try:
         with _environment("RAY_USAGE_STATS_ENABLED", "0"):
@@ -128,6 +134,33 @@ def _begin(ray: ModuleType) -> Session:
         raise ConfigError(f'engine = "ray": Ray does not start ({_line(error)})') from None
     began = [child for child in psutil.Process().children() if child.name() in PROCESSES]
     return Session(stop, began)
+
+
+def own_folder(among: str = "/tmp") -> tuple[str, IO[bytes]]:
+    """A new folder, and the file by whose lock others see that its process lives.
+
+    Those of this user whose process was killed are removed.
+
+    Args:
+        among: where they are: Ray's sockets need a short path.
+    """
+    for left in Path(among).glob(f"{FOLDER}*"):
+        _remove(left)
+    folder = tempfile.mkdtemp(prefix=FOLDER, dir=among)
+    begun = Path(folder) / f"{OWNER}.new"
+    owner = begun.open("wb")
+    fcntl.flock(owner, fcntl.LOCK_EX)
+    begun.rename(begun.with_name(OWNER))  # from now on it can be told whether it is left
+    return folder, owner
+
+
+def _remove(folder: Path) -> None:
+    """Remove ``folder``, if it is this user's and nobody's any more."""
+    with suppress(OSError):  # it is somebody else's, or in use, or gone by now
+        if folder.lstat().st_uid == os.getuid():
+            with (folder / OWNER).open("rb") as owner:
+                fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)  # which follows no links
 
 
 @contextmanager

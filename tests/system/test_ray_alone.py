@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -17,7 +18,7 @@ from processes import checkpoints, start, wait_for
 
 import offbeat
 from offbeat.runtime import api
-from offbeat.runtime.actors.start import load
+from offbeat.runtime.actors.start import load, own_folder
 from offbeat.runtime.errors import ConfigError
 
 pytestmark = pytest.mark.xdist_group("ray")
@@ -27,6 +28,42 @@ PARTS = {
     "work": "local-steps(momentum(lr=0.2), steps=2)",
     "fleet": "8 uniform(0.5)",
 }
+
+
+OWNS = """
+import sys
+from offbeat.runtime.actors.start import own_folder
+folder, owner = own_folder(sys.argv[1])
+print(folder, flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_folders_of_processes_that_were_killed_are_removed(tmp_path):
+    def owns():
+        process = subprocess.Popen(
+            [sys.executable, "-c", OWNS, str(tmp_path)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        folder = Path(process.stdout.readline().strip())
+        (folder / "session").mkdir()
+        return process, folder
+
+    strange, elsewhere = tmp_path / "offbeat-ray-strange", tmp_path / "elsewhere"
+    strange.mkdir()  # nobody has said whose it is
+    elsewhere.mkdir()
+    (elsewhere / "owner").touch()
+    (tmp_path / "offbeat-ray-link").symlink_to(elsewhere)
+    killed, left = owns()
+    with owns()[0] as lives:
+        killed.kill()
+        killed.communicate()
+        others = set(tmp_path.iterdir())
+        folder, owner = own_folder(str(tmp_path))
+        owner.close()
+        assert set(tmp_path.iterdir()) == others - {left} | {Path(folder)}
+        assert lives.poll() is None
+    assert (elsewhere / "owner").exists()
 
 
 class Run:

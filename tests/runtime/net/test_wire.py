@@ -166,6 +166,10 @@ BAD = {
     "said too few bytes": ([header(**one(nbytes=4 * D - 1)), GOOD[1]], BadArray),
     "sent too few bytes": ([GOOD[0], GOOD[1][:-1]], BadArray),
     "no frame": ([GOOD[0]], BadArray),
+    "an array missing": (
+        [header(kind="result", body=msgspec.msgpack.encode(say.Result(1, 0.5, 0.1)), arrays=[])],
+        BadArray,
+    ),
     "one frame more": ([*GOOD, b""], BadArray),
     "coded, and too large": ([header(**one(codec="coded", nbytes=10**9)), b""], TooLarge),
     "coded, and nonsense": ([header(**one(codec="coded", nbytes=5)), b"12345"], PeerError),
