@@ -25,9 +25,8 @@ from offbeat.runtime.errors import ConfigError, CrewError, StorageError
 from offbeat.runtime.finite import finite
 from offbeat.runtime.net import shapes
 from offbeat.runtime.own.desk import HERE, Hosting, called
-from offbeat.runtime.own.flat import Flat
+from offbeat.runtime.own.flat import Flat, fit
 from offbeat.workers.tasks.contract import Task
-from offbeat.workers.tasks.external import External
 from offbeat.workers.work import OwnLoop, Work
 
 if TYPE_CHECKING:
@@ -169,7 +168,7 @@ def meet(ray: Any, experiment: "Experiment", options: "Ray", folder: Path | None
             the experiment's.
         CrewError: its process dies.
     """
-    work, task = experiment.work, experiment.task
+    work = experiment.work
     if not isinstance(work, OwnLoop):
         return
     if not work.loop:
@@ -192,19 +191,7 @@ def meet(ray: Any, experiment: "Experiment", options: "Ray", folder: Path | None
         ) from None
     except ray.exceptions.RayError as error:
         raise CrewError(f"own-loop: the loop's process dies: {last_line(error)}") from None
-    like = task.initial(experiment.seed)
-    if (x.dtype, x.size) != (like.dtype, like.size):
-        raise ConfigError(
-            f"the loops' model is another than the experiment's: {x.dtype}[{x.size}] there, "
-            f"{like.dtype}[{like.size}] here"
-        )
-    if isinstance(task, External):
-        found = shapes.read(text)
-        if task.shapes and (said := shapes.difference(list(task.shapes), found)):
-            raise ConfigError(f"the loops' model is another than the experiment's: {said}")
-        task.arrange(found)
-        if task.start is None:
-            task.begin(x)
+    fit(experiment, shapes.read(text), x)
     if folder is not None:
         try:
             write_whole(folder / shapes.FILE, text.encode())

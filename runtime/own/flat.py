@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 
 from offbeat.algorithms.compression.halves import BFloat
 from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.experiment import Experiment
+from offbeat.runtime.net.shapes import Shapes, difference
+from offbeat.workers.tasks.external import External
 
 DTYPES = ("torch.float32", "torch.float64")
 
@@ -116,3 +119,28 @@ class Flat:
             out.copy_(change)
         told: NDArray = out.numpy()
         return told
+
+
+def fit(experiment: Experiment, found: Shapes, x: NDArray) -> None:
+    """Let the experiment's model be the loop's.
+
+    Args:
+        experiment: of loops.
+        found: names and shapes of the loop's parameters.
+        x: these ``[d]``.
+
+    Raises:
+        ConfigError: it is another.
+    """
+    task, like = experiment.task, experiment.task.initial(experiment.seed)
+    said = ""
+    if (x.dtype, x.size) != (like.dtype, like.size):
+        said = f"{x.dtype}[{x.size}], not {like.dtype}[{like.size}]"
+    elif isinstance(task, External) and task.shapes:
+        said = difference(found, list(task.shapes))
+    if said:
+        raise ConfigError(f"the loop's model is another than the experiment's: {said}")
+    if isinstance(task, External):
+        task.arrange(found)
+        if task.start is None:
+            task.begin(x)

@@ -15,8 +15,7 @@ from offbeat.runtime.net import shapes
 from offbeat.runtime.net.peer import PeerProcess, Seat
 from offbeat.runtime.node import Compute
 from offbeat.runtime.own.desk import Desk, log, ordered
-from offbeat.runtime.own.flat import Flat
-from offbeat.workers.tasks.external import External
+from offbeat.runtime.own.flat import Flat, fit
 from offbeat.workers.work import OwnLoop
 
 
@@ -87,7 +86,12 @@ class Peering(Desk):
     ) -> None:
         super().__init__(self._take)
         self.name = seats[me].name
-        _fit(experiment, flat)
+        if not isinstance(experiment.work, OwnLoop):
+            raise ConfigError(
+                'for a training loop of your own the run needs work = "own-loop(steps=50)", not '
+                f'work = "{experiment.work.spec}"'
+            )
+        fit(experiment, flat.shapes, flat.values())
         self._over = _finished(experiment, folder)
         self._peer = LoopPeer(self, experiment, seats, me, folder, **options)
         self._thread = threading.Thread(target=self._peer.attend, name="peer", daemon=True)
@@ -119,28 +123,6 @@ class Peering(Desk):
         if self._thread.is_alive():
             self._thread.join()
         self._peer.close()
-
-
-def _fit(experiment: Experiment, flat: Flat) -> None:
-    """Let the run's model be the loop's; raise ConfigError where it is another."""
-    task: Any = experiment.task
-    if not isinstance(experiment.work, OwnLoop):
-        raise ConfigError(
-            'for a training loop of your own the run needs work = "own-loop(steps=50)", not '
-            f'work = "{experiment.work.spec}"'
-        )
-    x = task.initial(experiment.seed)
-    if (x.dtype, x.size) != (flat.dtype, flat.dim):
-        raise ConfigError(
-            f"the model is another than the experiment's: {flat.dtype}[{flat.dim}] here, "
-            f"{x.dtype}[{x.size}] there"
-        )
-    if isinstance(task, External):
-        if task.shapes and (said := shapes.difference(flat.shapes, list(task.shapes))):
-            raise ConfigError(f"the model is another than the experiment's: {said}")
-        task.arrange(flat.shapes)
-        if task.start is None:
-            task.begin(flat.values())
 
 
 def _finished(experiment: Experiment, folder: Path) -> str:

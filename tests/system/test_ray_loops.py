@@ -156,7 +156,7 @@ def forgets(address):
     [
         (OwnLoop(5, fails), EXTERNAL, "ZeroDivisionError"),
         (OwnLoop(5, forgets), EXTERNAL, "the loop ended without offbeat.join"),
-        (OwnLoop(5, external()), "external(7)", r"float32\[29\] there, float32\[7\] here"),
+        (OwnLoop(5, external()), "external(7)", r"float32\[29\], not float32\[7\]"),
         ("own-loop(loop='no_such:thing')", EXTERNAL, 'there is no "no_such:thing" here'),
         ("own-loop", EXTERNAL, r"name it, as work = \"own-loop\(loop="),
     ],

@@ -199,7 +199,7 @@ def test_neighbours_that_are_not_there(tmp_path, caplog):
     [
         ({"algorithm": "motef-vr"}, {}, "at 2 points on one sample, .*; take motef"),
         ({"work": "gradient"}, {}, 'needs work = "own-loop'),
-        ({"task": "external(7)"}, {}, r"float32\[29\] here, float32\[7\] there"),
+        ({"task": "external(7)"}, {}, r"float32\[29\], not float32\[7\]"),
         ({}, {"name": "n7"}, 'no node is called "n7"'),
         ({}, {"hosts": None}, "with hosts = "),
         ({}, {"bf16": True}, "a gossip method has a compressor"),
