@@ -75,6 +75,7 @@ class Member:
     nonce: int
     incarnation: int
     heard_s: float
+    excused: bool = False  # since it was heard: this side was away
     spoke: bool = False  # since it was welcomed
     ready: bool = False  # it has built its task
     offences: int = 0
@@ -133,7 +134,7 @@ class Roster:
         if member is not None:
             if member.nonce != nonce:
                 raise NotNow(f"another process is here as {node}", self.liveness.heartbeat_s)
-            member.heard_s = now_s
+            member.heard_s, member.excused = now_s, False
             return member  # it did not hear the answer
         if len(self.members) >= self.slots:
             raise NotNow(f"all {self.slots} places are taken", self.liveness.down_after_s)
@@ -146,7 +147,7 @@ class Roster:
 
     def heard(self, member: Member, now_s: float) -> None:
         """``member`` speaks; only now it is certain that its greeting was not a dead one's."""
-        member.heard_s = now_s
+        member.heard_s, member.excused = now_s, False
         if not member.spoke:
             member.spoke = True
             nonces = self._nonces[member.node]
@@ -213,12 +214,15 @@ class Roster:
         """Members to be declared dead.
 
         Where this side itself was away (a long evaluation, a stopped process), what was not heard
-        meanwhile is nobody's fault.
+        meanwhile is nobody's fault; but who is not heard either when it is back, is not there,
+        though it may always be away.
         """
         looked_s, self._looked_s = self._looked_s, now_s
         if looked_s is not None and (away_s := now_s - looked_s) > 2 * self.liveness.heartbeat_s:
             for member in self.members.values():
-                member.heard_s = max(member.heard_s, min(now_s, member.heard_s + away_s))
+                if not member.excused:
+                    member.heard_s = max(member.heard_s, min(now_s, member.heard_s + away_s))
+                    member.excused = True
         down_s = self.liveness.down_after_s
         building_s = max(down_s, BUILD_S)
         return [

@@ -157,6 +157,7 @@ class Neighbour:
         self.number, self.name, self.mine, self.assembly = number, name, session, assembly
         self.theirs = self.before = 0
         self.heard_s = -np.inf
+        self.excused = False  # since then: this side was away
         self.knows = False  # this end's session, and hears it
         self.standing, self.round = GATHERING, 0
         self.counts = False  # on this peer since it began
@@ -410,7 +411,8 @@ class Mesh:
             raise OldIncarnation(f"{n.name} speaks to session {head.to}")
         if n.standing == LEFT:
             raise OldIncarnation(f"{n.name} has left")
-        n.heard_s, n.knows, n.standing = now_s, True, max(n.standing, RUNNING)
+        n.heard_s, n.excused = now_s, False
+        n.knows, n.standing = True, max(n.standing, RUNNING)
         n.counts = n.counts or not self.begun  # else it would send nothing yet
         self._see(n, now_s)
         n.link.acknowledge(head.acknowledged, now_s)
@@ -460,7 +462,7 @@ class Mesh:
         if head.to == n.mine and head.acknowledged:
             n.link.acknowledge(head.acknowledged, now_s)
         n.standing, n.counts, n.round = beat.standing, beat.counts, beat.round
-        n.heard_s = now_s if beat.standing != LEFT else -np.inf
+        n.heard_s, n.excused = now_s if beat.standing != LEFT else -np.inf, False
         n.knows = beat.hears and beat.known == n.mine
         if n.up and not n.knows and beat.known == n.mine:
             self._down(n)  # it hears this peer no more
@@ -493,8 +495,10 @@ class Mesh:
         """Let time pass."""
         looked_s, self._looked_s = self._looked_s, now_s
         if (away_s := now_s - looked_s) > 2 * self.liveness.heartbeat_s:
-            for n in self.neighbours.values():  # this side was away: nobody's fault
-                n.heard_s = max(n.heard_s, min(now_s, n.heard_s + away_s))
+            for n in self.neighbours.values():  # this side was away: nobody's fault, once
+                if not n.excused:
+                    n.heard_s = max(n.heard_s, min(now_s, n.heard_s + away_s))
+                    n.excused = True
         for n in self.neighbours.values():
             self._see(n, now_s)
             self._flush(n, now_s)

@@ -99,6 +99,16 @@ def test_what_was_not_heard_while_the_server_was_away_is_nobodys_fault():
     assert [r.silent(t) for t in times][-1] == [a]
 
 
+def test_a_server_that_is_away_again_and_again_finds_out_who_is_dead():
+    """Each event takes it longer than two heartbeats, and others keep it busy."""
+    r = roster()
+    a, b = join(r, "a", 1), join(r, "b", 2)
+    for k in range(1, 5):
+        r.heard(b, 0.6 * k)
+        silent = r.silent(0.6 * k)
+    assert silent == [a]
+
+
 def test_a_second_process_waits_while_the_first_is_heard_and_then_fences_it():
     r = roster()
     a = join(r, "a", 1)

@@ -149,6 +149,16 @@ def test_a_server_whose_keys_are_not_checked_finds_out(folder, context):
         keys.Gate.self_test(SimpleNamespace(_context=context.zmq), endpoint, own.public)
 
 
+def test_where_nothing_checks_keys_nobody_comes_in(folder, context):
+    socket = context.socket(zmq.ROUTER)
+    own = keys.identity(folder, keys.SERVER)
+    keys.as_server(socket, own)
+    endpoint = f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}"
+    event = knock(context, endpoint, keys.identity(folder, "a"), own.public)
+    assert event != zmq.EVENT_HANDSHAKE_SUCCEEDED
+    assert not socket.poll(200)
+
+
 def test_a_key_taken_off_the_list_is_told_once_and_not_let_in_again(folder, context):
     gate, _, endpoint, server = serve(context, folder)
     assert gate.revoked() == set()

@@ -5,13 +5,13 @@ from collections import Counter
 import numpy as np
 import pytest
 from canonical import METHODS, canonical, rounds
-from meshes import Net
+from meshes import LIVENESS, Net
 from simulated import put_in
 
 from offbeat.runtime.errors import ConfigError, Fenced
 from offbeat.runtime.net import messages as say
 from offbeat.runtime.net.jobs import MOST_OFFENCES
-from offbeat.runtime.net.mesh import DONE, LATE_S, Said
+from offbeat.runtime.net.mesh import DONE, LATE_S, Beat, Said
 from offbeat.runtime.net.wire import pack, parcels
 from offbeat.workers.fleet import Fleet
 
@@ -135,6 +135,19 @@ def test_a_younger_process_of_the_same_name_ends_the_older():
     assert young.mesh.fate is None
 
 
+def test_who_is_away_again_and_again_finds_out_who_is_dead():
+    """As on a machine with too much to do, where each turn takes longer than two heartbeats."""
+    live = Net(NOISY, METHODS["dsgd"], "ring", seed=4, limit=400).run(until_s=20.0)
+    m = live.parties[1].mesh
+    for j, n in m.neighbours.items():
+        n.heard_s = live.now if j == 2 else live.now - 1.0
+    for _ in range(5):
+        live.now += 2.5 * LIVENESS.heartbeat_s
+        m.neighbours[2].heard_s, m.neighbours[2].excused = live.now, False
+        m.tick(live.now)
+    assert [m.neighbours[j].up for j in (0, 2)] == [False, True]
+
+
 def test_another_experiment_is_told_with_its_difference():
     texts = ["seed = 0\nalgorithm.lr = 0.1"] * 8
     texts[3] = "seed = 0\nalgorithm.lr = 0.2"
@@ -177,6 +190,21 @@ def test_what_no_peer_says_is_counted_and_changes_nothing(bad):
     m.receive(b"x", None, frames, live.now)
     assert m.counts[name] == 1
     assert (n.link.acknowledged, len(m.mail), n.up)[1:] == before[1:]
+
+
+def test_a_peer_is_who_its_key_says():
+    live = Net(NOISY, METHODS["dsgd"], "ring", seed=4, limit=400).run(until_s=20.0)
+    m = live.parties[1].mesh
+    n = m.neighbours[0]
+    before = n.heard_s, n.beats
+    live.now += 0.1
+    body = Beat(n.beats + 1, n.mine, 0, True, DONE, False, 7)
+    frames = pack(parcels("beat", body)[0], run="run", node="n0", incarnation=n.theirs, to=n.mine)
+    m.receive(b"x", "n2", frames, live.now)
+    assert m.counts["wrong_node"] == 1
+    assert (n.heard_s, n.beats) == before
+    m.receive(b"x", "n0", frames, live.now)
+    assert (n.heard_s, n.beats, n.standing) == (live.now, before[1] + 1, DONE)
 
 
 def test_who_says_such_things_again_and_again_is_cut_off():

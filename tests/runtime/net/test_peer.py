@@ -1,0 +1,44 @@
+"""Peers in threads of one process, where a test can hold up what they do."""
+
+import json
+import time
+
+from loops import together
+from peering import LIMIT_S, Ring, made, table
+
+from offbeat.runtime.net.mesh import DONE
+from offbeat.runtime.net.peer import PeerProcess, Seat
+
+STEPS = 8
+
+
+class Late(PeerProcess):
+    """Evaluations take until all rounds are done, and the last until nobody needs this peer."""
+
+    def _evaluate(self, k, time_s, x):
+        until_s = time.monotonic() + LIMIT_S
+        while self.mesh.standing < DONE or (
+            k == STEPS and not self.mesh.finished(time.monotonic())
+        ):
+            assert time.monotonic() < until_s, "it did not happen in time"
+            time.sleep(0.01)
+        return super()._evaluate(k, time_s, x)
+
+
+def test_a_peer_stays_until_its_last_model_was_evaluated(tmp_path):
+    of = {**table(STEPS, "dsgd(lr=0.1)", evaluate={"steps": 1}), "fleet": "2 0.2"}
+    seats = [Seat(*seat) for seat in Ring(of, tmp_path, n=2).seats]
+    peers = [
+        Late(made(of), seats, i, tmp_path / seats[i].name, suspect_after_s=3.0) for i in range(2)
+    ]
+    try:
+        assert together(*[peer._work for peer in peers]) == ["steps"] * 2
+    finally:
+        for peer in peers:
+            peer.close()
+    for seat in seats:
+        rows = (tmp_path / seat.name / "metrics.jsonl").read_text().splitlines()
+        seen = [json.loads(row)["step"] for row in rows]
+        assert len(seen) == 2  # an early one; those between were too many for this machine
+        assert seen[0] < seen[1] == STEPS
+        assert json.loads((tmp_path / seat.name / "summary.json").read_text())["step"] == STEPS
