@@ -48,6 +48,20 @@ def test_dependencies_run_one_way(room):
                 assert leaf or top or rest[0] in MAY_IMPORT[room], f"{path} imports {name}"
 
 
+# Who reads the wall clock: for a date that is shown, and to see by how much clocks differ.
+WALL = re.compile(r"\btime\.time(_ns)?\(|\b(?:now|utcnow|today)\(|from time import .*\btime\b")
+READS_DATES = {"runtime/net/metrics.py", "runtime/studies/report.py", "deploy/everywhere.py"}
+
+
+def test_nothing_but_dates_depends_on_the_wall_clock():
+    readers = set()
+    for room in ROOMS:
+        for path in (ROOT / room).rglob("*.py"):
+            if WALL.search(path.read_text()):
+                readers.add(str(path.relative_to(ROOT)))
+    assert readers == READS_DATES
+
+
 @pytest.mark.parametrize("leaf", sorted(LEAVES))
 def test_leaves_import_no_room(leaf):
     names = [n for n in imports(ROOT / "runtime" / f"{leaf}.py") if n.startswith("offbeat")]

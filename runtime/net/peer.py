@@ -333,17 +333,15 @@ class PeerProcess:
 
     def _drain(self, now_s: float) -> None:
         for _ in range(AT_ONCE):
-            try:
-                address = self._router.recv(zmq.NOBLOCK)
-            except zmq.Again:
+            if (message := sockets.receive(self._router)) is None:
                 return
-            frames = self._router.recv_multipart(copy=False)
+            whom, *frames = message
             self._bytes_in += sockets.size(frames)
-            node = None if self._gate is None else self._gate.who(frames[0])
-            self.mesh.receive(address, node, [frame.buffer for frame in frames], now_s)
+            node = None if self._gate is None else self._gate.who(whom)
+            self.mesh.receive(whom.bytes, node, [frame.buffer for frame in frames], now_s)
             for whose, why in self.mesh.cuts:
-                if whose == address and sockets.cut(frames[0]):
-                    peer = str(frames[0].get("Peer-Address"))
+                if whose == whom.bytes and sockets.cut(whom):
+                    peer = str(whom.get("Peer-Address"))
                     tell("cut", f"a connection is ended: {why}", WARNING, address=peer, why=why)
             self.mesh.cuts.clear()
 
@@ -358,16 +356,19 @@ class PeerProcess:
                 self._bytes_out += sockets.size(frames)
             except zmq.Again:
                 self.mesh.counts["unreachable"] += 1  # the link sends it again
-        while self._parts:
-            address, frames = self._parts[0]
-            try:
-                self._router.send_multipart([address, *frames], zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return
-            except zmq.ZMQError as error:
-                if error.errno != zmq.EHOSTUNREACH:
-                    raise
+        while self._parts and self._route(*self._parts[0]):
             self._parts.popleft()
+
+    def _route(self, address: bytes, frames: list[Any]) -> bool:
+        """Answer who asked, if he is still there; answers False where he takes nothing now."""
+        try:
+            self._router.send_multipart([address, *frames], zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+        return True
 
     # -- The node --------------------------------------------------------------------------------
 
@@ -575,8 +576,9 @@ class PeerProcess:
     def _answer(self) -> None:
         requests, self.mesh.requests = self.mesh.requests, []
         for address, node, kind, body in requests:
-            if kind == "ask":
-                self._tell(address, "status", say.Status(json.dumps(self.status())), {})
+            if kind == "ask":  # who does not read the answer has to ask again
+                status = say.Status(json.dumps(self.status()))
+                self._route(address, self._packed("status", status))
             elif not self._watched:
                 why = f"{node} would watch this peer, which nobody does"
                 fields = {"member": node, "reason": "unknown_kind", "why": why}
@@ -602,7 +604,7 @@ class PeerProcess:
         for at in range(0, len(data), PIECE_BYTES):
             part = data[at : at + PIECE_BYTES]
             told = mesh.Told(body.question, at, at + len(part) == len(data))
-            self._tell(address, "told", told, {"part": part})
+            self._parts.append((address, self._packed("told", told, {"part": part})))
 
     def _told(self) -> dict[str, Any]:
         """What happened since the last report."""
@@ -614,10 +616,9 @@ class PeerProcess:
         fields["rows"] = np.array(told.rows, float).reshape(-1, 7)
         return fields | {"incarnation": self.mesh.incarnation, "began": self._hosted is not None}
 
-    def _tell(self, address: bytes, kind: str, body: Any, arrays: dict[str, Any]) -> None:
+    def _packed(self, kind: str, body: Any, arrays: dict[str, Any] | None = None) -> list[Any]:
         (parcel,) = parcels(kind, body, arrays)
-        frames = pack(parcel, run=self.mesh.run, node=self.seat.name, incarnation=0)
-        self._parts.append((address, frames))
+        return pack(parcel, run=self.mesh.run, node=self.seat.name, incarnation=0)
 
     def status(self) -> dict[str, Any]:
         """How it goes, for ``offbeat status``."""

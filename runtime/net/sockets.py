@@ -13,7 +13,11 @@ from offbeat.runtime.net import wire
 from offbeat.runtime.net.jobs import Liveness
 from offbeat.runtime.net.link import WINDOW
 
-QUEUED = 2 * WINDOW  # messages a peer, each way
+QUEUED = 2 * WINDOW  # messages to a peer
+# Messages of a peer that nobody reads yet: beats of hours, while a model is evaluated.  At this
+# limit libzmq stops reading, and if the connection then breaks it aborts the process (4.3.5,
+# "Assertion failed: !_io_error").
+UNREAD = 2**16
 MOST_FRAMES = wire.MOST_ARRAYS + 3  # address, header, arrays, and one that is too many
 LINGER_MS = 1000
 HANDSHAKE_MS = 3000
@@ -36,7 +40,7 @@ def limited(context: zmq.Context, kind: int, liveness: Liveness) -> zmq.Socket:
     made = context.socket(kind)
     made.linger = LINGER_MS
     made.maxmsgsize = max(wire.PIECE_BYTES, wire.MOST_HEADER) + 2**16
-    made.sndhwm = made.rcvhwm = QUEUED
+    made.sndhwm, made.rcvhwm = QUEUED, UNREAD
     made.handshake_ivl = HANDSHAKE_MS
     made.heartbeat_ivl = round(500 * liveness.suspect_after_s)
     made.heartbeat_timeout = made.heartbeat_ttl = round(1000 * liveness.down_after_s)

@@ -11,7 +11,7 @@ from simulated import put_in
 from offbeat.runtime.errors import ConfigError, Fenced
 from offbeat.runtime.net import messages as say
 from offbeat.runtime.net.jobs import MOST_OFFENCES
-from offbeat.runtime.net.mesh import DONE, LATE_S, Beat, Said
+from offbeat.runtime.net.mesh import DONE, LATE_S, LEFT, RUNNING, Beat, Said
 from offbeat.runtime.net.wire import pack, parcels
 from offbeat.workers.fleet import Fleet
 
@@ -190,6 +190,58 @@ def test_what_no_peer_says_is_counted_and_changes_nothing(bad):
     m.receive(b"x", None, frames, live.now)
     assert m.counts[name] == 1
     assert (n.link.acknowledged, len(m.mail), n.up)[1:] == before[1:]
+
+
+@pytest.fixture
+def heard():
+    """A peer in the midst of a run, its neighbour 0, and what makes messages of that one."""
+    live = Net(NOISY, METHODS["dsgd"], "ring", seed=4, limit=400).run(until_s=20.0)
+    m = live.parties[1].mesh
+    n = m.neighbours[0]
+    n.link.acknowledge(n.link._base + len(n.link._flight), live.now)
+    m.mail.clear()
+    m.counts.clear()
+
+    def says(body, sequence=0, **changes):
+        kind = "said" if isinstance(body, Said) else "beat"
+        head = {"run": "run", "node": "n0", "incarnation": n.theirs, "to": n.mine} | changes
+        m.receive(b"x", "n0", pack(parcels(kind, body)[0], sequence=sequence, **head), live.now)
+
+    return m, n, says
+
+
+MAIL = Said("mail", 7, 0, 0)
+
+
+def test_a_message_counts_in_the_session_of_both_ends(heard):
+    m, n, says = heard
+    first = n.link.acknowledged + 1
+    says(MAIL, first, incarnation=n.theirs - 1)
+    says(MAIL, first, to=n.mine - 1)
+    assert m.counts["old_incarnation"] == 2
+    assert (m.mail, n.link.acknowledged) == ([], first - 1)
+    says(MAIL, first)
+    assert ([p.number for p in m.mail], n.link.acknowledged) == ([7], first)
+
+
+def test_what_came_over_a_link_is_forgotten_with_it(heard):
+    m, n, says = heard
+    says(MAIL, n.link.acknowledged + 1)
+    assert len(m.mail) == 1
+    before = n.mine
+    says(Beat(n.beats + 1, before, 0, False, RUNNING, True, 3))  # it does not hear this peer
+    assert not n.up
+    assert m.events == [("down", 0)]
+    assert m.mail == []
+    assert (n.mine, n.link.acknowledged) == (before + 1, 0)
+
+
+def test_who_has_left_is_not_heard(heard):
+    m, n, says = heard
+    says(Beat(n.beats + 1, n.mine, 0, True, LEFT, True, 3))
+    assert not n.up
+    says(MAIL, 1, to=n.mine)
+    assert (m.counts["old_incarnation"], m.mail) == (1, [])
 
 
 def test_a_peer_is_who_its_key_says():

@@ -1,13 +1,19 @@
 """Peers in threads of one process, where a test can hold up what they do."""
 
 import json
+import threading
 import time
 
+import pytest
+import zmq
 from loops import together
 from peering import LIMIT_S, Ring, made, table
 
+from offbeat.runtime.net import messages as say
+from offbeat.runtime.net.cli import asking
 from offbeat.runtime.net.mesh import DONE
 from offbeat.runtime.net.peer import PeerProcess, Seat
+from offbeat.runtime.net.wire import pack, parcels
 
 STEPS = 8
 
@@ -42,3 +48,37 @@ def test_a_peer_stays_until_its_last_model_was_evaluated(tmp_path):
         assert len(seen) == 2  # an early one; those between were too many for this machine
         assert seen[0] < seen[1] == STEPS
         assert json.loads((tmp_path / seat.name / "summary.json").read_text())["step"] == STEPS
+
+
+ASKED = 10_000  # answers that no buffers between two processes hold
+
+
+@pytest.fixture
+def waiting(tmp_path):
+    """A peer whose neighbour does not come; it ends with the test."""
+    of = {**table(STEPS, "dsgd(lr=0.1)"), "fleet": "2 0.2"}
+    seats = [Seat(*seat) for seat in Ring(of, tmp_path, n=2).seats]
+    peer = PeerProcess(made(of), seats, 0, tmp_path / seats[0].name)
+    thread = threading.Thread(target=peer._work)
+    thread.start()
+    yield peer
+    peer._leaving = True
+    thread.join(LIMIT_S)
+    peer.close()
+    assert not thread.is_alive()
+
+
+def test_who_asks_and_does_not_read_is_in_nobodys_way(waiting):
+    ask = pack(parcels("ask", say.Ask())[0], run="", node="deaf", incarnation=0)
+    with zmq.Context() as context, context.socket(zmq.DEALER) as deaf:
+        deaf.linger, deaf.rcvhwm = 0, 1
+        deaf.connect(waiting.endpoint)
+        for _ in range(ASKED):
+            deaf.send_multipart(ask)
+        until_s = time.monotonic() + LIMIT_S
+        while waiting._bytes_in < ASKED * len(ask[0]):
+            assert time.monotonic() < until_s, "it does not hear all that is asked"
+            time.sleep(0.01)
+        with asking(waiting.endpoint, None, "test") as status:
+            assert status()["state"] == "gathering"
+        assert not waiting._parts

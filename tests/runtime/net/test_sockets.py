@@ -1,0 +1,50 @@
+"""What ZeroMQ itself does with the limits that are set."""
+
+import signal
+import subprocess
+import sys
+
+BUSY = """
+import os, subprocess, sys, time, zmq
+from offbeat.runtime.net import sockets
+from offbeat.runtime.net.jobs import Liveness
+
+context = zmq.Context()
+server = sockets.limited(context, zmq.ROUTER, Liveness())
+endpoint = sockets.bound(server, "tcp://127.0.0.1:*")
+talker = subprocess.Popen([sys.executable, "-c", sys.argv[1], endpoint], stdout=subprocess.PIPE)
+assert talker.stdout.readline()  # all is said; nothing of it is read yet
+talker.kill()
+talker.wait()
+time.sleep(2.0)
+count = 0
+while server.poll(500):
+    server.recv_multipart()
+    count += 1
+print(count)
+os._exit(0)
+"""
+TALKS = """
+import sys, time, zmq
+from offbeat.runtime.net import sockets
+from offbeat.runtime.net.jobs import Liveness
+
+socket = sockets.limited(zmq.Context(), zmq.DEALER, Liveness())
+socket.connect(sys.argv[1])
+for _ in range(400):
+    assert socket.poll(10_000, zmq.POLLOUT)
+    socket.send(b"pulse")
+    time.sleep(0.0005)
+print("said", flush=True)
+time.sleep(60.0)
+"""
+
+
+def test_who_talks_to_a_busy_server_and_dies_does_not_take_it_along():
+    """While a model is evaluated nobody reads; that must not stop libzmq from reading."""
+    busy = subprocess.run(
+        [sys.executable, "-c", BUSY, TALKS], capture_output=True, text=True, timeout=120
+    )
+    assert busy.returncode != -signal.SIGABRT, busy.stderr
+    assert busy.returncode == 0, busy.stderr
+    assert int(busy.stdout) > 300
