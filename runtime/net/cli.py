@@ -329,7 +329,7 @@ class asking:
                     return found
         raise CrewError(
             f"{self._address}: nobody answers within {ASK_S:.0f} s; is the address right, and "
-            "has it listed this node's key?"
+            "has it listed this node's key under this name?"
         )
 
 

@@ -241,6 +241,9 @@ class Hub:
         if node == "":
             raise WrongNode(f"the key of who says that it is {head.node} is not in the list")
         if node is not None and head.node != node:
+            if head.kind == "hello":  # a mistake, more likely than a lie
+                self._misnamed(address, node, head, message.body)
+                return
             raise WrongNode(f"{node} says that it is {head.node}")
         if head.kind == "hello":
             self._hello(address, head, message.body, now_s)
@@ -323,6 +326,12 @@ class Hub:
             self._experiment, self._manifest,
         )  # fmt: skip
         self._post(address, "welcome", welcome, 0)
+
+    def _misnamed(self, address: bytes, node: str, head: Header, hello: say.Hello) -> None:
+        why = f"its key is listed as {node}, and it says that it is {head.node}; give it one name"
+        self.counts[WrongNode.name] += 1
+        self._refuse(node, why)
+        self._post(address, "refusal", say.Refusal(hello.nonce, why, -1.0), 0)
 
     def _refuse(self, node: str, why: str) -> None:
         self.notes.append(

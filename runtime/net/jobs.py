@@ -127,9 +127,7 @@ class Roster:
         if why := self.quarantined.get(node):
             raise NotNow(why, None)
         member = self.members.get(node)
-        nonces = self._nonces.setdefault(node, deque(maxlen=MOST_NONCES))
-        self._joins.setdefault(node, deque(maxlen=MOST_RESTARTS))
-        if nonce in list(nonces)[:-1]:  # late words, or a process that slept
+        if nonce in list(self._nonces.get(node, ()))[:-1]:  # late words, or a process that slept
             raise NotNow(f"another process joined as {node}", None, replaced=True)
         if member is not None:
             if member.nonce != nonce:
@@ -138,6 +136,8 @@ class Roster:
             return member  # it did not hear the answer
         if len(self.members) >= self.slots:
             raise NotNow(f"all {self.slots} places are taken", self.liveness.down_after_s)
+        nonces = self._nonces.setdefault(node, deque(maxlen=MOST_NONCES))
+        self._joins.setdefault(node, deque(maxlen=MOST_RESTARTS))
         if nonce not in nonces:
             self._throttle(node, now_s)
         incarnation = self._incarnations[node] = self._incarnations.get(node, 0) + 1

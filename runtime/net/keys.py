@@ -195,6 +195,8 @@ def loopback(endpoint: str) -> bool:
 
 def check_bind(endpoint: str, folder: Path | None) -> None:
     """Refuse to listen to the network without keys."""
+    if "://" not in endpoint:
+        raise ConfigError(f'{endpoint}: is no address; write it as "tcp://host:5555"')
     if folder is None and not loopback(endpoint):
         raise ConfigError(
             f"{endpoint} can be reached by others: make keys with offbeat keys new {SERVER}, let "

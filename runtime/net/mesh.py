@@ -362,7 +362,8 @@ class Mesh:
             return
         who = n.name if n else "somebody"
         fields = {"member": n and n.name, "reason": error.name, "why": str(error)}
-        self.notes.append(Note("rejected", f"{who}: {error.name}: {error}", fields))
+        if n is None or n.offences % MOST_OFFENCES == 0:  # it may say so with every beat
+            self.notes.append(Note("rejected", f"{who}: {error.name}: {error}", fields))
         if n is None:
             self.cuts.append((address, error.name))
             return

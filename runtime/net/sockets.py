@@ -4,6 +4,7 @@ import re
 import socket as os_socket
 from contextlib import suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -63,8 +64,30 @@ def patient(socket: zmq.Socket) -> None:
     socket.heartbeat_timeout = socket.heartbeat_ttl = round(1000 * PIECE_S)
 
 
+def _check(endpoint: str) -> None:
+    """Raise ConfigError where the port is none: ZeroMQ would take another."""
+    port = endpoint.rpartition(":")[2]
+    if endpoint.startswith("tcp://") and port.isdecimal() and int(port) >= 2**16:
+        raise ConfigError(f"{endpoint}: ports end with {2**16 - 1}")
+
+
+def unknown(endpoint: str) -> str:
+    """What to say where the host in ``endpoint`` has a name that means nothing here; else "".
+
+    >>> unknown("tcp://127.0.0.1:5555"), unknown("tcp://nobody.invalid:5555")
+    ('', 'nobody.invalid is not known here')
+    """
+    host = urlsplit(endpoint).hostname
+    try:
+        os_socket.getaddrinfo(host, None)
+    except (OSError, UnicodeError):
+        return f"{host} is not known here"
+    return ""
+
+
 def bound(socket: zmq.Socket, endpoint: str) -> str:
     """Bind; answers where, with the port that ``*`` became."""
+    _check(endpoint)
     try:
         socket.bind(endpoint)
     except zmq.ZMQError as error:
@@ -74,6 +97,7 @@ def bound(socket: zmq.Socket, endpoint: str) -> str:
 
 def connected(socket: zmq.Socket, endpoint: str) -> None:
     """Connect, from now on and again whenever the connection is lost."""
+    _check(endpoint)
     try:
         socket.connect(endpoint)
     except zmq.ZMQError as error:

@@ -101,7 +101,9 @@ class Worker:
             if self._apart:
                 sockets.patient(self._socket)
             self._socket.rcvtimeo = round(1000 * self.spoke.liveness.tick_s)
-            self._monitor = self._socket.get_monitor_socket()
+            # What else there is to tell, libzmq would wait for somebody to read.
+            told = zmq.EVENT_HANDSHAKE_SUCCEEDED | sockets.FAILED
+            self._monitor = self._socket.get_monitor_socket(told)
             sockets.connected(self._socket, endpoint)
             if metrics:
                 self._exporter = Exporter(metrics, "worker")
@@ -199,15 +201,23 @@ class Worker:
     def _await(self, now_s: float) -> None:
         """Say what is waited for, where there is no server, and give up in the end."""
         if self._waits_s is None:
-            self._waits_s, self._remind_s = now_s, now_s + REMIND_S
-        why = f": {self.spoke.last_said}" if self.spoke.last_said else ""
+            self._waits_s, self._remind_s, self._said = now_s, now_s + REMIND_S, ""
         if self._most_wait_s is not None and now_s - self._waits_s > self._most_wait_s:
             raise CrewError(
-                f"no server at {self.endpoint} for {self._most_wait_s:.0f} s{why}; is it running?"
+                f"no server at {self.endpoint} for {self._most_wait_s:.0f} s{self._why()}; is it "
+                "running?"
             )
-        if now_s >= self._remind_s:
-            self._remind_s = now_s + REMIND_S
-            tell("waiting", f"waiting for the server at {self.endpoint}{why}", WARNING, here=[])
+        if now_s >= self._remind_s or self.spoke.last_said != self._said:
+            self._remind_s, self._said = now_s + REMIND_S, self.spoke.last_said
+            text = f"waiting for the server at {self.endpoint}{self._why()}"
+            tell("waiting", text, WARNING, here=[])
+
+    def _why(self) -> str:
+        """Why nothing comes of the server, as far as is known."""
+        said = self.spoke.last_said
+        if not said and self._alone:
+            said = sockets.unknown(self.endpoint)
+        return f": {said}" if said else ""
 
     def _drain(self, wait: bool) -> None:
         """Read what is there, or ``wait`` for it until the next tick."""

@@ -19,7 +19,7 @@ from simulated import (
 
 from offbeat.algorithms.gossip import ad_psgd, dsgt, motef
 from offbeat.runtime.errors import PeerError
-from offbeat.runtime.node import MOST_OPENINGS, gossip_node
+from offbeat.runtime.node import MOST_OPENINGS, OPEN, OPENING, gossip_node
 from offbeat.runtime.node_rounds import MOST_EARLY
 from offbeat.topologies import TOPOLOGIES
 from offbeat.workers.fleet import Fleet
@@ -114,6 +114,19 @@ def test_mail_of_a_former_incarnation_is_forgotten():
     says = np.array([MOST_OPENINGS + 1, 0, 0, 0])
     node.receive(1, "open", -1, (says, None), incarnation=1)
     assert 1 not in node.mail[1]
+
+
+def test_a_greeting_that_is_late_opens_nothing():
+    node = gossip_node(experiment(NOISY, METHODS["dsgd"]), 0)
+    node.start()
+    node.down(1)
+    node.up(1)
+    mine = node.links[1].mine
+    node.receive(1, "open", 1, (np.array([7, 0, 1, 0]), None))
+    node.receive(1, "open", 1, (np.array([6, mine, 1, 0]), None))  # of an opening before that
+    assert node.links[1].is_ == OPENING
+    node.receive(1, "open", 1, (np.array([7, mine, 1, 0]), None))
+    assert node.links[1].is_ == OPEN
 
 
 @pytest.mark.soak

@@ -299,3 +299,17 @@ def test_a_run_goes_on_from_anywhere(law, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         again = offbeat.resume(tmp_path / name, overrides=["stop.steps=3"])
         assert again.final["step"] == 3
+
+
+def test_a_file_that_cannot_be_written_whole_is_what_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "state.json"
+    checkpoint.write_whole(path, b"before")
+
+    def full(number):
+        assert path.read_bytes() == b"before"  # whoever kills the process now
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.write_whole(path, b"after")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("state.json", b"before")]

@@ -549,6 +549,22 @@ def test_who_was_shut_out_is_told_nothing():
     assert (b"a", "wrong_node") in site.hub.cuts
 
 
+def test_whose_key_is_listed_under_another_name_is_told_and_may_come_back_under_it():
+    site = Site("b", 2)
+    spoke = Spoke("a", 7, "1", "there", site.now_s)
+    spoke.tick(site.now_s)
+    ((hello,), site.hub.cuts) = spoke.outbox, []
+    site.hub.receive(b"there", "ann", [bytes(frame) for frame in hello], site.now_s)
+    assert (site.hub.counts["wrong_node"], site.hub.cuts) == (1, [])  # it is to read the answer
+    for address, frames in site.hub.outbox:
+        if address == b"there":
+            spoke.receive([bytes(frame) for frame in frames], site.now_s)
+    assert isinstance(spoke.fate, Refused)
+    assert "its key is listed as ann, and it says that it is a" in str(spoke.fate)
+    assert site.hub.roster.quarantined == {}
+    assert list(site.hub.seats) == ["b"]
+
+
 def test_who_is_not_listed_any_more_is_nobody_until_it_is_again():
     site = Site("ab", 2)
     site.hub.revoke("a")

@@ -168,6 +168,16 @@ def test_slots_are_taken_kept_and_given_on():
     assert join(r, "a", 1, 1.0).slot == b.slot  # its own is taken
 
 
+def test_nothing_is_kept_of_who_finds_no_place():
+    r = roster(1)
+    join(r, "a", 1)
+    for nonce in range(2, 50):
+        with pytest.raises(NotNow, match="all 1 places are taken"):
+            r.hello(f"guest {nonce}", nonce, 1.0)
+    tables = (r._nonces, r._joins, r._incarnations, r._slots, r.members)
+    assert [list(table) for table in tables] == [["a"]] * len(tables)
+
+
 def test_an_experiments_nonsense_is_not_passed_over(tmp_path):
     (tmp_path / "run.toml").write_text(f"engine = 'zmq(suspect_after_s=7200)'\n{SERVER}")
     with pytest.raises(ConfigError, match=r"run\.toml: suspect_after_s must be from 0\.05"):

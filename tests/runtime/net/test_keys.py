@@ -78,6 +78,12 @@ def test_only_loopback_goes_without_keys(endpoint, alone, folder):
             keys.check_bind(endpoint, None)
 
 
+@pytest.mark.parametrize("bad", ["127.0.0.1:5555", "node7"])
+def test_what_is_no_address_is_not_called_one_of_the_network(bad):
+    with pytest.raises(ConfigError, match=f'{bad}: is no address; write it as "tcp://host:5555"'):
+        keys.check_bind(bad, None)
+
+
 def serve(context, folder):
     gate = keys.Gate(context.zmq, folder)
     context.stack.callback(gate.close)

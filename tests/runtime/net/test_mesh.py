@@ -9,8 +9,10 @@ from meshes import LIVENESS, Net
 from simulated import put_in
 
 from offbeat.runtime.errors import ConfigError, Fenced
+from offbeat.runtime.hosted import Parcel
 from offbeat.runtime.net import messages as say
 from offbeat.runtime.net.jobs import MOST_OFFENCES
+from offbeat.runtime.net.link import MOST_QUEUED
 from offbeat.runtime.net.mesh import DONE, LATE_S, LEFT, RUNNING, Beat, Said
 from offbeat.runtime.net.wire import pack, parcels
 from offbeat.workers.fleet import Fleet
@@ -242,6 +244,20 @@ def test_who_has_left_is_not_heard(heard):
     assert not n.up
     says(MAIL, 1, to=n.mine)
     assert (m.counts["old_incarnation"], m.mail) == (1, [])
+
+
+def test_a_link_that_takes_nothing_more_is_given_up(heard):
+    m, n, _ = heard
+    n.link._queue.extend([None] * MOST_QUEUED)
+    m.send(Parcel(0, 1, 1, 0, "mail", 7, ()), 0.0)
+    assert (n.up, m.events, n.link.pending) == (False, [("down", 0)], 0)
+
+
+def test_what_a_neighbour_says_wrong_again_and_again_is_told_now_and_then(heard):
+    m = heard[0]
+    for _ in range(3 * MOST_OFFENCES):
+        m.receive(b"x", "n0", [b"garbage"], 0.0)
+    assert len([note for note in m.notes if note.event == "rejected"]) == 3
 
 
 def test_a_peer_is_who_its_key_says():

@@ -4,6 +4,12 @@ import signal
 import subprocess
 import sys
 
+import pytest
+import zmq
+
+from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.net import sockets
+
 BUSY = """
 import os, subprocess, sys, time, zmq
 from offbeat.runtime.net import sockets
@@ -48,3 +54,14 @@ def test_who_talks_to_a_busy_server_and_dies_does_not_take_it_along():
     assert busy.returncode != -signal.SIGABRT, busy.stderr
     assert busy.returncode == 0, busy.stderr
     assert int(busy.stdout) > 300
+
+
+@pytest.mark.parametrize("use", [sockets.bound, sockets.connected])
+def test_a_port_that_is_none_is_not_taken_for_another(use):
+    """ZeroMQ would take what is left of it modulo 65536."""
+    with (
+        zmq.Context() as context,
+        context.socket(zmq.DEALER) as socket,
+        pytest.raises(ConfigError, match="71071: ports end with 65535"),
+    ):
+        use(socket, "tcp://127.0.0.1:71071")
