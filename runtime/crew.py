@@ -107,6 +107,13 @@ class Crew(ABC):
             CrewError: nobody is left to compute.
         """
 
+    def saving(self) -> None:  # noqa: B027 - most are nobody else's
+        """The run's state is about to be saved.
+
+        Raises:
+            Fenced: the run is another process's by now.
+        """
+
     def checkpointed(self, step: int) -> None:  # noqa: B027 - most need not know
         """All that arrived up to ``step`` is on the disk."""
 

@@ -53,6 +53,11 @@ class RemoteWorkers(VirtualWorkers):
         """See ``Crew``."""
         self.crew.ended(reason)
 
+    def state(self) -> dict[str, Any]:
+        """See ``VirtualWorkers``."""
+        self.crew.saving()
+        return super().state()
+
     def close(self) -> None:
         """See ``VirtualWorkers``."""
         self.crew.close()

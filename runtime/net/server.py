@@ -272,6 +272,10 @@ class ZmqCrew(Crew):
             elif (left_s := min(end_s, self._tick_s) - time.monotonic()) > 0:
                 select.select(descriptor, [], [], left_s)
 
+    def saving(self) -> None:
+        """See ``Crew``: a server that slept may have been replaced, and has not looked yet."""
+        self._claim.check()
+
     def ended(self, reason: str) -> None:
         """See ``Crew``."""
         self._done = reason != "interrupted"

@@ -204,15 +204,15 @@ class Worker:
             self._waits_s, self._remind_s, self._said = now_s, now_s + REMIND_S, ""
         if self._most_wait_s is not None and now_s - self._waits_s > self._most_wait_s:
             raise CrewError(
-                f"no server at {self.endpoint} for {self._most_wait_s:.0f} s{self._why()}; is it "
+                f"no server at {self.endpoint} for {self._most_wait_s:.0f} s{self._lack()}; is it "
                 "running?"
             )
         if now_s >= self._remind_s or self.spoke.last_said != self._said:
             self._remind_s, self._said = now_s + REMIND_S, self.spoke.last_said
-            text = f"waiting for the server at {self.endpoint}{self._why()}"
+            text = f"waiting for the server at {self.endpoint}{self._lack()}"
             tell("waiting", text, WARNING, here=[])
 
-    def _why(self) -> str:
+    def _lack(self) -> str:
         """Why nothing comes of the server, as far as is known."""
         said = self.spoke.last_said
         if not said and self._alone:

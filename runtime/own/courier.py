@@ -81,14 +81,16 @@ class Courier(Worker):
                 alone_s = now_s - self._heard_s if self._alone else 0.0
                 if patience_s is not None and alone_s > patience_s:
                     raise CrewError(
-                        f"no server at {self.endpoint} for {alone_s:.0f} s{self._why()}; begin it "
-                        "with offbeat serve EXPERIMENT.toml, or give join a longer patience_s"
+                        f"no server at {self.endpoint} for {alone_s:.0f} s{self._lack()}; begin "
+                        "it with offbeat serve EXPERIMENT.toml, or give join a longer patience_s"
                     )
                 if now_s >= remind_s and (alone_s or now_s >= began_s + REMIND_S):
                     remind_s = now_s + REMIND_S
                     what = "the server" if alone_s else "a job of the server"
                     ended = "; after the end of its run there is none" if alone_s else ""
-                    log.warning("waiting for %s at %s%s%s", what, self.endpoint, self._why(), ended)
+                    log.warning(
+                        "waiting for %s at %s%s%s", what, self.endpoint, self._lack(), ended
+                    )
                 self._changed.wait(WAIT_S)
         return None
 
