@@ -1,7 +1,6 @@
 """`offbeat deploy` and `offbeat doctor`."""
 
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -14,10 +13,11 @@ from offbeat.deploy import render
 from offbeat.deploy.hosts import PORT, read_hosts
 from offbeat.deploy.plan import Plan, image, plan, word
 from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.logs import at_terminal
 
 deploy = typer.Typer(help="Write files that bring a run to other machines.", no_args_is_help=True)
 WIDE = 140  # characters a line, where no terminal says
-console = Console(width=None if sys.stdout.isatty() else WIDE, highlight=False, markup=False)
+console = Console(width=None if at_terminal() else WIDE, highlight=False, markup=False)
 
 File = Annotated[Path, typer.Argument(metavar="EXPERIMENT.toml", help="An experiment of one run.")]
 Out = Annotated[Path | None, typer.Option(help="The folder to write (else NAME-RECIPE).")]

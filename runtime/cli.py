@@ -32,6 +32,7 @@ from offbeat.runtime.errors import (
     nearest,
 )
 from offbeat.runtime.experiment import Experiment, apply_override, from_table, put, read
+from offbeat.runtime.logs import at_terminal
 from offbeat.runtime.net import cli as net
 from offbeat.runtime.registry import Spec, told_apart
 from offbeat.runtime.studies.cli import mount
@@ -68,7 +69,7 @@ app.add_typer(deploy, name="deploy")
 app.command()(doctor)
 mount(app)
 WIDE = 140  # characters a line, where no terminal says
-console = Console(width=None if sys.stdout.isatty() else WIDE)
+console = Console(width=None if at_terminal() else WIDE)
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, as fleet.workers=20."),
@@ -435,6 +436,11 @@ net.mount(app, _go_on, _fresh, read_hosts)
 
 def main() -> None:
     """Entry point: one sentence and an exit code for every mistake."""
+    for number in range(3):  # closed, what is opened next would be taken for a standard stream
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     if not THREADS & os.environ.keys():  # small products gain nothing from threads, and spin
         threadpool_limits(1)
         os.environ["OMP_NUM_THREADS"] = "1"  # for torch, which is not loaded yet

@@ -7,6 +7,7 @@ An object has the time (UTC), level, event, run, node and incarnation of who tel
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -41,6 +42,11 @@ EVENTS = {
 }
 log = logging.getLogger("offbeat.net")
 _who: dict[str, str | int | None] = {"run": None, "node": None, "incarnation": None}
+
+
+def at_terminal() -> bool:
+    """Whether standard output is one; of a daemon it may be closed."""
+    return sys.stdout is not None and sys.stdout.isatty()
 
 
 class Note(NamedTuple):

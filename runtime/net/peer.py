@@ -164,12 +164,12 @@ class PeerProcess:
         descriptor: int | None = None,
         metrics: str = "",
     ) -> None:
+        if not watched:
+            check(experiment)
         if len(seats) != experiment.fleet.workers:
             raise ConfigError(
                 f"the experiment has {experiment.fleet.workers} nodes, and {len(seats)} are listed"
             )
-        if not watched:
-            check(experiment)
         self.experiment, self.me, self.folder, self._watched = experiment, me, folder, watched
         self.seat, self._seats, self._device = seats[me], seats, device
         if self.elsewhere is None and isinstance(experiment.work, OwnLoop):

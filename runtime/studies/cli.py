@@ -1,7 +1,6 @@
 """Commands of studies: ``study``, ``report``, ``watch`` and ``whatif``."""
 
 import signal
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,13 +10,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.logs import at_terminal
 from offbeat.runtime.studies import study as studies
 from offbeat.runtime.studies import table as tables
 
 WIDE = 140  # characters a line, where no terminal says
 INTERRUPTED = 130
 MOST_SHOWN = 60  # settings printed; the table has all
-console = Console(width=None if sys.stdout.isatty() else WIDE)
+console = Console(width=None if at_terminal() else WIDE)
 
 
 def mount(app: typer.Typer) -> None:

@@ -232,6 +232,26 @@ def test_a_worker_gives_up_where_the_server_was_killed(tmp_path, stack):
     assert f"no server at {site.address} for 2 s" in done(worker, code=5, limit_s=20.0)
 
 
+def test_without_standard_streams(tmp_path, stack):
+    """As under a daemon that closes them: no socket may take their numbers."""
+    site = Site(tmp_path, stack)
+
+    def close():
+        os.closerange(0, 3)
+
+    server = subprocess.Popen(
+        [sys.executable, "-m", "offbeat.runtime.cli", "serve", str(site.file), "--out",
+         str(site.out), "--bind", site.address, "--processes", "2"], preexec_fn=close,
+    )  # fmt: skip
+    stack.callback(finish, server)
+    site.until(here(2), server)
+    places = [os.readlink(f"/proc/{server.pid}/fd/{number}") for number in range(3)]
+    assert places == [os.devnull] * 3
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(LIMIT_S) == 130
+    sound(site)
+
+
 def test_a_worker_is_asked_to_leave(tmp_path, stack):
     site = Site(tmp_path, stack)
     server = site.serve("--processes", "2")
