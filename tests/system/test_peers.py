@@ -1,6 +1,7 @@
 """Gossip among real processes: the virtual run, whoever is killed, stopped or not let in."""
 
 import json
+import resource
 import signal
 from unittest.mock import Mock
 
@@ -125,6 +126,30 @@ def test_a_peer_that_is_stopped_is_mixed_around_and_comes_back(tmp_path):
         assert ring.join() == [0] * 4
         assert all(ring.events(i, "up") for i in (0, 2))
         sound(ring, steps)
+
+
+def test_a_full_disk_of_one_peer_is_borne_until_there_is_room_again(tmp_path):
+    """A limit on file size stands in for it; not a line of the trace is lost."""
+    with Ring(table(100_000, seconds=0.02, record={"save_every_s": 0.2}), tmp_path) as ring:
+        ring.start()
+        ring.await_(lambda: ring.saved(1) and ring.round(1) > 20)
+        trace, pid = tmp_path / "n1" / "trace.jsonl", ring.processes[1].pid
+        full = trace.stat().st_size + 5_000
+        _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (full, hard))
+        ring.await_(lambda: trace.stat().st_size == full)
+        kept = ring.state(1)["step"]
+        ring.await_(lambda: ring.round(1) > kept + 50)  # it goes on, and so do its neighbours
+        assert ring.state(1)["step"] <= kept + 20
+        assert not ring.events(0, "down")
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard, hard))
+        ring.await_(lambda: ring.state(1)["step"] > kept + 50)
+        for i in range(4):
+            ring.signal(i, signal.SIGTERM)
+        assert ring.join() == [0] * 4
+    rows = [json.loads(line) for line in trace.read_text().splitlines()]
+    jobs = [row[2] for row in rows[1:] if isinstance(row, list)]
+    assert jobs == list(range(len(jobs)))
 
 
 def test_all_leave_when_asked_and_go_on_from_their_checkpoints(tmp_path):
