@@ -34,14 +34,14 @@ from offbeat.runtime.net.metrics import Exporter
 from offbeat.runtime.net.spoke import Spoke
 from offbeat.workers.tasks import device as devices
 
-LEAVE_S = 10.0  # for the job at hand, once the process is asked to end
+LEAVE_S = 10.0  # for the job or task at hand, once the process is asked to end
 FAREWELL_S = 2.0  # for the server to hear that it leaves
 MOST_HANDSHAKES = 5  # that fail in a row without a word of why
 REMIND_S = 30.0
 
 
 class Abandoned(BaseException):
-    """The job at hand takes too long for a process that was asked to end."""
+    """What is at hand takes too long for a process that was asked to end."""
 
 
 class Worker:
@@ -248,7 +248,13 @@ class Worker:
     def _build(self, welcome: Welcome) -> None:
         """Make the task that the server described."""
         if self._runner is None or self._built != welcome.experiment:
-            self._runner, self._kinds = built(welcome.experiment, self._device)
+            self._computing = True  # as a job: it may take long
+            try:
+                self._runner, self._kinds = built(welcome.experiment, self._device)
+            except Abandoned:
+                return
+            finally:
+                self._computing = False
             self._built = welcome.experiment
             if getattr(self._runner.task, "apart", False):  # models come into memory it copies from
                 self.spoke.pool.make = self._runner.task.memory  # type: ignore[attr-defined]

@@ -266,6 +266,34 @@ def test_a_worker_is_asked_to_leave(tmp_path, stack):
     assert len(status["workers"]) == 2
 
 
+BUILDS = """
+import time
+from offbeat.runtime.net import worker
+worker.LEAVE_S = 0.2
+def build(text, device):
+    print("builds", flush=True)
+    time.sleep(600)
+worker.built = build
+worker.Worker({address!r}, "slow").run()
+"""
+
+
+def test_a_worker_is_asked_to_leave_while_it_builds_its_task(tmp_path, stack):
+    site = Site(tmp_path, stack)
+    server = site.serve()
+    site.until(lambda s: True, server)
+    code = BUILDS.format(address=site.address)
+    slow = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    stack.callback(finish, slow)
+    assert slow.stdout.readline() == "builds\n"
+    assert site.ask()["workers"][0]["state"] == "building"
+    slow.send_signal(signal.SIGTERM)
+    done(slow, limit_s=30.0)
+    assert site.until(lambda s: not s["workers"], server)["counts"]["gone"] == 1
+
+
 def test_a_worker_that_computes_hears_later_that_the_run_is_over(tmp_path, stack):
     """The run ends in the midst of its first job, which takes longer than a goodbye to others."""
     site = Site(tmp_path, stack)
