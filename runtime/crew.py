@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from offbeat.algorithms.compression import Message
 from offbeat.runtime.finite import finite
+from offbeat.runtime.tensors import fetch, joined
 from offbeat.workers.compressed import SENT, Compressed
 from offbeat.workers.tasks.contract import Task
 from offbeat.workers.work import Gradient, Kept, Work
@@ -144,7 +145,7 @@ class Runner:
         shard, draw, steps = np.array([(o.shard, o.draw, o.steps) for o in orders]).T
         mine = [self._keeps(order) for order in orders]
         kept = {  # copies: of a job that fails nothing is kept
-            name: np.concatenate([row[name] for row in mine])
+            name: joined([row[name] for row in mine])
             if name != SENT or len(mine) > 1
             else mine[0][name]
             for name in mine[0]
@@ -162,11 +163,12 @@ class Runner:
         return answers
 
     def _keeps(self, order: Order) -> Kept:
-        if order.kept is not None:
-            return order.kept
-        if order.worker in self._kept:
+        if order.kept is None and order.worker in self._kept:
             return self._kept[order.worker]
-        return self.work.keep(1, order.x)
+        kept = self.work.keep(1, order.x) if order.kept is None else order.kept
+        if SENT in kept and self.work.there(self.task):  # type: ignore[attr-defined]
+            kept = kept | {SENT: self.task.load(kept[SENT])}  # type: ignore[attr-defined]
+        return kept
 
 
 def rows(
@@ -185,6 +187,6 @@ def rows(
         losses, payloads = work.update(task, x, shard, draw, steps, kept)
     told = losses.tolist()
     if not (math.isfinite(sum(told)) and finite(payloads)):
-        good = np.isfinite(payloads).all(axis=1) & np.isfinite(losses)
+        good = np.isfinite(fetch(payloads)).all(axis=1) & np.isfinite(losses)
         told = np.where(good, losses, np.nan).tolist()
     return told, payloads, message

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.registry import Count, Fraction, Natural, NonNegative, Positive, Registry, Spec
+from offbeat.runtime.tensors import fetch, library
 from offbeat.workers.tasks.contract import Task
 from offbeat.workers.tasks.external import ELSEWHERE
 
@@ -25,15 +26,6 @@ WORK = Registry("work")
 INNERS = Registry("inner optimiser")
 Kept = dict[str, NDArray]  # name -> [n, ...], a row a worker
 BLOCK = 2**15  # entries an inner optimiser goes through at a time: they stay in the cache
-
-
-def library(x: Any) -> Any:
-    """What computes with ``x``: numpy, or torch, whose functions used here are called the same."""
-    if isinstance(x, np.ndarray):
-        return np
-    import torch
-
-    return torch
 
 
 class Work(Protocol):
@@ -54,7 +46,8 @@ class Work(Protocol):
 
         Args:
             task: whose gradients.
-            x: ``[k, d]``, the models received; not changed.
+            x: ``[k, d]``, the models received; not changed.  Where it is a tensor of the task's
+                device, the updates are, too.
             worker: ``[k]``, whose data.
             draw: ``[k]``, the first sample of each job; it uses ``steps`` of them.
             steps: ``[k]``, local steps.
@@ -383,12 +376,16 @@ class LocalSteps:
             found = self.update(task, x[order], worker[order], draw[order], steps[order], rows)
             for name, held in kept.items():
                 held[order] = rows[name]
-            losses, updates = np.empty_like(found[0]), np.empty_like(found[1])
-            losses[order], updates[order] = found
-            return losses, updates
+            back = np.argsort(order)
+            return found[0][back], found[1][back]
         if isinstance(x, np.ndarray) and getattr(task, "apart", False):
-            return self._apart(task, x, worker, draw, steps, kept)
+            there: Any = task.load(x)  # type: ignore[attr-defined]
+            losses, updates = self.update(task, there, worker, draw, steps, kept)
+            return losses, fetch(updates)
         state = self._blank(len(x), x[0]) if self.fresh else kept
+        crossing = () if self.fresh or isinstance(x, np.ndarray) else self.inner.moments
+        if crossing:
+            state = state | {name: task.load(kept[name]) for name in crossing}
         y: Any = x.copy() if isinstance(x, np.ndarray) else x.clone()
         told: list[Any] = []  # losses of each step: where a GPU computes, they are not waited for
         active, counts = len(x), steps.tolist()
@@ -401,21 +398,12 @@ class LocalSteps:
             rates = [self.rate(position, step) for position in at.tolist()]
             rows = {name: row[:active] for name, row in state.items()}
             self._step(task, y[:active], g, rates, rows)
+        for name in crossing:
+            kept[name][:] = fetch(state[name])
         total = np.zeros(len(x))
         for losses in told:
             total[: len(losses)] += losses.tolist()
         return total / steps, library(y).subtract(x, y, out=y)
-
-    def _apart(
-        self, task: Any, x: NDArray, worker: NDArray, draw: NDArray, steps: NDArray, kept: Kept
-    ) -> tuple[NDArray, NDArray]:
-        """``update`` where the task keeps models: a job's vectors cross once each way."""
-        moments = [name for name in kept if name in self.inner.moments]
-        there = kept | {name: task.load(kept[name]) for name in moments}
-        losses, updates = self.update(task, task.load(x), worker, draw, steps, there)
-        for name in moments:
-            kept[name][:] = task.fetch(there[name])
-        return losses, task.fetch(updates)
 
     def _step(self, task: Task, y: NDArray, g: NDArray, rates: list[float], state: Kept) -> None:
         """One inner step of rows ``[k, d]``."""

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import Streams
 from offbeat.runtime.registry import Count, Seed, Spec, validated
+from offbeat.runtime.tensors import fetch, load, memory
 from offbeat.workers.partition import PARTITIONS
 from offbeat.workers.tasks import device as devices
 from offbeat.workers.tasks.shards import BatchSize, Draws, Sampling
@@ -95,15 +96,11 @@ class TorchTask:
 
     def load(self, x: NDArray) -> Any:
         """``x`` as a tensor of the device; on the CPU the same memory, which nothing changes."""
-        return devices.load(x, self.device)
-
-    def fetch(self, x: Any) -> NDArray:
-        """A tensor of the device as an array."""
-        return devices.fetch(x)
+        return load(x, self.device)
 
     def memory(self, nbytes: int) -> NDArray[np.uint8]:
         """A buffer from which ``load`` is fast."""
-        made: NDArray[np.uint8] = devices.memory(nbytes, self._torch.uint8, self.device).numpy()
+        made: NDArray[np.uint8] = memory(nbytes, self._torch.uint8, self.device).numpy()
         return made
 
     def _between(self) -> list[tuple[int, int, int]]:
@@ -167,7 +164,7 @@ class TorchTask:
         """
         if isinstance(x, np.ndarray):
             losses, gradients = self.gradient(self.load(x), worker, draw)
-            return self.fetch(losses), self.fetch(gradients)
+            return fetch(losses), fetch(gradients)
         torch = self._torch
         if len(x) >= VMAP_FROM and self._vmaps and self._draws.batch != "full":
             inputs, targets = self._samples(self._order[self._draws.rows(worker, draw)])
