@@ -26,7 +26,7 @@ from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.finite import finite
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.registry import Seed, Spec
-from offbeat.runtime.tensors import fetch, is_tensor, library
+from offbeat.runtime.tensors import fetch, is_tensor, library, load
 from offbeat.workers.tasks.contract import Task
 from offbeat.workers.work import WORK, Kept, OwnLoop, Work
 
@@ -88,12 +88,14 @@ class Compressed:
         """
         own = {name: rows for name, rows in kept.items() if name != SENT}
         h: Any = kept.get(SENT)
-        stays, place = is_tensor(h), None
-        if self.there(task):
+        there, stays = self.there(task), is_tensor(h)
+        if there and not is_tensor(x):
             x = task.load(x)  # type: ignore[attr-defined]
-            h, place = h if h is None or stays else task.load(h), x.device  # type: ignore[attr-defined]
         losses, updates = self.work.update(task, x, worker, draw, steps, own)
-        lib, losses = library(updates), fetch(losses)
+        losses, updates = fetch(losses), updates if there else fetch(updates)
+        if there and h is not None and not stays:
+            h = load(h, updates.device)
+        lib = library(updates)
         apart = updates if h is None else lib.subtract(updates, h, out=updates)
         if not finite(apart):
             bad = ~lib.isfinite(apart).all(-1)
@@ -106,7 +108,7 @@ class Compressed:
         message = self.compressor.compress(apart, generators)
         if h is None:
             return losses, message.dense(), message
-        seen = message.dense(place)
+        seen = message.dense(updates.device if there else None)
         seen += h
         kept[SENT] = seen if stays else fetch(seen)
         return losses, kept[SENT], message

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.registry import Count, Fraction, Natural, NonNegative, Positive, Registry, Spec
-from offbeat.runtime.tensors import fetch, library
+from offbeat.runtime.tensors import dtype_of, fetch, is_tensor, library, load
 from offbeat.workers.tasks.contract import Task
 from offbeat.workers.tasks.external import ELSEWHERE
 
@@ -51,7 +51,8 @@ class Work(Protocol):
             worker: ``[k]``, whose data.
             draw: ``[k]``, the first sample of each job; it uses ``steps`` of them.
             steps: ``[k]``, local steps.
-            kept: rows ``[k, ...]`` of what the jobs' workers keep; changed in place.
+            kept: rows ``[k, ...]`` of what the jobs' workers keep, those ``[k, d]`` beside x or
+                here; changed in place.
         """
         ...
 
@@ -144,7 +145,7 @@ class Inner(ABC):
         self, task: Task, y: NDArray, g: NDArray, rate: NDArray, t: list[int], *m: NDArray
     ) -> None:
         """``step`` of whole rows ``[k, d]``, on the CPU a block of columns at a time."""
-        size = max(BLOCK // len(y), 1024) if isinstance(y, np.ndarray) else y.shape[1]
+        size = y.shape[1] if is_tensor(y) else max(BLOCK // len(y), 1024)
         for first in range(0, y.shape[1], size):
             part = slice(None), slice(first, first + size)
             self.step(y[part], g[part], rate, t, *(row[part] for row in m))
@@ -308,8 +309,8 @@ def muon(lr: Positive = 1e-3, *, beta: Fraction = 0.95, weight_decay: NonNegativ
 
 def column(values: list[float], like: NDArray) -> NDArray:
     """``[k, 1]`` in the precision of ``like``, and beside it."""
-    made: NDArray = library(like).asarray(values, dtype=like.dtype, device=like.device)
-    return made[:, None]
+    made = np.array(values, dtype_of(like))[:, None]
+    return load(made, like.device) if is_tensor(like) else made
 
 
 class LocalSteps:
@@ -378,15 +379,16 @@ class LocalSteps:
                 held[order] = rows[name]
             back = np.argsort(order)
             return found[0][back], found[1][back]
-        if isinstance(x, np.ndarray) and getattr(task, "apart", False):
-            there: Any = task.load(x)  # type: ignore[attr-defined]
+        if getattr(task, "apart", False) and not is_tensor(x):
+            there = task.load(x)  # type: ignore[attr-defined]
             losses, updates = self.update(task, there, worker, draw, steps, kept)
             return losses, fetch(updates)
         state = self._blank(len(x), x[0]) if self.fresh else kept
-        crossing = () if self.fresh or isinstance(x, np.ndarray) else self.inner.moments
-        if crossing:
-            state = state | {name: task.load(kept[name]) for name in crossing}
-        y: Any = x.copy() if isinstance(x, np.ndarray) else x.clone()
+        y: Any = library(x).asarray(x, copy=True)
+        crossing: Any = ()
+        if is_tensor(x):
+            crossing = [m for m in self.inner.moments if not is_tensor(state[m])]
+            state = state | {name: load(state[name], y.device) for name in crossing}
         told: list[Any] = []  # losses of each step: where a GPU computes, they are not waited for
         active, counts = len(x), steps.tolist()
         for step in range(counts[0] if counts else 0):
@@ -409,9 +411,11 @@ class LocalSteps:
         """One inner step of rows ``[k, d]``."""
         if self.clip is not None:
             lib = library(g)
-            lengths = lib.sqrt(lib.linalg.vecdot(g, g)).tolist()  # row by row: same bits in a batch
-            if max(lengths) > self.clip:
-                g *= column([min(1.0, self.clip / s) if s else 1.0 for s in lengths], g)
+            lengths = lib.sqrt(lib.linalg.vecdot(g, g))  # row by row: same bits in a batch
+            if is_tensor(g):  # which is not waited for
+                g *= (self.clip / lengths).clip(max=1)[:, None]
+            elif lengths.max() > self.clip:
+                g *= column([min(1.0, self.clip / s) if s else 1.0 for s in lengths.tolist()], g)
         t: list[int] = []
         if "steps" in state:
             state["steps"] += 1

@@ -99,14 +99,14 @@ class Coded(Message):
     def encode(self) -> list[bytes]:
         """See ``Message``."""
         head = _HEADER.pack(MAGIC, VERSION, self.codec, _DTYPES.index(self.dtype), self.d)
-        return [head + payload for payload in self._payloads()]
+        return [b"".join((head, payload)) for payload in self._payloads()]
 
     @abstractmethod
     def _sizes(self) -> int | NDArray[np.int64]:
         """Bytes of each payload, ``[n]``, or of each alike."""
 
     @abstractmethod
-    def _payloads(self) -> list[bytes]:
+    def _payloads(self) -> Sequence[Frame]:
         """What follows the header, for each row."""
 
     @classmethod

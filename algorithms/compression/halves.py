@@ -17,6 +17,7 @@ from offbeat.algorithms.compression.contract import (
     COMPRESSORS,
     Coded,
     Compressor,
+    Frame,
     Message,
     codec,
     overflow,
@@ -46,8 +47,8 @@ class BFloat(Coded):
     def _sizes(self) -> int:
         return 2 * self.d
 
-    def _payloads(self) -> list[bytes]:
-        return [row.astype("<u2").tobytes() for row in self.upper]
+    def _payloads(self) -> list[Frame]:
+        return [row.data for row in self.upper.astype("<u2", copy=False)]
 
     @classmethod
     def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> Message:

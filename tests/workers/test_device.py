@@ -181,6 +181,63 @@ def test_compressed_updates_are_the_same_wherever_they_are_compressed(name, comp
 
 
 @pytest.mark.parametrize("name", DEVICES)
+def test_moments_stay_on_the_device_and_are_told(monkeypatch, name):
+    """A process's second job: the model crosses once there, update and moments once back."""
+    work, task = WORK.parse("local-steps(adamw, steps=3)"), text(name)
+    runner, x = Runner(task, work), task.initial(0)
+    (first,) = runner.compute([Order(0, 1, 1, 0, 3, 0, x, None)])
+    before = {key: row.copy() for key, row in first.kept.items()}
+    crossed = crossings(monkeypatch)
+    (second,) = runner.compute([Order(1, 1, 1, 3, 3, 0, x, None)])
+    assert (crossed["load"] // task.dim, crossed["fetch"] // task.dim) == (1, 3)
+    monkeypatch.undo()
+    again = Runner(task, work)  # another process, which is told what the first one kept
+    (same_one,) = again.compute([Order(1, 1, 1, 3, 3, 0, x, before)])
+    np.testing.assert_array_equal(second.payload, same_one.payload)
+    for key, row in second.kept.items():
+        assert type(row) is np.ndarray
+        np.testing.assert_array_equal(row, same_one.kept[key])
+        np.testing.assert_array_equal(first.kept[key], before[key])
+
+
+def test_dropout_leaves_the_generator_as_it_was():
+    torch.manual_seed(3)
+    module = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Dropout(), torch.nn.Linear(4, 3))
+    data = torch.utils.data.TensorDataset(torch.randn(60, 5), torch.randint(3, (60,)))
+    task = TorchTask(module, torch.nn.functional.cross_entropy, data, workers=3, batch=4)
+    x, worker, draw = jobs(task, 1)
+    state = torch.get_rng_state()
+    one, other, third = (task.gradient(x, worker, at)[1] for at in (draw, draw, draw + 1))
+    np.testing.assert_array_equal(one, other)
+    assert (one != third).any()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_tied_parameters_are_one():
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = (
+                torch.nn.Linear(4, 4, bias=False),
+                torch.nn.Linear(4, 4, bias=False),
+            )
+            self.two.weight = self.one.weight
+
+        def forward(self, x):
+            return self.two(torch.tanh(self.one(x)))
+
+    module, data = Tied(), torch.utils.data.TensorDataset(torch.randn(8, 4), torch.randn(8, 4))
+    loss = torch.nn.functional.mse_loss
+    task = TorchTask(module, loss, data, workers=1, batch="full")
+    assert task.dim == 16
+    x = task.initial(0)
+    value = loss(module(data.tensors[0][task._order]), data.tensors[1][task._order])
+    value.backward()
+    found = task.gradient(x[None], np.array([0]), np.array([0]))[1]
+    np.testing.assert_allclose(found[0], module.one.weight.grad.ravel(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", DEVICES)
 def test_what_is_not_finite_on_a_device_is_told(name):
     task, work = text(name), WORK.parse("compressed(topk(0.1))")
     x = np.full(task.dim, np.inf, np.float32)
