@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from offbeat.algorithms.compression import Message
 from offbeat.runtime.finite import finite
+from offbeat.runtime.memory import keep_freed
 from offbeat.runtime.tensors import fetch, joined
 from offbeat.workers.compressed import SENT, Compressed
 from offbeat.workers.tasks.contract import Task
@@ -128,6 +129,7 @@ class Runner:
     """
 
     def __init__(self, task: Task, work: Work) -> None:
+        keep_freed()
         self.task, self.work = task, work
         self._kept: dict[int, Kept] = {}  # on the task's device, if that is elsewhere
         self._apart = getattr(task, "apart", False)
