@@ -270,10 +270,10 @@ def mount(
 
 
 def _peers(status: dict[str, Any]) -> Table:
+    loss = "" if status["loss"] is None else f"loss {status['loss']:.4g}, "
     title = (
-        f"{status['node']}: {status['state']}, round {status['round']:,}, loss "
-        f"{status['loss']:.4g}, {status['bytes'] / 1e6:.3g} MB sent, "
-        f"incarnation {status['incarnation']}"
+        f"{status['node']}: {status['state']}, round {status['round']:,}, {loss}"
+        f"{status['bytes'] / 1e6:.3g} MB sent, incarnation {status['incarnation']}"
     )
     table = Table(title=title, box=None, header_style="bold", title_justify="left")
     for head in ("neighbour", "where", "state", "round", "silent s", "waiting"):

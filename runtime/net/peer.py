@@ -625,12 +625,13 @@ class PeerProcess:
         now_s = time.monotonic()
         counts = self._report.counts.get(self.me, {})
         standings = ["gathering", "gathering", "running", "done", "left"]
+        loss = self._last.get("loss", math.nan)
         return {
             "node": self.seat.name,
             "state": standings[self.mesh.standing],
             "round": self.mesh.round,
             "incarnation": self.mesh.incarnation,
-            "loss": self._last.get("loss", math.nan),
+            "loss": loss if math.isfinite(loss) else None,  # JSON has no other numbers
             "bytes": counts.get("bytes", 0),
             "run": self.mesh.run,
             "jobs": self._spent[1],

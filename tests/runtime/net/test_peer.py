@@ -10,7 +10,7 @@ from loops import together
 from peering import LIMIT_S, Ring, made, table
 
 from offbeat.runtime.net import messages as say
-from offbeat.runtime.net.cli import asking
+from offbeat.runtime.net.cli import asking, shown
 from offbeat.runtime.net.mesh import DONE
 from offbeat.runtime.net.peer import PeerProcess, Seat
 from offbeat.runtime.net.wire import pack, parcels
@@ -82,3 +82,10 @@ def test_who_asks_and_does_not_read_is_in_nobodys_way(waiting):
         with asking(waiting.endpoint, None, "test") as status:
             assert status()["state"] == "gathering"
         assert not waiting._parts
+
+
+def test_a_status_is_json_before_there_is_a_loss(waiting):
+    told = json.dumps(waiting.status())
+    row = json.loads(told, parse_constant=pytest.fail)
+    assert row["loss"] is None
+    assert str(shown(row).title) == "n0: gathering, round 0, 0 MB sent, incarnation 1"
