@@ -123,7 +123,7 @@ class Hub:
         self.cuts: list[tuple[bytes, str]] = []  # addresses to be cut off, and why
         self.notes: list[Note] = []  # for the log
         self.counts: Counter[str] = Counter()
-        self._opinions: dict[int, tuple[Answer, str]] = {}  # serial -> a result to be checked
+        self._opinions: dict[int, str] = {}  # serial -> whose result is to be checked
         self._newest = 0  # step of the newest order
         self.dim: int | None = None  # of the model of loops, where workers are such
         self.shapes = ""  # of its parameters; see ``runtime.net.shapes``
@@ -435,7 +435,7 @@ class Hub:
         if self._keeping or not others:  # nobody else could
             self.events.append(answer)
             return
-        self._opinions[answer.serial] = answer, seat.member.node
+        self._opinions[answer.serial] = seat.member.node
         self._orders[answer.serial] = order
         other = min(others, key=lambda s: (len(s.member.jobs), s.member.slot))
         self._give(other, order, now_s)
@@ -443,7 +443,7 @@ class Hub:
     def _settle(self, serial: int, now_s: float) -> None:
         """A finite result where another member's was not: that is its fault."""
         doubted = self._opinions.pop(serial, None)
-        seat = self.seats.get(doubted[1]) if doubted else None
+        seat = self.seats.get(doubted) if doubted else None
         if seat is None:
             return
         member = seat.member
@@ -511,7 +511,8 @@ class Hub:
         for serial in serials:
             del self._orders[serial]
             if (doubted := self._opinions.pop(serial, None)) is not None:
-                self.events.append(doubted[0])  # nobody is left to ask for an opinion
+                said = f"it was not finite at {doubted}, and {member.node}, asked then, is gone"
+                self.events.append(Failed(serial, said))  # whose it was computes it again
         if was_ready:
             self._slots[member.slot] = None
             self.events.append(Gone(member.slot, why))

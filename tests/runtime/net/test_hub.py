@@ -193,6 +193,29 @@ def test_what_two_nodes_find_not_finite_is_the_runs_fault():
     assert site.hub.roster.quarantined == {}
 
 
+def test_what_is_not_finite_is_computed_again_where_the_second_node_is_gone():
+    """It may have been the first one's own fault: the run does not end for it yet."""
+    site = Site("abc", 3)
+    site.order(7, slot(site, "a"))
+    site.answer("a", X * np.nan)
+    asked = "b" if site.spokes["b"].orders else "c"
+    site.spokes[asked].leave("its machine is wanted", site.now_s)
+    left = site.spokes.pop(asked)
+    for frames in left.outbox:
+        site.receive(asked, frames)
+    site.settle()
+    assert site.heard(Answer) == []
+    (failed,) = site.heard(Failed)
+    assert failed.serial == 7
+    assert "not finite at a" in failed.why
+    site.order(7, slot(site, "a"))
+    site.answer("a", X * np.nan)
+    (other,) = {"b", "c"} - {asked}
+    site.answer(other)
+    (answer,) = site.heard(Answer)
+    np.testing.assert_array_equal(answer.payload, 2 * X)
+
+
 def test_a_node_whose_results_alone_are_not_finite_is_shut_out():
     site = Site()
     for serial in range(MOST_STRIKES):
