@@ -140,6 +140,7 @@ class Hub:
             return
         self._newest = max(self._newest, order.step)
         self._orders[order.serial] = order
+        self._opinions.pop(order.serial, None)  # it is computed from the beginning
         self._give(seat, order, now_s)
 
     def _give(self, seat: Seat, order: Order, now_s: float) -> None:

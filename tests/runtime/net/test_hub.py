@@ -216,6 +216,18 @@ def test_what_is_not_finite_is_computed_again_where_the_second_node_is_gone():
     np.testing.assert_array_equal(answer.payload, 2 * X)
 
 
+def test_one_node_twice_is_no_second_opinion():
+    site = Site()
+    for _ in range(2):
+        site.order(7, slot(site, "a"))
+        site.answer("a", X * np.nan)
+        assert site.heard(Answer) == []
+        spoke = site.spokes["b"]
+        spoke.failed(spoke.take(), "Traceback: here", site.now_s)
+        site.settle()
+        assert site.heard(Failed) == [Failed(7, "Traceback: here")]
+
+
 def test_a_node_whose_results_alone_are_not_finite_is_shut_out():
     site = Site()
     for serial in range(MOST_STRIKES):
