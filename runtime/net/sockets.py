@@ -74,10 +74,12 @@ def _check(endpoint: str) -> None:
 def unknown(endpoint: str) -> str:
     """What to say where the host in ``endpoint`` has a name that means nothing here; else "".
 
-    >>> unknown("tcp://127.0.0.1:5555"), unknown("tcp://nobody.invalid:5555")
-    ('', 'nobody.invalid is not known here')
+    >>> unknown("tcp://127.0.0.1:5555"), unknown("ipc:///tmp/run"), unknown("tcp://node..7:5555")
+    ('', '', 'node..7 is not known here')
     """
     host = urlsplit(endpoint).hostname
+    if not host:
+        return ""
     try:
         os_socket.getaddrinfo(host, None)
     except (OSError, UnicodeError):
