@@ -443,6 +443,7 @@ def test_words_of_a_server_that_was_replaced_are_not_heard():
     for _, frames in old.hub.outbox:
         spoke.receive([bytes(frame) for frame in frames], old.now_s)
     assert not spoke.orders
+    assert (spoke.server, spoke.state) == (2, "working")  # nor is it led astray by them
 
 
 def test_a_process_whose_place_was_taken_ends():

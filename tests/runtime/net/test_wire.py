@@ -164,6 +164,7 @@ BAD = {
     "shape of -1": ([header(**one(shape=[-1])), GOOD[1]], BadHeader),
     "five axes": ([header(**one(shape=[1, 1, 1, 1, D])), GOOD[1]], BadHeader),
     "said too few bytes": ([header(**one(nbytes=4 * D - 1)), GOOD[1]], BadArray),
+    "said and sent too few bytes": ([header(**one(nbytes=4 * D - 4)), GOOD[1][:-4]], BadArray),
     "sent too few bytes": ([GOOD[0], GOOD[1][:-1]], BadArray),
     "no frame": ([GOOD[0]], BadArray),
     "an array missing": (
