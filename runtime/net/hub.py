@@ -269,7 +269,6 @@ class Hub:
                 self._flush(seat, now_s)
             return
         seat.at(address, now_s)
-        seat.nbytes += sum(one.nbytes for one in head.arrays)
         seat.link.acknowledge(head.acknowledged, now_s)
         if head.sequence == 0:
             raise BadHeader(f"a {head.kind} outside of the order")
@@ -387,14 +386,15 @@ class Hub:
     def _result(self, seat: Seat, message: Message, now_s: float) -> None:
         body, member = message.body, seat.member
         serial = self.jobs.accept(member, body.job)
+        kept: Any = {}
+        for one in message.head.arrays:
+            seat.nbytes += one.nbytes
+            if one.name == "payload":
+                nbytes = one.nbytes
+            else:
+                kept[one.name[len(say.KEPT) :]] = message.arrays[one.name]
         payload: Any = message.arrays["payload"]
-        kept: Any = {
-            name[len(say.KEPT) :]: row
-            for name, row in message.arrays.items()
-            if name.startswith(say.KEPT)
-        }
         sound = (body.loss is None or math.isfinite(body.loss)) and finite(payload)
-        nbytes = sum(one.nbytes for one in message.head.arrays if one.name == "payload")
         loss = body.loss if sound else np.nan
         answer = Answer(serial, loss, payload, kept, body.spent_s, nbytes)
         order = self._orders.pop(serial)

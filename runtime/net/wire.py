@@ -40,7 +40,7 @@ CODED_SLACK = 1.25, 2**16  # a coded array may take so much more than a raw one:
 DTYPES = ("<f4", "<f8", "<f2", "bf16", "<i4", "<i8", "|u1")
 _NUMPY = {name: np.dtype("<u2" if name == "bf16" else name) for name in DTYPES}
 
-Buffer = bytes | bytearray | memoryview
+Buffer = Any  # of bytes: bytes, bytearray, memoryview, or a frame of ZeroMQ
 Name = Annotated[str, Meta(min_length=1, max_length=MOST_NAME)]
 Counter = Annotated[int, Meta(ge=0, lt=2**53)]
 
@@ -230,8 +230,9 @@ def _head(frame: Buffer) -> Header:
         head = _header.decode(frame)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         # A header is a short array that begins with a small number: the version.
-        if size > 1 and frame[0] >> 4 == 9 and VERSION != frame[1] < 128:
-            raise WrongVersion(_versions(frame[1])) from None
+        start = bytes(memoryview(frame)[:2])
+        if size > 1 and start[0] >> 4 == 9 and VERSION != start[1] < 128:
+            raise WrongVersion(_versions(start[1])) from None
         raise BadHeader(f"the header cannot be read: {error}") from None
     if head.version != VERSION:
         raise WrongVersion(_versions(head.version))
@@ -258,10 +259,10 @@ def _arrays(
             continue
         if inline == len(frames):
             raise BadArray(f"{head.kind} lacks the frame of {one.name}")
-        flat = memoryview(frames[inline]).cast("B")
+        flat = frames[inline]
         inline += 1
-        if flat.nbytes != one.nbytes:
-            raise BadArray(f"{one.name} has {flat.nbytes} bytes; its header says {one.nbytes}")
+        if len(flat) != one.nbytes:
+            raise BadArray(f"{one.name} has {len(flat)} bytes; its header says {one.nbytes}")
         found[one.name] = opened(one, spec, flat)
     if inline != len(frames):
         raise BadArray(f"{head.kind} has {len(frames)} frames for {inline} arrays")
@@ -292,7 +293,7 @@ def _most_coded(spec: ArraySpec) -> int:
     return int(factor * spec.nbytes + slack)
 
 
-def opened(one: Array, spec: ArraySpec, flat: memoryview) -> NDArray:
+def opened(one: Array, spec: ArraySpec, flat: Buffer) -> NDArray:
     """The array in ``flat``, whose header was checked; a view where it is aligned and raw."""
     if one.codec == "coded" and spec.loose:
         return np.frombuffer(flat, np.uint8)
@@ -301,7 +302,7 @@ def opened(one: Array, spec: ArraySpec, flat: memoryview) -> NDArray:
         if row.dtype.str != spec.dtype:
             raise BadArray(f"{one.name} holds {row.dtype.str}, not {spec.dtype}")
         return row.reshape(spec.shape)
-    array = np.frombuffer(flat, _NUMPY[one.dtype]).reshape(one.shape)
+    array: NDArray = np.ndarray(one.shape, _NUMPY[one.dtype], flat)
     return array if array.flags.aligned else array.copy()
 
 

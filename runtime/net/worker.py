@@ -218,7 +218,7 @@ class Worker:
             if frames is None:
                 return
             self._bytes_in += sockets.size(frames)
-            spoke.receive([frame.buffer for frame in frames], time.monotonic())
+            spoke.receive(frames, time.monotonic())
             if spoke.outbox:
                 self._send()  # acknowledgements keep the other side's window open
             if block and spoke.orders:
