@@ -101,10 +101,10 @@ def sender(socket: zmq.Socket) -> bytes | None:
     return address
 
 
-def receive(socket: zmq.Socket, flags: int = _NOW) -> list[zmq.Frame] | None:
-    """The frames of a message, or None where there is none (in time, with ``flags`` of 0)."""
+def receive(socket: zmq.Socket, wait: bool = False) -> list[zmq.Frame] | None:
+    """The frames of a message, or None where there is none (in time, where it may ``wait``)."""
     try:
-        frame = _recv(socket, flags, False)
+        frame = _recv(socket, 0 if wait else _NOW, False)
     except zmq.Again:
         return None
     frames = [frame]

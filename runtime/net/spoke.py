@@ -165,9 +165,11 @@ class Spoke:
             if x is None and (x := self._model) is None:
                 raise BadArray("the first work has no model")
             self._model = x
-            kept: Any = {name[len(say.KEPT) :]: row for name, row in message.arrays.items()}
+            kept: Any = None
+            if message.arrays:
+                kept = {name[len(say.KEPT) :]: row for name, row in message.arrays.items()}
             self.orders.append(
-                Order(body.job, 0, body.shard, body.draw, body.steps, body.step, x, kept or None)
+                Order(body.job, 0, body.shard, body.draw, body.steps, body.step, x, kept)
             )
         elif kind == "cancel":
             for order in self.orders:

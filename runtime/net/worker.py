@@ -214,7 +214,7 @@ class Worker:
         spoke = self.spoke
         for count in range(sockets.QUEUED):
             block = wait and not count
-            frames = sockets.receive(self._socket, 0) if block else sockets.receive(self._socket)
+            frames = sockets.receive(self._socket, block)
             if frames is None:
                 return
             self._bytes_in += sockets.size(frames)
@@ -225,6 +225,8 @@ class Worker:
                 return  # the rest can wait, the job should not
 
     def _send(self) -> None:
+        if not self.spoke.outbox:
+            return
         outbox, self.spoke.outbox = self.spoke.outbox, []
         for frames in outbox:
             try:
