@@ -50,7 +50,7 @@ class Link(Generic[T]):
         window: int = WINDOW,
         most: int = MOST_QUEUED,
     ) -> None:
-        self.window, self._most = window, most
+        self.window, self._most, self._share = window, most, window // ACK_SHARE
         self._first_s, self._ack_s = resend_s, ack_s
         self._queue: deque[T] = deque()
         # Out: [acknowledged..sent] are in flight, with the time of their first sending.
@@ -82,7 +82,7 @@ class Link(Generic[T]):
     def urgent(self) -> bool:
         """Whether there is something to put on the wire that should not wait for a tick."""
         return (
-            self._owed >= self.window // ACK_SHARE
+            self._owed >= self._share
             or self._burst > 1
             or (bool(self._queue) and len(self._flight) < self.window)
         )
@@ -139,7 +139,7 @@ class Link(Generic[T]):
         """Whether an acknowledgement has to travel now, alone; asking counts as sending it."""
         if not self._owed:
             return False
-        if self._owed < self.window // ACK_SHARE and now_s < self._owed_since_s + self._ack_s:
+        if self._owed < self._share and now_s < self._owed_since_s + self._ack_s:
             return False
         self._owed = 0
         return True
@@ -177,18 +177,17 @@ class Link(Generic[T]):
             self._owed_since_s = now_s
         self._owed += 1
         ahead = sequence - self.acknowledged
+        if ahead == 1:
+            self.acknowledged = sequence
+            passed = [item]
+            while self._early and self.acknowledged + 1 in self._early:
+                self.acknowledged += 1
+                passed.append(self._early.pop(self.acknowledged))
+            return passed
         if ahead <= 0 or sequence in self._early:
             self.duplicates += 1
-            return []
-        if ahead > self.window:
+        elif ahead > self.window:
             self.beyond += 1
-            return []
-        if ahead > 1:
+        else:
             self._early[sequence] = item
-            return []
-        self.acknowledged += 1
-        passed = [item]
-        while self._early and self.acknowledged + 1 in self._early:
-            self.acknowledged += 1
-            passed.append(self._early.pop(self.acknowledged))
-        return passed
+        return []
