@@ -230,7 +230,8 @@ class Reader:
             if not 0 < part.nbytes <= PIECE_BYTES:
                 raise TooLarge(f"a piece of {part.nbytes} bytes; at most {PIECE_BYTES}")
             return Message(head, body, {}, [], part)
-        return Message(head, body, *_arrays(head, kind.arrays, rest))
+        arrays, missing = _arrays(head, kind.arrays, rest)
+        return Message(head, body, arrays, missing)
 
 
 def _head(frame: Buffer) -> Header:
@@ -310,15 +311,15 @@ def _most_coded(spec: ArraySpec) -> int:
 
 def opened(one: Array, spec: ArraySpec, flat: Buffer) -> NDArray:
     """The array in ``flat``, whose header was checked; a view where it is aligned and raw."""
-    if one.codec == "coded" and spec.loose:
+    if one.codec == "raw":
+        array: NDArray = np.ndarray(one.shape, _NUMPY[one.dtype], flat)
+        return array if array.flags.aligned else array.copy()
+    if spec.loose:
         return np.frombuffer(flat, np.uint8)
-    if one.codec == "coded":
-        row = decode([flat], math.prod(spec.shape)).dense()
-        if row.dtype.str != spec.dtype:
-            raise BadArray(f"{one.name} holds {row.dtype.str}, not {spec.dtype}")
-        return row.reshape(spec.shape)
-    array: NDArray = np.ndarray(one.shape, _NUMPY[one.dtype], flat)
-    return array if array.flags.aligned else array.copy()
+    row = decode([flat], math.prod(spec.shape)).dense()
+    if row.dtype.str != spec.dtype:
+        raise BadArray(f"{one.name} holds {row.dtype.str}, not {spec.dtype}")
+    return row.reshape(spec.shape)
 
 
 def _new(nbytes: int) -> NDArray[np.uint8]:
