@@ -149,18 +149,19 @@ def parcels(kind: str, body: Struct, arrays: Mapping[str, Any] | None = None) ->
     said, frames, pieces, few = [], [], [], min(INLINE_BYTES, PIECE_BYTES)
     for name, value in (arrays or {}).items():
         if isinstance(value, np.ndarray):
-            one = Array(name, value.dtype.str, value.shape, "raw", value.nbytes)
+            flat = np.ascontiguousarray(value).data.cast("B")
+            one = Array(name, value.dtype.str, value.shape, "raw", flat.nbytes)
         else:
-            one = Array(name, "|u1", (len(value),), "coded", len(value))
+            flat = memoryview(value)
+            one = Array(name, "|u1", (flat.nbytes,), "coded", flat.nbytes)
         said.append(one)
-        if one.nbytes <= few:
-            one.data = bytearray(memoryview(value).tobytes())
+        if flat.nbytes <= few:
+            one.data = bytearray(flat)
             continue
-        flat = memoryview(np.ascontiguousarray(value)).cast("B")
-        if one.nbytes <= PIECE_BYTES:
+        if flat.nbytes <= PIECE_BYTES:
             frames.append(flat)
             continue
-        for at in range(0, one.nbytes, PIECE_BYTES):
+        for at in range(0, flat.nbytes, PIECE_BYTES):
             part = flat[at : at + PIECE_BYTES]
             pieces.append(Parcel("piece", _encode(Piece(at)), (), (part,)))
     return [Parcel(kind, _encode(body), tuple(said), tuple(frames)), *pieces]
