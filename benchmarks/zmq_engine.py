@@ -177,13 +177,13 @@ def ours(n: int, d: int, jobs: int, folder: Path | None) -> float:
     here = 0
     while here < n:
         here += sum(isinstance(event, Back) for event in crew.collect(1.0))
-    models = [np.zeros(d) for _ in range(4)]  # a model is not sent twice in a row
+    models = [np.zeros(d) for _ in range(3)]  # a worker is not sent one twice in a row
     serial, done, began_s = 0, -warm(n, jobs), 0.0
 
     def give(who: int) -> None:
         nonlocal serial
         serial += 1
-        crew.submit(Order(serial, who, who, serial, 1, serial, models[serial % 4], None))
+        crew.submit(Order(serial, who, who, serial, 1, serial, models[serial % 3], None))
 
     owner = {}
     for who in range(n):

@@ -8,7 +8,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from msgspec import Struct
@@ -55,13 +55,6 @@ from offbeat.runtime.net.wire import (
 SERVER = "server"  # the name under which it speaks
 MOST_SHOWN = 400  # workers in a status
 HARMLESS = (OldIncarnation, StaleJob, NotFinite)  # what honest nodes cause, too
-
-
-class Post(NamedTuple):
-    """Frames for the wire."""
-
-    address: bytes
-    frames: list[Any]
 
 
 class Seat:
@@ -119,7 +112,7 @@ class Hub:
         self._slots: list[Seat | None] = [None] * slots  # who is ready
         self._orders: dict[int, Order] = {}  # by serial
         self.events: list[Event] = [Gone(slot, "nobody has joined yet") for slot in range(slots)]
-        self.outbox: list[Post] = []
+        self.outbox: list[tuple[bytes, list[Any]]] = []  # address, frames for it
         self.cuts: list[tuple[bytes, str]] = []  # addresses to be cut off, and why
         self.notes: list[Note] = []  # for the log
         self.counts: Counter[str] = Counter()
@@ -145,7 +138,9 @@ class Hub:
 
     def _give(self, seat: Seat, order: Order, now_s: float) -> None:
         job = self.jobs.assign(order.serial, seat.member)
-        arrays = {say.KEPT + name: row for name, row in (order.kept or {}).items()}
+        arrays: dict[str, NDArray] = {}
+        if order.kept:
+            arrays = {say.KEPT + name: row for name, row in order.kept.items()}
         if seat.last is not order.x:
             arrays["x"], seat.last = order.x, order.x
             seat.nbytes += order.x.nbytes
@@ -273,7 +268,6 @@ class Hub:
                 self._flush(seat, now_s)
             return
         seat.at(address, now_s)
-        seat.nbytes += sum(one.nbytes for one in head.arrays)
         seat.link.acknowledge(head.acknowledged, now_s)
         if head.sequence == 0:
             raise BadHeader(f"a {head.kind} outside of the order")
@@ -397,14 +391,15 @@ class Hub:
     def _result(self, seat: Seat, message: Message, now_s: float) -> None:
         body, member = message.body, seat.member
         serial = self.jobs.accept(member, body.job)
+        kept: Any = {}
+        for one in message.head.arrays:
+            seat.nbytes += one.nbytes
+            if one.name == "payload":
+                nbytes = one.nbytes
+            else:
+                kept[one.name[len(say.KEPT) :]] = message.arrays[one.name]
         payload: Any = message.arrays["payload"]
-        kept: Any = {
-            name[len(say.KEPT) :]: row
-            for name, row in message.arrays.items()
-            if name.startswith(say.KEPT)
-        }
         sound = (body.loss is None or math.isfinite(body.loss)) and finite(payload)
-        nbytes = sum(one.nbytes for one in message.head.arrays if one.name == "payload")
         loss = body.loss if sound else np.nan
         answer = Answer(serial, loss, payload, kept, body.spent_s, nbytes)
         order = self._orders.pop(serial)
@@ -557,7 +552,7 @@ class Hub:
                 parcel, run=self.run, node=SERVER, incarnation=self.incarnation,
                 to=member.incarnation, sequence=sequence, acknowledged=link.acknowledged,
             )  # fmt: skip
-            self.outbox.append(Post(seat.address, frames))
+            self.outbox.append((seat.address, frames))
         if link.owes(now_s):
             self._post(seat.address, "pulse", say.Pulse(), member.incarnation, link.acknowledged)
 
@@ -566,7 +561,7 @@ class Hub:
     ) -> None:
         """Send something outside of the order."""
         (parcel,) = parcels(kind, body)
-        self.outbox.append(Post(address, self._packed(parcel, to, acknowledged)))
+        self.outbox.append((address, self._packed(parcel, to, acknowledged)))
 
     def _packed(self, parcel: Parcel, to: int, acknowledged: int) -> list[Any]:
         return pack(

@@ -247,7 +247,8 @@ class Jobs:
 
     def assign(self, serial: int, member: Member) -> int:
         """The number of a new job for order ``serial``, which replaces the one it had."""
-        self.cancel(serial)
+        if serial in self._jobs:
+            self.cancel(serial)
         self.assigned += 1
         job = self.assigned
         self.outstanding[job] = serial, member

@@ -7,7 +7,7 @@ where one is replaced, so is the link.
 """
 
 from collections import deque
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 WINDOW = 64  # messages on their way at most, and held at most for one that is missing
@@ -18,13 +18,6 @@ ACK_SHARE = 4  # a quarter of the window not acknowledged: say so without waitin
 
 class Full(RuntimeError):
     """More is queued than a link holds: whoever sends has to wait for the other side."""
-
-
-class Sent(NamedTuple, Generic[T]):
-    """One message for the wire."""
-
-    sequence: int
-    item: T
 
 
 class Link(Generic[T]):
@@ -43,7 +36,7 @@ class Link(Generic[T]):
     >>> b.receive(sequence, item, 0.0), b.receive(sequence, item, 0.0)  # twice: passed on once
     (['x'], [])
     >>> a.out(0.5), a.out(1.5)
-    ([], [Sent(sequence=1, item='x')])
+    ([], [(1, 'x')])
     >>> a.acknowledge(b.acknowledged, 2.0)
     >>> a.pending
     0
@@ -57,7 +50,7 @@ class Link(Generic[T]):
         window: int = WINDOW,
         most: int = MOST_QUEUED,
     ) -> None:
-        self.window, self._most = window, most
+        self.window, self._most, self._share = window, most, window // ACK_SHARE
         self._first_s, self._ack_s = resend_s, ack_s
         self._queue: deque[T] = deque()
         # Out: [acknowledged..sent] are in flight, with the time of their first sending.
@@ -89,7 +82,7 @@ class Link(Generic[T]):
     def urgent(self) -> bool:
         """Whether there is something to put on the wire that should not wait for a tick."""
         return (
-            self._owed >= self.window // ACK_SHARE
+            self._owed >= self._share
             or self._burst > 1
             or (bool(self._queue) and len(self._flight) < self.window)
         )
@@ -104,15 +97,15 @@ class Link(Generic[T]):
             raise Full(f"{self._most} messages wait for the other side")
         self._queue.append(item)
 
-    def out(self, now_s: float) -> list[Sent[T]]:
-        """What is to be put on the wire now; each carries ``acknowledged``."""
-        due: list[Sent[T]] = []
+    def out(self, now_s: float) -> list[tuple[int, T]]:
+        """What is to be put on the wire now, with its sequence; each carries ``acknowledged``."""
+        due: list[tuple[int, T]] = []
         flight = self._flight
         if flight and now_s >= self._again_s:
             for place in range(min(self._burst, len(flight))):
                 item, when, _ = flight[place]
                 flight[place] = item, when, True
-                due.append(Sent(self._base + 1 + place, item))
+                due.append((self._base + 1 + place, item))
             self.resends += len(due)
             self._burst = 1
             self._wait_s = min(2 * self._wait_s, RESEND_MOST * self._round_s)
@@ -122,7 +115,7 @@ class Link(Generic[T]):
                 self._again_s = now_s + self._wait_s
             item = self._queue.popleft()
             flight.append((item, now_s, False))
-            due.append(Sent(self._base + len(flight), item))
+            due.append((self._base + len(flight), item))
         if due:
             self._owed = 0
         return due
@@ -146,7 +139,7 @@ class Link(Generic[T]):
         """Whether an acknowledgement has to travel now, alone; asking counts as sending it."""
         if not self._owed:
             return False
-        if self._owed < self.window // ACK_SHARE and now_s < self._owed_since_s + self._ack_s:
+        if self._owed < self._share and now_s < self._owed_since_s + self._ack_s:
             return False
         self._owed = 0
         return True
@@ -184,18 +177,17 @@ class Link(Generic[T]):
             self._owed_since_s = now_s
         self._owed += 1
         ahead = sequence - self.acknowledged
+        if ahead == 1:
+            self.acknowledged = sequence
+            passed = [item]
+            while self._early and self.acknowledged + 1 in self._early:
+                self.acknowledged += 1
+                passed.append(self._early.pop(self.acknowledged))
+            return passed
         if ahead <= 0 or sequence in self._early:
             self.duplicates += 1
-            return []
-        if ahead > self.window:
+        elif ahead > self.window:
             self.beyond += 1
-            return []
-        if ahead > 1:
+        else:
             self._early[sequence] = item
-            return []
-        self.acknowledged += 1
-        passed = [item]
-        while self._early and self.acknowledged + 1 in self._early:
-            self.acknowledged += 1
-            passed.append(self._early.pop(self.acknowledged))
-        return passed
+        return []

@@ -1,6 +1,7 @@
 """What a server and its workers say to each other."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated
 
 from msgspec import Meta, Struct
@@ -135,13 +136,13 @@ def kinds(x: NDArray, kept: Kept) -> dict[str, Kind]:
     rows = {
         KEPT + name: ArraySpec(row.dtype.str, (1, *row.shape[1:])) for name, row in kept.items()
     }
-    maybe = {name: spec._replace(optional=True) for name, spec in rows.items()}
+    maybe = {name: replace(spec, optional=True) for name, spec in rows.items()}
     rows.pop(KEPT + SENT, None)  # the server knows it from the payload
     model = ArraySpec(x.dtype.str, x.shape)
     return GREETING | {
         "ready": Kind(Ready),
         "pulse": Kind(Pulse),
-        "work": Kind(Work, {"x": model._replace(optional=True), **maybe}),
+        "work": Kind(Work, {"x": replace(model, optional=True), **maybe}),
         "cancel": Kind(Cancel),
         "result": Kind(Result, {"payload": model, **rows}),
         "failure": Kind(Failure),

@@ -156,6 +156,7 @@ class ZmqCrew(Crew):
                 own = keys.identity(folder_of_keys, keys.SERVER)
                 self._gate = keys.Gate(self._context, folder_of_keys)
                 keys.as_server(self._socket, own)
+            self._descriptor = self._socket.fileno()  # to ask for it takes as long as a message
             self._monitor = self._socket.get_monitor_socket(sockets.FAILED)
             self.endpoint = sockets.bound(self._socket, options.bind)
             if self._gate is not None:
@@ -250,7 +251,7 @@ class ZmqCrew(Crew):
 
     def collect(self, timeout_s: float) -> Sequence[Event]:
         """See ``Crew``."""
-        hub, descriptor = self._hub, [self._socket.fileno()]
+        hub, descriptor = self._hub, [self._descriptor]
         end_s = time.monotonic() + timeout_s
         while True:
             empty = self._drain()
@@ -313,22 +314,23 @@ class ZmqCrew(Crew):
         """Read what is there; answers whether that was all."""
         socket, hub = self._socket, self._hub
         for _ in range(AT_ONCE):
-            if (message := sockets.receive(socket)) is None:
+            if (address := sockets.sender(socket)) is None:
                 return True
-            address, *frames = message
+            frames = sockets.receive(socket)
+            assert frames is not None  # the address is never alone
             hub.bytes_in += sockets.size(frames)
-            node = None if self._gate is None else self._gate.who(address)
-            hub.receive(address.bytes, node, [frame.buffer for frame in frames], time.monotonic())
+            node = None if self._gate is None else self._gate.who(frames[0])
+            hub.receive(address, node, frames, time.monotonic())
             if hub.outbox:
                 self._send()  # acknowledgements keep the other side's window open
             if hub.cuts:
-                self._cut(address)
+                self._cut(address, frames[0])
         return False
 
-    def _cut(self, address: zmq.Frame) -> None:
+    def _cut(self, address: bytes, frame: zmq.Frame) -> None:
         for whose, why in self._hub.cuts:
-            if whose == address.bytes and sockets.cut(address):
-                peer = str(address.get("Peer-Address"))
+            if whose == address and sockets.cut(frame):
+                peer = str(frame.get("Peer-Address"))
                 text = f"a connection from {peer} is ended: {why}"
                 tell("cut", text, WARNING, address=peer, why=why)
         self._hub.cuts.clear()

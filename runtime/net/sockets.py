@@ -19,7 +19,7 @@ QUEUED = 2 * WINDOW  # messages to a peer
 # limit libzmq stops reading, and if the connection then breaks it aborts the process (4.3.5,
 # "Assertion failed: !_io_error").
 UNREAD = 2**16
-MOST_FRAMES = wire.MOST_ARRAYS + 3  # address, header, arrays, and one that is too many
+MOST_FRAMES = wire.MOST_ARRAYS + 2  # header, arrays, and one that is too many
 LINGER_MS = 1000
 HANDSHAKE_MS = 3000
 CONNECT_MS = 3000  # then again; the system's own patience doubles each time, up to minutes
@@ -28,7 +28,8 @@ RECONNECT_MS = 100, 5000
 BACKLOG = 1024
 # As numbers: to combine ZeroMQ's own flags takes as long as to send.
 _NOW, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
-_send = zmq.backend.Socket.send  # without the questions that zmq.Socket.send asks of every frame
+# Without the questions that zmq.Socket asks of every frame.
+_send, _recv = zmq.backend.Socket.send, zmq.backend.Socket.recv
 FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -114,22 +115,34 @@ def size(frames: list[Any]) -> int:
 
 
 def send(socket: zmq.Socket, frames: list[Any]) -> None:
-    """Send a message, or raise zmq.Again where it cannot be had at once."""
+    """Send a message, or raise zmq.Again where it cannot be had at once.
+
+    Small frames are copied: to share their memory takes twice as long.
+    """
     *most, last = frames
     for frame in most:
-        _send(socket, frame, _MORE, False)
-    _send(socket, last, _NOW, False)
+        _send(socket, frame, _MORE, len(frame) < zmq.COPY_THRESHOLD)
+    _send(socket, last, _NOW, len(last) < zmq.COPY_THRESHOLD)
 
 
-def receive(socket: zmq.Socket, flags: int = _NOW) -> list[zmq.Frame] | None:
-    """The frames of a message, or None where there is none (in time, with ``flags`` of 0)."""
+def sender(socket: zmq.Socket) -> bytes | None:
+    """Whose message a ROUTER has next, to be had with ``receive``; None: there is none."""
     try:
-        frame = socket.recv(flags, False)
+        address: bytes = _recv(socket, _NOW)
+    except zmq.Again:
+        return None
+    return address
+
+
+def receive(socket: zmq.Socket, wait: bool = False) -> list[zmq.Frame] | None:
+    """The frames of a message, or None where there is none (in time, where it may ``wait``)."""
+    try:
+        frame = _recv(socket, 0 if wait else _NOW, False)
     except zmq.Again:
         return None
     frames = [frame]
     while frame.more:
-        frame = socket.recv(_NOW, False)
+        frame = _recv(socket, _NOW, False)
         if len(frames) < MOST_FRAMES:  # what is beyond is dropped, and the rest refused
             frames.append(frame)
     return frames

@@ -165,9 +165,11 @@ class Spoke:
             if x is None and (x := self._model) is None:
                 raise BadArray("the first work has no model")
             self._model = x
-            kept: Any = {name[len(say.KEPT) :]: row for name, row in message.arrays.items()}
+            kept: Any = None
+            if message.arrays:
+                kept = {name[len(say.KEPT) :]: row for name, row in message.arrays.items()}
             self.orders.append(
-                Order(body.job, 0, body.shard, body.draw, body.steps, body.step, x, kept or None)
+                Order(body.job, 0, body.shard, body.draw, body.steps, body.step, x, kept)
             )
         elif kind == "cancel":
             for order in self.orders:
@@ -227,7 +229,8 @@ class Spoke:
         if not self._done(order):
             return
         arrays: dict[str, Any] = {"payload": answer.payload}
-        arrays |= {say.KEPT + name: row for name, row in answer.kept.items()}
+        for name, row in answer.kept.items():
+            arrays[say.KEPT + name] = row
         body = say.Result(answer.serial, answer.loss, answer.spent_s)
         self._say("result", body, arrays, now_s)
 
@@ -251,7 +254,7 @@ class Spoke:
     @property
     def clogged(self) -> bool:
         """Whether something waits until the server has acknowledged what was sent before."""
-        return self.state in ("building", "working") and self._link.queued > 0
+        return self._link.queued > 0 and self.state in ("building", "working")
 
     # -- Time and what goes out ------------------------------------------------------------------
 

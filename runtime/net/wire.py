@@ -5,6 +5,7 @@ version, run, sender and its incarnation, addressee's incarnation, sequence, ack
 arrays (name, dtype, shape, codec, bytes), and the kind's own body.  Everything is checked against
 what this run can need before a byte of payload is looked at, and nothing is ever unpickled.
 
+Arrays of up to ``INLINE_BYTES`` travel in the header: a frame of their own costs more than a copy.
 Arrays larger than ``PIECE_BYTES`` follow their message in pieces, messages of kind "piece", which
 the receiver copies into one buffer: twice as fast as one long frame, and nothing waits behind it.
 """
@@ -12,6 +13,8 @@ the receiver copies into one buffer: twice as fast as one long frame, and nothin
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
@@ -34,18 +37,19 @@ MOST_HEADER = 2**18  # bytes; a welcome carries the text of an experiment
 MOST_ARRAYS = 32
 MOST_NAME = 64
 MOST_RANK = 4
+INLINE_BYTES = 2**12  # of an array in the header; 32 of them and a body are within its limit
 PIECE_BYTES = 2**20
 MOST_POOLED = 64  # buffers
 CODED_SLACK = 1.25, 2**16  # a coded array may take so much more than a raw one: factor, bytes
 DTYPES = ("<f4", "<f8", "<f2", "bf16", "<i4", "<i8", "|u1")
 _NUMPY = {name: np.dtype("<u2" if name == "bf16" else name) for name in DTYPES}
 
-Buffer = bytes | bytearray | memoryview
+Buffer = Any  # of bytes: bytes, bytearray, memoryview, or a frame of ZeroMQ
 Name = Annotated[str, Meta(min_length=1, max_length=MOST_NAME)]
 Counter = Annotated[int, Meta(ge=0, lt=2**53)]
 
 
-class Array(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
+class Array(Struct, array_like=True, forbid_unknown_fields=True, gc=False):
     """What a header says of one array."""
 
     name: Name
@@ -54,6 +58,8 @@ class Array(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc
     codec: Literal["raw", "coded"]
     nbytes: Counter
     """As it travels; more than ``PIECE_BYTES``: in pieces."""
+    data: bytearray | None = None
+    """The bytes, where they are few; else they are in the next frame, or in pieces."""
 
 
 class Header(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
@@ -82,7 +88,8 @@ class Piece(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc
     offset: Counter
 
 
-class ArraySpec(NamedTuple):
+@dataclass(frozen=True)
+class ArraySpec:
     """What an array of a kind has to be."""
 
     dtype: str
@@ -91,7 +98,7 @@ class ArraySpec(NamedTuple):
     loose: bool = False
     """At most so many entries, also <i8 or <f8, coded ones still coded: its reader checks more."""
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Of the raw array."""
         return math.prod(self.shape) * _NUMPY[self.dtype].itemsize
@@ -106,7 +113,7 @@ class Kind(NamedTuple):
     """Whether it may come from who does not know the run yet."""
 
 
-class Parcel(NamedTuple):
+class Parcel(Struct, frozen=True, gc=False):
     """A message ready to go, but for its place in the order."""
 
     kind: str
@@ -115,12 +122,14 @@ class Parcel(NamedTuple):
     frames: tuple[Any, ...] = ()
 
 
-class Message(NamedTuple):
-    """A message that was read; ``arrays`` that are still to come in pieces are None."""
+class Message(Struct, frozen=True, gc=False):
+    """A message that was read."""
 
     head: Header
     body: Any
     arrays: dict[str, NDArray | None]
+    missing: list[Array]
+    """Those that follow in pieces; in ``arrays`` they are None."""
     piece: memoryview | None = None
 
 
@@ -137,7 +146,7 @@ def parcels(kind: str, body: Struct, arrays: Mapping[str, Any] | None = None) ->
         body: the kind's own fields.
         arrays: name -> contiguous array, or the bytes of a compressor's frame.
     """
-    said, frames, pieces = [], [], []
+    said, frames, pieces, few = [], [], [], min(INLINE_BYTES, PIECE_BYTES)
     for name, value in (arrays or {}).items():
         if isinstance(value, np.ndarray):
             flat = np.ascontiguousarray(value).data.cast("B")
@@ -146,6 +155,9 @@ def parcels(kind: str, body: Struct, arrays: Mapping[str, Any] | None = None) ->
             flat = memoryview(value)
             one = Array(name, "|u1", (flat.nbytes,), "coded", flat.nbytes)
         said.append(one)
+        if flat.nbytes <= few:
+            one.data = bytearray(flat)
+            continue
         if flat.nbytes <= PIECE_BYTES:
             frames.append(flat)
             continue
@@ -166,11 +178,11 @@ def pack(
     acknowledged: int = 0,
 ) -> list[Any]:
     """The frames of a message."""
-    kind, body, arrays, frames = parcel
     head = Header(
-        VERSION, run, node, incarnation, to, sequence, acknowledged, kind, arrays, body
+        VERSION, run, node, incarnation, to, sequence, acknowledged,
+        parcel.kind, parcel.arrays, parcel.body,
     )  # fmt: skip
-    return [_encode(head), *frames]
+    return [_encode(head), *parcel.frames]
 
 
 class Reader:
@@ -218,8 +230,9 @@ class Reader:
             part = memoryview(rest[0])
             if not 0 < part.nbytes <= PIECE_BYTES:
                 raise TooLarge(f"a piece of {part.nbytes} bytes; at most {PIECE_BYTES}")
-            return Message(head, body, {}, part)
-        return Message(head, body, _arrays(head, kind.arrays, rest))
+            return Message(head, body, {}, [], part)
+        arrays, missing = _arrays(head, kind.arrays, rest)
+        return Message(head, body, arrays, missing)
 
 
 def _head(frame: Buffer) -> Header:
@@ -230,8 +243,9 @@ def _head(frame: Buffer) -> Header:
         head = _header.decode(frame)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         # A header is a short array that begins with a small number: the version.
-        if size > 1 and frame[0] >> 4 == 9 and VERSION != frame[1] < 128:
-            raise WrongVersion(_versions(frame[1])) from None
+        start = bytes(memoryview(frame)[:2])
+        if size > 1 and start[0] >> 4 == 9 and VERSION != start[1] < 128:
+            raise WrongVersion(_versions(start[1])) from None
         raise BadHeader(f"the header cannot be read: {error}") from None
     if head.version != VERSION:
         raise WrongVersion(_versions(head.version))
@@ -244,10 +258,11 @@ def _versions(theirs: int) -> str:
 
 def _arrays(
     head: Header, specs: Mapping[str, ArraySpec], frames: Sequence[Buffer]
-) -> dict[str, NDArray | None]:
-    """Name -> array: a view of its frame, or None where it follows in pieces."""
+) -> tuple[dict[str, NDArray | None], list[Array]]:
+    """Name -> array, a view of its bytes; and those that follow in pieces."""
     found: dict[str, NDArray | None] = {}
-    inline = 0
+    missing: list[Array] = []
+    used = 0
     for one in head.arrays:
         spec = specs.get(one.name)
         if spec is None or one.name in found:
@@ -255,20 +270,23 @@ def _arrays(
         check(one, spec, head.kind)
         if one.nbytes > PIECE_BYTES:
             found[one.name] = None
+            missing.append(one)
             continue
-        if inline == len(frames):
-            raise BadArray(f"{head.kind} lacks the frame of {one.name}")
-        flat = memoryview(frames[inline]).cast("B")
-        inline += 1
-        if flat.nbytes != one.nbytes:
-            raise BadArray(f"{one.name} has {flat.nbytes} bytes; its header says {one.nbytes}")
+        flat: Buffer = one.data
+        if flat is None:
+            if used == len(frames):
+                raise BadArray(f"{head.kind} lacks the frame of {one.name}")
+            flat = frames[used]
+            used += 1
+        if len(flat) != one.nbytes:
+            raise BadArray(f"{one.name} has {len(flat)} bytes; its header says {one.nbytes}")
         found[one.name] = opened(one, spec, flat)
-    if inline != len(frames):
-        raise BadArray(f"{head.kind} has {len(frames)} frames for {inline} arrays")
+    if used != len(frames):
+        raise BadArray(f"{head.kind} has {len(frames)} frames for {used} arrays")
     for name, spec in specs.items():
         if name not in found and not spec.optional:
             raise BadArray(f"{head.kind} lacks {name}")
-    return found
+    return found, missing
 
 
 def check(one: Array, spec: ArraySpec, kind: str) -> None:
@@ -292,17 +310,17 @@ def _most_coded(spec: ArraySpec) -> int:
     return int(factor * spec.nbytes + slack)
 
 
-def opened(one: Array, spec: ArraySpec, flat: memoryview) -> NDArray:
+def opened(one: Array, spec: ArraySpec, flat: Buffer) -> NDArray:
     """The array in ``flat``, whose header was checked; a view where it is aligned and raw."""
-    if one.codec == "coded" and spec.loose:
+    if one.codec == "raw":
+        array: NDArray = np.ndarray(one.shape, _NUMPY[one.dtype], flat)
+        return array if array.flags.aligned else array.copy()
+    if spec.loose:
         return np.frombuffer(flat, np.uint8)
-    if one.codec == "coded":
-        row = decode([flat], math.prod(spec.shape)).dense()
-        if row.dtype.str != spec.dtype:
-            raise BadArray(f"{one.name} holds {row.dtype.str}, not {spec.dtype}")
-        return row.reshape(spec.shape)
-    array = np.frombuffer(flat, _NUMPY[one.dtype]).reshape(one.shape)
-    return array if array.flags.aligned else array.copy()
+    row = decode([flat], math.prod(spec.shape)).dense()
+    if row.dtype.str != spec.dtype:
+        raise BadArray(f"{one.name} holds {row.dtype.str}, not {spec.dtype}")
+    return row.reshape(spec.shape)
 
 
 def _new(nbytes: int) -> NDArray[np.uint8]:
@@ -346,7 +364,6 @@ class Assembly:
     def __init__(self, kinds: Mapping[str, Kind], pool: Pool | None = None) -> None:
         self._kinds, self._pool = kinds, pool or Pool()
         self._message: Message | None = None  # whose pieces are coming
-        self._missing: list[Array] = []
         self._buffer: NDArray[np.uint8] = np.empty(0, np.uint8)
         self._filled = 0
 
@@ -360,10 +377,9 @@ class Assembly:
         if self._message is None:
             if part is not None:
                 raise BadArray("a piece of nothing")
-            missing = [one for one in message.head.arrays if one.nbytes > PIECE_BYTES]
-            if not missing:
+            if not message.missing:
                 return message
-            self._message, self._missing = message, missing
+            self._message = message
             self._open()
             return None
         if part is None:
@@ -375,10 +391,10 @@ class Assembly:
         self._filled = end
         if end < len(self._buffer):
             return None
-        whole, one = self._message, self._missing.pop(0)
+        whole, one = self._message, self._message.missing.pop(0)
         spec = self._kinds[whole.head.kind].arrays[one.name]
         whole.arrays[one.name] = opened(one, spec, self._buffer.data)
-        if self._missing:
+        if whole.missing:
             self._open()
             return None
         self._message, self._buffer = None, np.empty(0, np.uint8)
@@ -386,7 +402,7 @@ class Assembly:
 
     def _open(self) -> None:
         assert self._message is not None
-        one = self._missing[0]
+        one = self._message.missing[0]
         spec = self._kinds[self._message.head.kind].arrays[one.name]
         # Of one size for all that are coded: the pool is not to keep a buffer of every length.
         room = _most_coded(spec) if one.codec == "coded" else one.nbytes

@@ -224,17 +224,19 @@ class Worker:
         spoke = self.spoke
         for count in range(sockets.QUEUED):
             block = wait and not count
-            frames = sockets.receive(self._socket, 0) if block else sockets.receive(self._socket)
+            frames = sockets.receive(self._socket, block)
             if frames is None:
                 return
             self._bytes_in += sockets.size(frames)
-            spoke.receive([frame.buffer for frame in frames], time.monotonic())
+            spoke.receive(frames, time.monotonic())
             if spoke.outbox:
                 self._send()  # acknowledgements keep the other side's window open
             if block and spoke.orders:
                 return  # the rest can wait, the job should not
 
     def _send(self) -> None:
+        if not self.spoke.outbox:
+            return
         outbox, self.spoke.outbox = self.spoke.outbox, []
         for frames in outbox:
             try:

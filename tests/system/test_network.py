@@ -55,7 +55,8 @@ def test_a_worker_is_killed_while_it_computes(tmp_path, stack):
 
 HOOK = """
 import os, signal, sys
-from offbeat.runtime.net import worker
+from offbeat.runtime.net import wire, worker
+wire.INLINE_BYTES = 0
 send = worker.Worker._send
 def die(self):
     if self.spoke.outbox and any(len(frames) > 1 for frames in self.spoke.outbox):
@@ -341,14 +342,14 @@ offbeat.run(*{parts!r}, **{options!r}, folder={str(tmp_path / "run")!r}, clock="
 
 
 def test_the_bytes_that_are_told_are_those_on_the_wire(monkeypatch):
-    sizes, receive = {}, Hub.receive
+    sizes, take = {}, Hub._take
 
-    def received(self, address, node, frames, now_s):
-        if len(frames) == 2:  # a header and an update; of one that is sent again, one counts
-            sizes[bytes(frames[1])] = len(frames[1])
-        receive(self, address, node, frames, now_s)
+    def taken(self, address, node, message, now_s):
+        for update in message.head.arrays:  # of one that is sent again, one counts
+            sizes[bytes(update.data)] = len(update.data)
+        take(self, address, node, message, now_s)
 
-    monkeypatch.setattr(Hub, "receive", received)
+    monkeypatch.setattr(Hub, "_take", taken)
     result = offbeat.run(
         "quadratic(1000, noise=0.3)", "pure(lr=0.01)", "3 real", engine="zmq",
         work="compressed(topk(10))", stop={"steps": 200}, evaluate={"steps": 200},

@@ -29,7 +29,7 @@ X0 = np.zeros(D)
 TOP = COMPRESSORS.parse("topk(2)")
 STEP_S = 0.1  # how often a process looks at the clock
 MOST_EVENTS = 200_000
-PIECE_BYTES = wire.PIECE_BYTES
+PIECE_BYTES, INLINE_BYTES = wire.PIECE_BYTES, wire.INLINE_BYTES
 CALM_S = 90.0  # seconds within which a run is done once the last fault is over
 
 
@@ -153,8 +153,9 @@ class World:
         self.compute_s = g.choice([0.01, 0.3, 2.0])
         wire.PIECE_BYTES = g.choice([20, PIECE_BYTES])  # half of the runs have large models
         self.nodes = [f"w{i}" for i in range(self.n + g.randint(0, 1))]
-        # Half of the runs have compressed updates.
+        # Half of the runs have compressed updates, half of them arrays in frames of their own.
         self.name = random.Random(seed + 0.5).choice(["memory", SENT])
+        wire.INLINE_BYTES = random.Random(seed + 0.25).choice([0, INLINE_BYTES])
         self.kinds = kinds(X0, {self.name: np.zeros((1, D))})
         self.faults = self.plan()
         self.offsets = {node: g.uniform(0, 1e5) for node in [SERVER, *self.nodes]}
@@ -307,10 +308,10 @@ class World:
         before = self.run.x.tobytes()
         hub, now_s = self.hub, self.local_s(SERVER)
         hub.receive(b"nobody", None, [self.g.randbytes(self.g.randint(0, 40))], now_s)
-        answered = [post for post in hub.outbox if post.address == b"nobody"]
+        answered = [post for post in hub.outbox if post[0] == b"nobody"]
         assert len(hub.cuts) + len(answered) == 1
         hub.cuts.clear()
-        hub.outbox = [post for post in hub.outbox if post.address != b"nobody"]
+        hub.outbox = [post for post in hub.outbox if post[0] != b"nobody"]
         assert self.run.x.tobytes() == before
 
     # -- The network -----------------------------------------------------------------------------
@@ -429,7 +430,7 @@ def simulate(seed):
             f"    python tests/runtime/net/simnet.py {seed}\nafter {world.faults}"
         ) from error
     finally:
-        wire.PIECE_BYTES = PIECE_BYTES
+        wire.PIECE_BYTES, wire.INLINE_BYTES = PIECE_BYTES, INLINE_BYTES
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def test_the_window_and_the_queue_have_limits():
         link.send(0)
     assert link.out(0.5) == []  # nothing more, until something is acknowledged
     link.acknowledge(3, 0.5)
-    assert [sent.sequence for sent in link.out(0.5)] == [65, 66, 67]
+    assert [sequence for sequence, _ in link.out(0.5)] == [65, 66, 67]
 
 
 def test_waiting_doubles_and_starts_afresh():

@@ -34,28 +34,45 @@ KEPT = {"kept.first": np.ones((1, D), np.float32), "kept.steps": np.array([3])}
 WORK = say.Work(1, 2, 3, 4, 5)
 
 
-def posts(kind="work", body=WORK, arrays=None, **more):
+def posts(kind="work", body=WORK, arrays=None, few=wire.INLINE_BYTES, **more):
     arrays = {"x": X, **KEPT} if arrays is None else arrays
     options = {"run": "r", "node": "n", "incarnation": 1, "sequence": 9, **more}
-    return [wire.pack(p, **options) for p in wire.parcels(kind, body, arrays)]
+    before, wire.INLINE_BYTES = wire.INLINE_BYTES, few
+    try:
+        return [wire.pack(p, **options) for p in wire.parcels(kind, body, arrays)]
+    finally:
+        wire.INLINE_BYTES = before
 
 
 def reader():
     return wire.Reader("r", KINDS)
 
 
-def test_what_is_read_is_what_was_written():
-    (frames,) = posts()
-    message = reader().read([bytes(frame) for frame in frames])
+@pytest.mark.parametrize(("few", "count"), [(0, 4), (4 * D, 1), (8, 3)])
+def test_what_is_read_is_what_was_written(few, count):
+    (frames,) = posts(few=few)
+    assert len(frames) == count
+    message = reader().read([bytearray(frame) for frame in frames])
     assert message.body == WORK
     assert (message.head.run, message.head.node, message.head.sequence) == ("r", "n", 9)
     for name, array in {"x": X, **KEPT}.items():
         np.testing.assert_array_equal(message.arrays[name], array)
         assert message.arrays[name].dtype == array.dtype
+        message.arrays[name][:] = 0  # it may be written to
+        assert array.any()
 
 
-def test_arrays_are_not_copied():
-    (frames,) = posts()
+def test_a_header_of_as_many_arrays_as_may_be_is_read():
+    many = {str(k): np.full(wire.INLINE_BYTES, k, np.uint8) for k in range(wire.MOST_ARRAYS)}
+    spec = wire.ArraySpec("|u1", (wire.INLINE_BYTES,))
+    source = wire.Reader("r", {"work": wire.Kind(say.Work, dict.fromkeys(many, spec))})
+    (frames,) = posts(arrays=many)
+    assert len(frames) == 1
+    assert [array[-1] for array in source.read(frames).arrays.values()] == list(range(len(many)))
+
+
+def test_large_arrays_are_not_copied():
+    (frames,) = posts(few=0)
     assert np.shares_memory(np.frombuffer(frames[1], np.float32), X)
     raw = np.frombuffer(bytearray(frames[1]), np.uint8)
     message = reader().read([frames[0], raw.data, *frames[2:]])
@@ -166,6 +183,10 @@ BAD = {
     "said too few bytes": ([header(**one(nbytes=4 * D - 1)), GOOD[1]], BadArray),
     "said and sent too few bytes": ([header(**one(nbytes=4 * D - 4)), GOOD[1][:-4]], BadArray),
     "sent too few bytes": ([GOOD[0], GOOD[1][:-1]], BadArray),
+    "too few bytes in the header": ([header(**one(data=GOOD[1][:-1]))], BadArray),
+    "in the header and in a frame": ([header(**one(data=GOOD[1])), GOOD[1]], BadArray),
+    "text for bytes": ([header(**one(data="text"))], BadHeader),
+    "a second datum": ([header(**one(data=GOOD[1], more=GOOD[1]))], BadHeader),
     "no frame": ([GOOD[0]], BadArray),
     "an array missing": (
         [header(kind="result", body=msgspec.msgpack.encode(say.Result(1, 0.5, 0.1)), arrays=[])],
@@ -236,8 +257,10 @@ def samples():
         "status": say.Status("{}"),
     }  # fmt: skip
     plain = [posts(kind, body, {}, to=1)[0] for kind, body in bodies.items()]
-    heavy = [posts(to=1)[0], posts("result", say.Result(1, 0.5, 0.1), {"payload": X, **KEPT})[0]]
-    return plain + heavy + heavy + [posts("piece", wire.Piece(0), {})[0]]
+    result = "result", say.Result(1, 0.5, 0.1), {"payload": X, **KEPT}
+    heavy = [posts(few=few, to=1)[0] for few in (0, wire.INLINE_BYTES)]
+    heavy += [posts(*result, few=few)[0] for few in (0, wire.INLINE_BYTES)]
+    return plain + heavy + [posts("piece", wire.Piece(0), {})[0]]
 
 
 def fuzz(seed, count):
@@ -292,7 +315,7 @@ def test_no_bytes_raise_anything_else(frames):
 @settings(deadline=None)
 @given(st.data())
 def test_a_message_cut_anywhere(data):
-    (frames,) = posts()
+    (frames,) = posts(few=data.draw(st.sampled_from([0, wire.INLINE_BYTES])))
     whole = [bytes(frame) for frame in frames]
     place = data.draw(st.integers(0, len(whole) - 1))
     whole[place] = whole[place][: data.draw(st.integers(0, len(whole[place]) - 1))]
