@@ -54,7 +54,7 @@ WRITTEN = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Result:
     """What a run left.
 
@@ -108,16 +108,24 @@ class Result:
             rows = [*rows, self.final]
         return np.array([row.get(name, np.nan) for row in rows])
 
-    def plot(self, path: str | Path) -> Path:
-        """Write the picture: loss against virtual time and steps, and the workers' timeline."""
+    def plot(self, path: str | Path, *others: "Result") -> Path:
+        """Write the picture: loss against virtual time and steps, and the workers' timelines.
+
+        Args:
+            path: whose ending says the format.
+            others: results to compare this one with.
+        """
         from offbeat.runtime.plots import picture
 
-        return picture([self], Path(path))
+        return picture([self, *others], path)
 
     def __str__(self) -> str:
         numbers = {k: v for k, v in self.final.items() if not isinstance(v, list)}
         shown = ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())
         return f"{self.name}: {shown} ({self.reason})"
+
+    def __repr__(self) -> str:
+        return f"<Result {self}>"
 
 
 def _times(trace: NDArray) -> dict[tuple[int, int], tuple[float, float, float]]:

@@ -147,7 +147,7 @@ def run(
             put(table, key, value)
         for override in overrides or []:
             apply_override(table, override)
-        experiments, stem = from_table(table), "run"
+        experiments, stem = from_table(table, ours=True), "run"
     else:
         if clash := [key for key in ("task", "algorithm", "topology", "mode") if key in given]:
             raise ConfigError(

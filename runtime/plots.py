@@ -33,8 +33,11 @@ STRIP = 8  # rounds a row
 ARROWS = 600  # drawn one by one, which is slow; more edges are lines
 
 
-def picture(results: Sequence["Result"], path: Path, labels: Sequence[str] | None = None) -> Path:
+def picture(
+    results: Sequence["Result"], path: str | Path, labels: Sequence[str] | None = None
+) -> Path:
     """Draw ``results`` together and write ``path`` (its ending says the format)."""
+    path = Path(path)
     import matplotlib
 
     matplotlib.use("Agg")

@@ -32,7 +32,9 @@ def study(
         Path | None, typer.Option(help="The folder of its results (else runs/NAME); it grows.")
     ] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="Cells at a time.", min=1)] = 2,
-    quick: Annotated[bool, typer.Option("--quick", help="As its [quick] section says.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="As the section quick of the file says.")
+    ] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Run failed cells again.")] = False,
     folders: Annotated[
         bool, typer.Option("--folders", help="Keep a run folder, with trace, of every cell.")
@@ -68,7 +70,8 @@ def study(
     _print(made, rows)
     if failed := [row for row in rows if row["error"]]:
         _say(f"{len(failed)} of {len(rows)} cells failed; the first: {failed[0]['error']}")
-    _say(f"table: {written[0]}, .parquet ({len(rows):,} rows)")
+    medians = f"; above, medians over {len(made.seeds)} seeds" if len(made.seeds) > 1 else ""
+    _say(f"table: {written[0]}, .parquet ({len(rows):,} rows{medians})")
     from offbeat.runtime.studies.report import write
 
     _say(f"report: {write([folder], folder / 'report.html')}")
@@ -179,8 +182,10 @@ def _print(made: studies.Study, rows: list[dict[str, Any]]) -> None:
     shown = Table(box=None, header_style="bold", pad_edge=False)
     for key in [*names, *tuned]:
         shown.add_column(key)
+    metric = made.target.metric if made.target else "loss"
     for key in columns:
-        shown.add_column(SHOWN[key], justify="right", no_wrap=True)
+        title = f"{metric}, last fifth" if key == "floor" else SHOWN[key]
+        shown.add_column(title, justify="right", no_wrap=True)
     for values, group in list(groups.items())[:MOST_SHOWN]:
         medians = []
         for key in columns:

@@ -15,6 +15,7 @@ MARKS = "os^Dvx+*"
 DPI = 90
 LONGEST = 60  # settings named on one axis
 LEGEND = 14  # entries
+INSIDE = 4  # entries of a legend that fits in beside the curves
 
 
 def draw(data: dict[str, Any], folder: Path) -> list[Path]:
@@ -110,14 +111,25 @@ def _progress(plt: Any, data: dict[str, Any]) -> Any:
         axes.set_xlabel(columns.get(x, {}).get("label", x))
         axes.grid(alpha=0.25)
     panels[0, 0].set_ylabel(columns.get(metric, {}).get("label", metric))
-    if len(_shown(data)) <= LEGEND:
-        panels[0, -1].legend(frameon=False, fontsize=8)
+    _legend(figure, panels[0, -1])
     if fixed := _fixed(data):
         figure.suptitle(fixed, fontsize=9)
     return figure
 
 
+def _legend(figure: Any, axes: Any) -> None:
+    """Within ``axes``, beside them, or none where it would be a page of its own."""
+    handles, names = axes.get_legend_handles_labels()
+    if len(names) <= INSIDE:
+        axes.legend(frameon=False, fontsize=8)
+    elif len(names) <= LEGEND:
+        figure.set_figwidth(figure.get_figwidth() + 0.4 + 0.065 * max(map(len, names)))
+        figure.legend(handles, names, frameon=False, fontsize=8, loc="outside right upper")
+
+
 def _targets(plt: Any, data: dict[str, Any]) -> Any:
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     keys = [m for m in data["measures"] if any(m["key"] in run["t"] for run in data["runs"])]
     every = len(data["settings"]) <= LONGEST
     shown = _shown(data, every)
@@ -140,7 +152,9 @@ def _targets(plt: Any, data: dict[str, Any]) -> Any:
             axes.plot([min(there), max(there)], [place] * 2, color=line["color"], lw=1)
             axes.plot([middle], [place], "o", color=line["color"], ms=5)
         if middles and min(middles) > 0 and max(middles) > 5 * min(middles):
-            axes.set_xscale("log")
+            axes.set_xscale("log", subs=())
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.set_xlabel(measure["label"], fontsize=8)
         axes.grid(alpha=0.25)
     panels[0, 0].set_yticks(range(len(shown)), [name for _, name, _ in shown], fontsize=7)
@@ -179,8 +193,7 @@ def _staleness(plt: Any, data: dict[str, Any]) -> Any:
         axes.stairs(one["y"][:-1], one["x"], label=label, lw=1.4, **line)
     axes.set(yscale="log", xlabel="staleness, steps", ylabel="share of results")
     axes.grid(alpha=0.25)
-    if len(found) <= LEGEND:
-        axes.legend(frameon=False, fontsize=8)
+    _legend(figure, axes)
     return figure
 
 

@@ -168,7 +168,7 @@ def _study(folder: Path, several: bool) -> tuple[studies.Study, list[Run], list[
     for cell in wanted:
         if (line := done.get(cell.key)) is None:
             continue
-        axes = {key: tables.text(value) for key, value in cell.axes.items()}
+        axes = {key: tables.text(key, value) for key, value in cell.axes.items()}
         if several:
             axes = {"study": study.name, **axes}
         row = tables.row(line, study.target)
@@ -298,7 +298,7 @@ def _settings(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[dict[str,
 
 
 def _label(key: str) -> str:
-    return {"fleet.workers": "workers", "algorithm": "method"}.get(key, key)
+    return "method" if key == "algorithm" else key.removeprefix("fleet.")
 
 
 def _short(key: str, values: Sequence[str]) -> list[str]:
@@ -595,4 +595,5 @@ _LABELS = {
     "seconds_to_target": "s to target",
     "gradients_to_target": "gradients to target",
     "bytes_to_target": "MB to target",
+    "floor": "last fifth",
 }

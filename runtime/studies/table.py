@@ -69,8 +69,10 @@ def reached(curve: dict[str, list[float]], metric: str, level: float) -> dict[st
     return found
 
 
-def text(value: Any) -> Any:
-    """An axis's value as a cell of a table: tables in their text form, numbers as they are."""
+def text(key: str, value: Any) -> Any:
+    """The value of axis ``key`` as a cell of a table: numbers as they are, the rest in words."""
+    if value == "":
+        return f"no {key.rpartition('.')[2]}"
     if isinstance(value, dict):
         options = {k: v for k, v in value.items() if k != "name"}
         return str(Spec(str(value.get("name", "")), options))
@@ -81,7 +83,7 @@ def rows(study: Any, cells: Sequence[tuple[Any, dict[str, Any]]]) -> list[dict[s
     """The table: for each cell its axes, its seed, and ``row``."""
     made = []
     for cell, line in cells:
-        axes = {key: text(value) for key, value in cell.axes.items()}
+        axes = {key: text(key, value) for key, value in cell.axes.items()}
         tuned = {"tuned_at_edge": study.edge(cell.axes)} if study.tune else {}
         made.append(axes | {"seed": cell.seed} | tuned | row(line, study.target))
     return made
