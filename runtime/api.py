@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
@@ -37,7 +38,7 @@ from offbeat.runtime.replayed import Replayed, of_peers, peers, read_inputs
 from offbeat.runtime.rounds import Rounds
 from offbeat.runtime.settings import DEFAULT_STEPS, Evaluate, Stop
 from offbeat.runtime.virtual import VirtualWorkers
-from offbeat.topologies import TOPOLOGIES, Topology
+from offbeat.topologies import TOPOLOGIES, Topology, from_matrix, from_networkx
 from offbeat.workers.compressed import Compressed
 from offbeat.workers.fleet import Fleet, Timing
 from offbeat.workers.speeds import Clock
@@ -165,7 +166,7 @@ def run(
     task: Task | str | Mapping[str, Any],
     algorithm: Algorithm | Gossip | str | Mapping[str, Any],
     fleet: Fleet | str | Mapping[str, Any] | None = None,
-    topology: Topology | str | Mapping[str, Any] | None = None,
+    topology: Topology | nx.Graph | NDArray | str | Mapping[str, Any] | None = None,
     *,
     mode: str | None = None,
     replicas: str = "links",
@@ -187,7 +188,8 @@ def run(
         algorithm: a method, its text ("shuffled(lr=0.5)") or its table; it is not changed.
         fleet: a fleet, its text ("16 lognormal(1.0)") or its table; one worker a share of the
             task, all equally fast, if absent.
-        topology: of a gossip method, its text ("ring") or its table.
+        topology: of a gossip method, its text ("ring"), its table, a networkx graph, or
+            W ``[n, n]``.
         mode, replicas: of gossip; see ``Experiment``.
         work: what a worker does with a job: "gradient", or
             "local-steps(adamw(lr=1e-3), steps=50)".
@@ -219,6 +221,10 @@ def run(
         made_fleet = make_fleet(fleet)
     made_topology = None
     if topology is not None:
+        if isinstance(topology, nx.Graph):
+            topology = from_networkx(topology)
+        elif isinstance(topology, np.ndarray):
+            topology = from_matrix(topology)
         made_topology = make_part(TOPOLOGIES, topology, n=made_fleet.workers, seed=seed)
         if fleet is None and isinstance(task, str | Mapping):
             made_fleet = Fleet(workers=made_topology.n)

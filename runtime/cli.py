@@ -381,7 +381,7 @@ COLUMNS = {
     "perplexity": ("perplexity", "{:.3f}"),
     "distance2": ("distance²", "{:.3g}"),
     "consensus": ("consensus", "{:.3g}"),
-    "loss_worst": ("worst node", "{:.4g}"),
+    "loss_worst": ("farthest node", "{:.4g}"),
     "bytes": ("MB sent", "{:,.1f}"),
     "staleness_mean": ("staleness", "{:.1f}"),
     "staleness_max": ("max", "{:.0f}"),

@@ -36,6 +36,7 @@ from offbeat.workers.work import WORK, OwnLoop, Work, gradient
 T = TypeVar("T")
 
 MOST_NODES = 200  # whose losses are recorded one by one
+EMULATED = {"speeds", "stragglers"}  # how fast workers are to seem
 SAVING = "record.save_every_s", "record.max_failed_saves"
 
 
@@ -313,12 +314,17 @@ def from_table(table: Mapping[str, Any], *, ours: bool = False) -> list[Experime
             return None
 
     seed = table.get("seed", 0)
-    fleet = attempt(make_fleet, table.get("fleet", {}))
     stop = attempt(make_settings, Stop, table.get("stop", {"steps": DEFAULT_STEPS}))
     evaluate = attempt(make_settings, Evaluate, table["evaluate"]) if "evaluate" in table else None
     record = attempt(make_settings, Record, table.get("record", {}))
     work = attempt(make_part, WORK, table.get("work", "gradient"), seed=seed)
     engine = attempt(make_part, ENGINES, table.get("engine", "virtual"))
+    given = table.get("fleet", {})
+    live = engine is not None and table.get("clock", engine.clocks[0]) == "real"
+    own = live and isinstance(work, OwnLoop)  # a user's loops, which are as fast as they are
+    if own and isinstance(given, Mapping) and not EMULATED & given.keys():
+        given = {**given, "speeds": "real"}
+    fleet = attempt(make_fleet, given)
     for key in ("algorithm", "topology", "mode"):
         if table.get(key) == []:
             mistakes.append(f"{key}: an empty list; name at least one")
@@ -330,7 +336,6 @@ def from_table(table: Mapping[str, Any], *, ours: bool = False) -> list[Experime
             attempt(make_part, TOPOLOGIES, one, **extra) for one in _several(table, "topology", [])
         ]
         sizes = {topology.n for topology in topologies if topology is not None}
-        given = table.get("fleet", {})
         if isinstance(given, Mapping) and "workers" not in given and len(sizes) == 1:
             fleet = attempt(make_fleet, {**given, "workers": sizes.pop()})
     task: Any = None

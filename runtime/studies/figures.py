@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 
 from offbeat.runtime.errors import StorageError
-from offbeat.runtime.plots import COLOURS, DASHES
+from offbeat.runtime.plots import COLOURS, DASHES, legend
 
 MARKS = "os^Dvx+*"
 DPI = 90
 LONGEST = 60  # settings named on one axis
 LEGEND = 14  # entries
-INSIDE = 4  # entries of a legend that fits in beside the curves
 
 
 def draw(data: dict[str, Any], folder: Path) -> list[Path]:
@@ -111,20 +110,11 @@ def _progress(plt: Any, data: dict[str, Any]) -> Any:
         axes.set_xlabel(columns.get(x, {}).get("label", x))
         axes.grid(alpha=0.25)
     panels[0, 0].set_ylabel(columns.get(metric, {}).get("label", metric))
-    _legend(figure, panels[0, -1])
+    if len(_shown(data)) <= LEGEND:
+        legend(figure, panels[0, -1])
     if fixed := _fixed(data):
         figure.suptitle(fixed, fontsize=9)
     return figure
-
-
-def _legend(figure: Any, axes: Any) -> None:
-    """Within ``axes``, beside them, or none where it would be a page of its own."""
-    handles, names = axes.get_legend_handles_labels()
-    if len(names) <= INSIDE:
-        axes.legend(frameon=False, fontsize=8)
-    elif len(names) <= LEGEND:
-        figure.set_figwidth(figure.get_figwidth() + 0.4 + 0.065 * max(map(len, names)))
-        figure.legend(handles, names, frameon=False, fontsize=8, loc="outside right upper")
 
 
 def _targets(plt: Any, data: dict[str, Any]) -> Any:
@@ -193,7 +183,8 @@ def _staleness(plt: Any, data: dict[str, Any]) -> Any:
         axes.stairs(one["y"][:-1], one["x"], label=label, lw=1.4, **line)
     axes.set(yscale="log", xlabel="staleness, steps", ylabel="share of results")
     axes.grid(alpha=0.25)
-    _legend(figure, axes)
+    if len(found) <= LEGEND:
+        legend(figure, axes)
     return figure
 
 

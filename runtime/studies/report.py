@@ -347,7 +347,7 @@ def _columns(steps: str) -> dict[str, dict[str, Any]]:
         "grad_norm": {"label": "gradient norm"},
         "distance2": {"label": "squared distance to the optimum"},
         "consensus": {"label": "distance between the nodes"},
-        "loss_worst": {"label": "loss at the worst node"},
+        "loss_worst": {"label": "loss at the farthest node"},
     }
 
 
@@ -588,7 +588,7 @@ _LABELS = {
     "bytes": "MB sent",
     "grad_norm": "gradient norm",
     "distance2": "distance²",
-    "loss_worst": "worst node",
+    "loss_worst": "farthest node",
     "staleness_mean": "staleness",
     "staleness_max": "most",
     "steps_to_target": "steps to target",

@@ -18,7 +18,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 import offbeat
-from offbeat.runtime import api, cli
+from offbeat.runtime import api, cli, plots
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.experiment import from_table
 from offbeat.runtime.records import TRACE_COLUMNS
@@ -178,9 +178,10 @@ def test_numbers_of_the_page_are_those_of_the_table(folders):
         there = dict(zip(names, row, strict=True))
         mine = middle.loc[(there["method"], there["topology"])]
         for name, column, unit in (
-            ("gap", "gap", 1), ("last fifth", "floor", 1), ("loss", "loss", 1), ("rounds", "step", 1),
-            ("steps to target", "steps_to_target", 1), ("MB to target", "bytes_to_target", 1e6),
-            ("MB sent", "bytes", 1e6), ("worst node", "loss_worst", 1),
+            ("gap", "gap", 1), ("last fifth", "floor", 1), ("loss", "loss", 1),
+            ("rounds", "step", 1), ("steps to target", "steps_to_target", 1),
+            ("MB to target", "bytes_to_target", 1e6), ("MB sent", "bytes", 1e6),
+            ("farthest node", "loss_worst", 1),
         ):  # fmt: skip
             assert there[name] == pytest.approx(mine[column] / unit, rel=1e-4), name
 
@@ -293,12 +294,12 @@ def test_every_figure_is_also_a_file(folders, tmp_path):
 
 def test_a_long_legend_covers_no_curve_and_no_two_ticks_overlap():
     figure, axes = plt.subplots(layout="constrained")
-    for name in range(figures.INSIDE + 1):
+    for name in range(plots.INSIDE + 1):
         axes.plot([1, 2], label=f"setting {name}")
-    figures._legend(figure, axes)
+    plots.legend(figure, axes)
     figure.canvas.draw()
-    (legend,) = figure.legends
-    assert legend.get_window_extent().x0 > axes.get_window_extent().x1
+    (beside,) = figure.legends
+    assert beside.get_window_extent().x0 > axes.get_window_extent().x1
     plt.close(figure)
 
     run = [{"s": at, "t": {"steps_to_target": 190 * 3**at}} for at in range(3)]
