@@ -167,7 +167,7 @@ SHOWN = {
     "steps_to_target": "steps to target",
     "seconds_to_target": "virtual s to target",
     "bytes_to_target": "MB to target",
-    "floor": "floor",
+    "floor": "last fifth",
     "loss": "loss",
     "gap": "gap",
 }
@@ -182,18 +182,17 @@ def _print(made: studies.Study, rows: list[dict[str, Any]]) -> None:
     shown = Table(box=None, header_style="bold", pad_edge=False)
     for key in [*names, *tuned]:
         shown.add_column(key)
-    metric = made.target.metric if made.target else "loss"
+    told = [tables.short([str(value) for value in column]) for column in zip(*groups, strict=True)]
     for key in columns:
-        title = f"{metric}, last fifth" if key == "floor" else SHOWN[key]
-        shown.add_column(title, justify="right", no_wrap=True)
-    for values, group in list(groups.items())[:MOST_SHOWN]:
+        shown.add_column(SHOWN[key], justify="right", no_wrap=True)
+    for at, group in enumerate(list(groups.values())[:MOST_SHOWN]):
         medians = []
         for key in columns:
             value = tables.median([row.get(key) for row in group])
             unit = 1e6 if key.startswith("bytes") else 1.0
             medians.append("" if value is None else f"{value / unit:,.4g}")
         best = [str(group[0].get(key, "")) for key in tuned]
-        shown.add_row(*map(str, values), *best, *medians)
+        shown.add_row(*(column[at] for column in told), *best, *medians)
     console.print(shown)
     if len(groups) > MOST_SHOWN:
         _say(f"... and {len(groups) - MOST_SHOWN} more settings")

@@ -15,6 +15,7 @@ MARKS = "os^Dvx+*"
 DPI = 90
 LONGEST = 60  # settings named on one axis
 LEGEND = 14  # entries
+TWO_DECADES = 30.0  # from which ratio on powers of ten are ticks enough
 
 
 def draw(data: dict[str, Any], folder: Path) -> list[Path]:
@@ -143,14 +144,18 @@ def _targets(plt: Any, data: dict[str, Any]) -> Any:
             axes.plot([middle], [place], "o", color=line["color"], ms=5)
         if middles and min(middles) > 0 and max(middles) > 5 * min(middles):
             axes.set_xscale("log", subs=())
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+            subs = (1, 2, 5) if max(middles) < TWO_DECADES * min(middles) else (1,)
+            axes.xaxis.set_major_locator(LogLocator(subs=subs))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.set_xlabel(measure["label"], fontsize=8)
         axes.grid(alpha=0.25)
     panels[0, 0].set_yticks(range(len(shown)), [name for _, name, _ in shown], fontsize=7)
     panels[0, 0].invert_yaxis()
     target = data["target"]
-    said = "" if target is None else f"to {target['metric']} {target['level']:g}"
+    said = ""
+    if target is not None:
+        metric = data["columns"].get(target["metric"], {}).get("label", target["metric"])
+        said = f"to {metric} {target['level']:g}"
     if fixed := ", ".join(filter(None, [said, "" if every else _fixed(data)])):
         figure.suptitle(fixed, fontsize=9)
     return figure

@@ -304,7 +304,8 @@ def _label(key: str) -> str:
 def _short(key: str, values: Sequence[str]) -> list[str]:
     """Values as they stand in a legend: numbers say what they are."""
     last = "n" if key == "fleet.workers" else key.rsplit(".", 1)[-1]
-    return [f"{last} {v}" if v.replace(".", "").replace("e-", "").isdigit() else v for v in values]
+    said = [f"{last} {v}" if v.replace(".", "").replace("e-", "").isdigit() else v for v in values]
+    return tables.short(said) if len(said) > 1 else said
 
 
 def _name(axes: dict[str, Any]) -> str:

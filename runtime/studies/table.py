@@ -79,6 +79,16 @@ def text(key: str, value: Any) -> Any:
     return str(value) if isinstance(value, list) else value
 
 
+def short(values: Sequence[str]) -> list[str]:
+    """Texts without their arguments, where the names alone tell them apart.
+
+    >>> short(["dsgd(lr=0.1)", "beer(lr=0.1)"]), short(["dsgd(lr=0.1)", "dsgd(lr=0.2)"])
+    (['dsgd', 'beer'], ['dsgd(lr=0.1)', 'dsgd(lr=0.2)'])
+    """
+    names = [value.partition("(")[0] for value in values]
+    return names if len({*names}) == len({*values}) else list(values)
+
+
 def rows(study: Any, cells: Sequence[tuple[Any, dict[str, Any]]]) -> list[dict[str, Any]]:
     """The table: for each cell its axes, its seed, and ``row``."""
     made = []
