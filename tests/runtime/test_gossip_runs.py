@@ -182,3 +182,13 @@ def test_a_graph_of_networkx_and_a_matrix_are_topologies():
     for result in results:
         assert result.experiment.topology.n == 6
         np.testing.assert_array_equal(result.x, results[0].x)
+
+
+@pytest.mark.parametrize(
+    ("written", "here"),
+    [("gradient-tracking", "dsgt"), ("push_sum", "gradient-push"), ("FedAvg", "local-sgd")],
+)
+def test_a_name_of_the_literature_finds_its_method(written, here):
+    with pytest.raises(ConfigError, match=f'"{written}"; did you mean "{here}"'):
+        ALGORITHMS.parse(written)
+    assert here in ALGORITHMS
