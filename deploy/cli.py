@@ -236,5 +236,13 @@ def _write(
     render.write(files, folder, overwrite=overwrite)
     for note in made.notes:
         console.print(f"note: {note}", soft_wrap=True)
+    if any(Path(path).parts[0] == "wheels" for path in files):
+        console.print(
+            "note: unless an index of yours has it, give the image its offbeat: pip wheel "
+            f"--no-deps --wheel-dir {shlex.quote(str(folder / 'wheels'))} PATH-OF-OFFBEAT",
+            soft_wrap=True,
+        )
+    if "docker push" in then and "/" not in then.rpartition("docker push ")[2].split()[0]:
+        console.print("note: to push the image, say where: --image REGISTRY/offbeat:0.1.0")
     console.print(f"{made.about}: {len(files)} files in {folder}", soft_wrap=True)
     console.print(f"next: cd {shlex.quote(str(folder))} && {then}", soft_wrap=True)

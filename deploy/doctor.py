@@ -24,9 +24,8 @@ from zmq.auth import load_certificate
 
 from offbeat.algorithms.gossip import Gossip
 from offbeat.deploy.hosts import Host, Hosts, endpoint
-from offbeat.deploy.plan import SERVER
+from offbeat.deploy.plan import SERVER, as_run
 from offbeat.runtime.errors import ConfigError, nearest
-from offbeat.runtime.experiment import read
 from offbeat.runtime.net import keys as keyring
 
 CONNECT_S = 3.0  # for a host to answer
@@ -153,7 +152,7 @@ def _programs(found: Found) -> None:
 
 def fingerprint(experiment: Path) -> dict[str, Any]:
     """Dotted key -> value of everything the run in a file depends on."""
-    (one, *more) = read(experiment)
+    _, (one, *more) = as_run(experiment)
     if more:
         raise ConfigError(f"{experiment}: describes {1 + len(more)} runs; give a file of one")
     return dict(_flat(one.table(), ""))
@@ -170,7 +169,7 @@ def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 def is_gossip(experiment: Path) -> bool:
     """Whether the run in a file has peers only; False where the file cannot be read."""
     try:
-        return all(isinstance(one.algorithm, Gossip) for one in read(experiment))
+        return all(isinstance(one.algorithm, Gossip) for one in as_run(experiment)[1])
     except ConfigError:  # one of the findings says so
         return False
 

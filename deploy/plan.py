@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +96,22 @@ class Plan:
         ]  # fmt: skip
 
 
+def as_run(file: Path) -> tuple[str, list[Experiment]]:
+    """The engine that ``file`` names, and its experiments as ``serve`` and ``peer`` run them.
+
+    A file that names none, or the virtual one, is one for machines as it is.
+
+    Raises:
+        ConfigError: as ``read``.
+    """
+    try:
+        given = tomllib.loads(file.read_text()).get("engine", "virtual")
+    except (OSError, ValueError):
+        return "virtual", read(file)  # which says what is wrong
+    named = str(given.get("name") if isinstance(given, Mapping) else given).partition("(")[0]
+    return named, read(file, {"engine": "zmq"} if named == "virtual" else None)
+
+
 def plan(
     file: Path,
     *,
@@ -121,14 +138,13 @@ def plan(
     Raises:
         ConfigError: what cannot be deployed, and why.
     """
-    experiments = read(file)
+    own, experiments = as_run(file)
     if len(experiments) > 1:
         raise ConfigError(
             f"{file}: describes {len(experiments)} runs; give a file of one, with one algorithm, "
             "topology and mode"
         )
     what = experiments[0]
-    own = str(what.engine.spec.name if what.engine.spec else "virtual")
     data = _data(file, what)
     notes = [f"every node needs {path} at that path" for path in data]
     notes += _engine_notes(file, what, own, engine, device)
@@ -203,7 +219,10 @@ def _engine_notes(file: Path, what: Experiment, own: str, wanted: str, device: s
         return []
     options = what.engine.spec.options if what.engine.spec else {}
     if own != "ray":
-        raise ConfigError(f'{file}: kuberay runs what has engine = "ray"; this has "{own}"')
+        raise ConfigError(
+            f'{file}: kuberay runs what has engine = "ray"; this has "{own}"; take '
+            'engine = { name = "ray", address = "auto" }'
+        )
     if options["address"] != "auto":
         raise ConfigError(
             f"{file}: the engine begins a Ray of its own; to join the cluster, give [engine] "

@@ -6,10 +6,10 @@
 
 Written to the protocol of transformers.TrainerCallback (``on_step_end`` follows each step of the
 optimiser, gradient accumulation included) and tested against a stub of it: transformers is not
-among the packages that offbeat is tested with.  For a Lightning callback the same calls belong into
-``on_fit_start``, ``on_train_batch_end`` (where ``trainer.global_step`` went on) and ``on_fit_end``.
+among the packages that offbeat is tested with.  For Lightning see lightning_callback.py.
 """
 
+import sys
 from typing import Any
 
 import offbeat
@@ -50,3 +50,9 @@ class OffbeatCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **have: Any) -> None:
         """Leave: what is not done is somebody else's."""
         self.run.__exit__(None, None, None)
+
+
+if __name__ == "__main__":
+    print(__doc__)
+    if TrainerCallback is object:
+        sys.exit("transformers is not installed here; pip install transformers")

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
@@ -37,7 +38,7 @@ from offbeat.runtime.replayed import Replayed, of_peers, peers, read_inputs
 from offbeat.runtime.rounds import Rounds
 from offbeat.runtime.settings import DEFAULT_STEPS, Evaluate, Stop
 from offbeat.runtime.virtual import VirtualWorkers
-from offbeat.topologies import TOPOLOGIES, Topology
+from offbeat.topologies import TOPOLOGIES, Topology, from_matrix, from_networkx
 from offbeat.workers.compressed import Compressed
 from offbeat.workers.fleet import Fleet, Timing
 from offbeat.workers.speeds import Clock
@@ -54,7 +55,7 @@ WRITTEN = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Result:
     """What a run left.
 
@@ -108,16 +109,24 @@ class Result:
             rows = [*rows, self.final]
         return np.array([row.get(name, np.nan) for row in rows])
 
-    def plot(self, path: str | Path) -> Path:
-        """Write the picture: loss against virtual time and steps, and the workers' timeline."""
+    def plot(self, path: str | Path, *others: "Result") -> Path:
+        """Write the picture: loss against virtual time and steps, and the workers' timelines.
+
+        Args:
+            path: whose ending says the format.
+            others: results to compare this one with.
+        """
         from offbeat.runtime.plots import picture
 
-        return picture([self], Path(path))
+        return picture([self, *others], path)
 
     def __str__(self) -> str:
         numbers = {k: v for k, v in self.final.items() if not isinstance(v, list)}
         shown = ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())
         return f"{self.name}: {shown} ({self.reason})"
+
+    def __repr__(self) -> str:
+        return f"<Result {self}>"
 
 
 def _times(trace: NDArray) -> dict[tuple[int, int], tuple[float, float, float]]:
@@ -157,7 +166,7 @@ def run(
     task: Task | str | Mapping[str, Any],
     algorithm: Algorithm | Gossip | str | Mapping[str, Any],
     fleet: Fleet | str | Mapping[str, Any] | None = None,
-    topology: Topology | str | Mapping[str, Any] | None = None,
+    topology: Topology | nx.Graph | NDArray | str | Mapping[str, Any] | None = None,
     *,
     mode: str | None = None,
     replicas: str = "links",
@@ -179,7 +188,8 @@ def run(
         algorithm: a method, its text ("shuffled(lr=0.5)") or its table; it is not changed.
         fleet: a fleet, its text ("16 lognormal(1.0)") or its table; one worker a share of the
             task, all equally fast, if absent.
-        topology: of a gossip method, its text ("ring") or its table.
+        topology: of a gossip method, its text ("ring"), its table, a networkx graph, or
+            W ``[n, n]``.
         mode, replicas: of gossip; see ``Experiment``.
         work: what a worker does with a job: "gradient", or
             "local-steps(adamw(lr=1e-3), steps=50)".
@@ -211,6 +221,10 @@ def run(
         made_fleet = make_fleet(fleet)
     made_topology = None
     if topology is not None:
+        if isinstance(topology, nx.Graph):
+            topology = from_networkx(topology)
+        elif isinstance(topology, np.ndarray):
+            topology = from_matrix(topology)
         made_topology = make_part(TOPOLOGIES, topology, n=made_fleet.workers, seed=seed)
         if fleet is None and isinstance(task, str | Mapping):
             made_fleet = Fleet(workers=made_topology.n)

@@ -148,7 +148,7 @@ def run(
             put(table, key, value)
         for override in overrides or []:
             apply_override(table, override)
-        experiments, stem = from_table(table), "run"
+        experiments, stem = from_table(table, ours=True), "run"
     else:
         if clash := [key for key in ("task", "algorithm", "topology", "mode") if key in given]:
             raise ConfigError(
@@ -382,7 +382,7 @@ COLUMNS = {
     "perplexity": ("perplexity", "{:.3f}"),
     "distance2": ("distance²", "{:.3g}"),
     "consensus": ("consensus", "{:.3g}"),
-    "loss_worst": ("worst node", "{:.4g}"),
+    "loss_worst": ("farthest node", "{:.4g}"),
     "bytes": ("MB sent", "{:,.1f}"),
     "staleness_mean": ("staleness", "{:.1f}"),
     "staleness_max": ("max", "{:.0f}"),

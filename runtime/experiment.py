@@ -14,20 +14,29 @@ import tomli_w
 
 from offbeat.algorithms.gossip import Gossip
 from offbeat.algorithms.server import ALGORITHMS, Algorithm
-from offbeat.runtime.backends import ENGINES, Backend, Virtual, virtual
+from offbeat.runtime.backends import ENGINES, Backend, Virtual, Zmq, virtual
 from offbeat.runtime.errors import ConfigError, nearest
 from offbeat.runtime.network import Network
-from offbeat.runtime.registry import MADE_BY_HAND, MOST_SEEDS, Count, Positive, Registry, settings
+from offbeat.runtime.registry import (
+    MADE_BY_HAND,
+    MOST_SEEDS,
+    Count,
+    Positive,
+    Registry,
+    parse_call,
+    settings,
+)
 from offbeat.runtime.settings import DEFAULT_STEPS, Evaluate, Stop
 from offbeat.topologies import TOPOLOGIES, Topology
 from offbeat.workers.compressed import Compressed
 from offbeat.workers.fleet import Fleet, Outage
-from offbeat.workers.tasks import TASKS, Task
+from offbeat.workers.tasks import OWN_FILE, TASKS, Task
 from offbeat.workers.work import WORK, OwnLoop, Work, gradient
 
 T = TypeVar("T")
 
 MOST_NODES = 200  # whose losses are recorded one by one
+EMULATED = {"speeds", "stragglers"}  # how fast workers are to seem
 SAVING = "record.save_every_s", "record.max_failed_saves"
 
 
@@ -93,6 +102,7 @@ class Experiment:
                 + (hint if parts > workers and any_shard is False else "")
             )
         self._check_clock()
+        self._check_code()
         if self.stop.loss is not None and self.evaluate == Evaluate():
             raise ConfigError("stop.loss: the run never evaluates; give evaluate.steps or the like")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
@@ -112,6 +122,15 @@ class Experiment:
                 f"record.nodes is for gossip on at most {MOST_NODES} nodes; remove it"
             )
         self.algorithm.check(self.fleet.workers)
+
+    def _check_code(self) -> None:
+        spec = getattr(self.task, "spec", None)
+        served = isinstance(self.engine, Zmq) and not isinstance(self.algorithm, Gossip)
+        if served and spec and spec.name == OWN_FILE and not isinstance(self.work, OwnLoop):
+            raise ConfigError(
+                f'task "{OWN_FILE}": workers over ZeroMQ run no file that a server names; take '
+                'work = "own-loop", and let your loops join with offbeat.join'
+            )
 
     def _check_clock(self) -> None:
         clocks = self.engine.clocks
@@ -233,7 +252,7 @@ def read(
             put(table, key, value)
         for override in overrides:
             apply_override(table, override)
-        return from_table(table)
+        return from_table(table, ours=True)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -273,8 +292,13 @@ def put(table: dict[str, Any], path: str, value: Any) -> None:
         place[last] = value
 
 
-def from_table(table: Mapping[str, Any]) -> list[Experiment]:
-    """The experiments a table describes; all its mistakes are told at once."""
+def from_table(table: Mapping[str, Any], *, ours: bool = False) -> list[Experiment]:
+    """The experiments a table describes; all its mistakes are told at once.
+
+    Args:
+        table: of an experiment file.
+        ours: whether a user of this machine wrote it, so that it may name code to run.
+    """
     mistakes = [f'unknown key "{k}"{nearest(k, KEYS)}' for k in table if k not in KEYS]
     examples = {"task": (TASKS, "logistic:digits"), "algorithm": (ALGORITHMS, "shuffled")}
     for key, (registry, example) in examples.items():
@@ -290,12 +314,17 @@ def from_table(table: Mapping[str, Any]) -> list[Experiment]:
             return None
 
     seed = table.get("seed", 0)
-    fleet = attempt(make_fleet, table.get("fleet", {}))
     stop = attempt(make_settings, Stop, table.get("stop", {"steps": DEFAULT_STEPS}))
     evaluate = attempt(make_settings, Evaluate, table["evaluate"]) if "evaluate" in table else None
     record = attempt(make_settings, Record, table.get("record", {}))
     work = attempt(make_part, WORK, table.get("work", "gradient"), seed=seed)
     engine = attempt(make_part, ENGINES, table.get("engine", "virtual"))
+    given = table.get("fleet", {})
+    live = engine is not None and table.get("clock", engine.clocks[0]) == "real"
+    own = live and isinstance(work, OwnLoop)  # a user's loops, which are as fast as they are
+    if own and isinstance(given, Mapping) and not EMULATED & given.keys():
+        given = {**given, "speeds": "real"}
+    fleet = attempt(make_fleet, given)
     for key in ("algorithm", "topology", "mode"):
         if table.get(key) == []:
             mistakes.append(f"{key}: an empty list; name at least one")
@@ -307,11 +336,12 @@ def from_table(table: Mapping[str, Any]) -> list[Experiment]:
             attempt(make_part, TOPOLOGIES, one, **extra) for one in _several(table, "topology", [])
         ]
         sizes = {topology.n for topology in topologies if topology is not None}
-        given = table.get("fleet", {})
         if isinstance(given, Mapping) and "workers" not in given and len(sizes) == 1:
             fleet = attempt(make_fleet, {**given, "workers": sizes.pop()})
     task: Any = None
-    if "task" in table and fleet is not None:
+    if not ours and _runs_code(table.get("task")):
+        mistakes.append(f'task "{OWN_FILE}" runs a file, which nobody elsewhere may name')
+    elif "task" in table and fleet is not None:
         task = attempt(make_part, TASKS, table["task"], workers=fleet.workers, seed=seed)
     if mistakes:
         raise ConfigError("\n".join(mistakes))
@@ -338,6 +368,12 @@ def from_table(table: Mapping[str, Any]) -> list[Experiment]:
     ]
 
 
+def _runs_code(task: Any) -> bool:
+    if isinstance(task, str):
+        return parse_call(task, TASKS.kind)[0] == OWN_FILE
+    return isinstance(task, Mapping) and task.get("name") == OWN_FILE
+
+
 def _several(table: Mapping[str, Any], key: str, default: Any) -> list[Any]:
     given = table.get(key, default)
     return given if isinstance(given, list) else [given]
@@ -349,6 +385,11 @@ def make_part(registry: Registry, given: Any, **extra: Any) -> Any:
         return registry.parse(given, **extra)
     if isinstance(given, Mapping):
         return registry.table(given, **extra)
+    if isinstance(given, list | tuple):
+        raise ConfigError(
+            f"a run has one {registry.kind}, not a list; in Python call run for each, and compare "
+            "them with results[0].plot(path, *results[1:])"
+        )
     known = any(hasattr(given, method) for method in NEEDED[registry.kind])
     if isinstance(given, type) or not known:
         raise ConfigError(

@@ -1,5 +1,6 @@
 """Pictures: of a run or a comparison (loss, and who worked when), and of a topology."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,14 +28,18 @@ WORKERS_DRAWN = 24
 BARS = 4000  # drawn at most in one timeline
 UNLIKE = 5.0  # ratio of run lengths from which their axis is logarithmic
 NODES_DRAWN = 200  # of a topology; beyond, its degrees and eigenvalues
+INSIDE = 4  # entries of a legend that fits in beside the curves
 SPECTRUM_DRAWN = 2000  # nodes
 ROUNDS_DRAWN = 32
 STRIP = 8  # rounds a row
 ARROWS = 600  # drawn one by one, which is slow; more edges are lines
 
 
-def picture(results: Sequence["Result"], path: Path, labels: Sequence[str] | None = None) -> Path:
+def picture(
+    results: Sequence["Result"], path: str | Path, labels: Sequence[str] | None = None
+) -> Path:
     """Draw ``results`` together and write ``path`` (its ending says the format)."""
+    path = Path(path)
     import matplotlib
 
     matplotlib.use("Agg")
@@ -60,11 +65,14 @@ def picture(results: Sequence["Result"], path: Path, labels: Sequence[str] | Non
         axes.set_yscale("log" if least > 0 else "linear")
         ends = [result.column(key)[-1] / unit for result in results]
         if max(ends) > UNLIKE * min(ends) > 0:  # else the shortest run is a stub at the edge
-            axes.set_xscale("symlog", linthresh=max(1.0 / unit, min(ends) / UNLIKE))
+            linear = max(1.0 / unit, min(ends) / UNLIKE)
+            axes.set_xscale("symlog", linthresh=linear)
             axes.set_xlim(left=0)
+            decades = np.arange(math.ceil(math.log10(linear)), math.log10(max(ends)))
+            axes.set_xticks([0, *10.0**decades])
         axes.set(xlabel=_seconds(label, results), ylabel="loss" if at == 0 else "")
         axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=8 if len(results) > TIMELINES else None)
+    legend(parts[0], axes)
     window = _window([result.trace for result in shown]) if shown else 0.0
     for at, result in enumerate(shown):
         axes = parts[1].add_subplot(rows, 2, at + 1)
@@ -78,6 +86,17 @@ def picture(results: Sequence["Result"], path: Path, labels: Sequence[str] | Non
     finally:
         plt.close(figure)
     return path
+
+
+def legend(figure: Any, axes: Any) -> None:
+    """Name the lines of ``axes`` within it, or, where they are many, beside all of ``figure``."""
+    handles, names = axes.get_legend_handles_labels()
+    if len(names) <= INSIDE:
+        axes.legend(frameon=False)
+    else:
+        whole = axes.get_figure(root=True)
+        whole.set_figwidth(whole.get_figwidth() + 0.4 + 0.065 * max(map(len, names)))
+        figure.legend(handles, names, frameon=False, fontsize=8, loc="outside right upper")
 
 
 def _lines(results: Sequence["Result"]) -> list[dict[str, Any]]:
@@ -159,7 +178,10 @@ def draw_topology(topology: "Topology", path: Path, rounds: int = 8) -> Path:
                 _graph(axes, topology, k)
                 if shown > 1:
                     axes.set_title(f"round {k}", fontsize=9)
-    figure.suptitle(str(topology.spec) + (f", {topology.n} nodes: round 0" if large else ""))
+    title = str(topology.spec or f"{topology.n} nodes")
+    figure.suptitle(
+        title + (f", {topology.n} nodes: round 0" if large else ""), fontsize=10, wrap=True
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130)

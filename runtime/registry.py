@@ -106,10 +106,15 @@ def validated(where: str) -> Callable[[F], F]:
 
 
 class Registry:
-    """A family of named factories, for example all speed laws."""
+    """A family of named factories, for example all speed laws.
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    Args:
+        kind: what they make.
+        elsewhere: name in the literature -> name here, to be proposed.
+    """
+
+    def __init__(self, kind: str, elsewhere: Mapping[str, str] | None = None) -> None:
+        self.kind, self._elsewhere = kind, dict(elsewhere or {})
         self._factories: dict[str, Callable[..., Any]] = {}
 
     def register(self, name: str) -> Callable[[F], F]:
@@ -137,7 +142,9 @@ class Registry:
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
         if name not in self._factories:
-            raise ConfigError(f'no {self.kind} is called "{name}"{nearest(name, self)}')
+            here = self._elsewhere.get(name.lower().replace("_", "-"))
+            meant = f'; did you mean "{here}"?' if here else nearest(name, self)
+            raise ConfigError(f'no {self.kind} is called "{name}"{meant}')
         return self._factories[name]
 
     def parse(self, text: str, **extra: Any) -> Any:

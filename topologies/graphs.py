@@ -347,23 +347,42 @@ def cyclic(n: int, a: int) -> sparse.csr_array:
 
 
 @TOPOLOGIES.register("file")
-def file(path: str, weights: Weights = "metropolis", allow_disconnected: bool = False) -> Topology:
-    """A graph from GraphML (.graphml), or from lines "i j" or "i,j,weight" of any node names.
+def file(path: str, weights: Weights | None = None, allow_disconnected: bool = False) -> Topology:
+    """A graph from GraphML (.graphml), lines "i j" or "i,j,weight" of any names, or W in a .npy.
 
-    With ``weights="attribute(weight)"`` the third column is W[i, j] = W[j, i].
+    Where lines have weights, W[i, j] = W[j, i] are these, ``"attribute(weight)"``, unless
+    ``weights`` names another rule; else the rule is Metropolis-Hastings'.
     """
     place = Path(path).expanduser()
+    if place.suffix == ".npy":
+        if weights is not None:
+            raise ConfigError(f"{path}: is W itself; leave weights out")
+        try:
+            return from_matrix(np.load(place))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: {error}") from None
     if place.suffix == ".graphml":
         try:
             graph = nx.read_graphml(place)
         except (OSError, nx.NetworkXError, SyntaxError, KeyError, ValueError) as error:
             raise ConfigError(f"{path}: cannot be read as GraphML ({error})") from None
+        weighted = False
     else:
-        graph = _edge_list(path)
-    return from_networkx(graph, weights, allow_disconnected=allow_disconnected)
+        graph, weighted = _edge_list(path)
+    if weights is not None or not weighted:
+        rule = "metropolis" if weights is None else weights
+        return from_networkx(graph, rule, allow_disconnected=allow_disconnected)
+    try:
+        return from_networkx(graph, "attribute", allow_disconnected=allow_disconnected)
+    except ConfigError as error:
+        raise ConfigError(
+            f'{path}: {error}; where its third column is no W, give weights = "metropolis"'
+        ) from None
 
 
-def _edge_list(path: str) -> nx.Graph:
+def _edge_list(path: str) -> tuple[nx.Graph, bool]:
+    """The graph, and whether its lines have weights."""
+    weighted = False
     edges, said = [], dict[frozenset[str], float]()
     for number, fields in table(path):
         line = f'{path} line {number}: "{" ".join(fields)[:40]}"'
@@ -373,6 +392,7 @@ def _edge_list(path: str) -> nx.Graph:
                 raise ValueError
         except ValueError:
             raise ConfigError(f"{line} is no edge i j [weight]") from None
+        weighted |= len(fields) == 3
         edges.append((i, j, weight))
         if said.setdefault(frozenset((i, j)), weight) != weight:
             raise ConfigError(f"{line} says otherwise than a line before; one weight an edge")
@@ -381,7 +401,7 @@ def _edge_list(path: str) -> nx.Graph:
     # Numbered nodes keep their order, others come as in the file.
     graph.add_nodes_from(sorted(names, key=int) if all(map(str.isdecimal, names)) else names)
     graph.add_weighted_edges_from(edges)
-    return graph
+    return graph, weighted
 
 
 def table(path: str) -> list[tuple[int, list[str]]]:

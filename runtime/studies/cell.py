@@ -94,7 +94,7 @@ def short(values: NDArray) -> NDArray:
 
 def one(table: dict[str, Any]) -> Experiment:
     """The only experiment that ``table`` describes."""
-    found = from_table(table)
+    found = from_table(table, ours=True)
     if len(found) != 1:
         raise ConfigError(f"a cell is one experiment, not {len(found)}; move lists to [grid]")
     return found[0]

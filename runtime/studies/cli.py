@@ -32,7 +32,9 @@ def study(
         Path | None, typer.Option(help="The folder of its results (else runs/NAME); it grows.")
     ] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="Cells at a time.", min=1)] = 2,
-    quick: Annotated[bool, typer.Option("--quick", help="As its [quick] section says.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="As the section quick of the file says.")
+    ] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Run failed cells again.")] = False,
     folders: Annotated[
         bool, typer.Option("--folders", help="Keep a run folder, with trace, of every cell.")
@@ -68,7 +70,8 @@ def study(
     _print(made, rows)
     if failed := [row for row in rows if row["error"]]:
         _say(f"{len(failed)} of {len(rows)} cells failed; the first: {failed[0]['error']}")
-    _say(f"table: {written[0]}, .parquet ({len(rows):,} rows)")
+    medians = f"; above, medians over {len(made.seeds)} seeds" if len(made.seeds) > 1 else ""
+    _say(f"table: {written[0]}, .parquet ({len(rows):,} rows{medians})")
     from offbeat.runtime.studies.report import write
 
     _say(f"report: {write([folder], folder / 'report.html')}")
@@ -164,7 +167,7 @@ SHOWN = {
     "steps_to_target": "steps to target",
     "seconds_to_target": "virtual s to target",
     "bytes_to_target": "MB to target",
-    "floor": "floor",
+    "floor": "last fifth",
     "loss": "loss",
     "gap": "gap",
 }
@@ -179,16 +182,17 @@ def _print(made: studies.Study, rows: list[dict[str, Any]]) -> None:
     shown = Table(box=None, header_style="bold", pad_edge=False)
     for key in [*names, *tuned]:
         shown.add_column(key)
+    told = [tables.short([str(value) for value in column]) for column in zip(*groups, strict=True)]
     for key in columns:
         shown.add_column(SHOWN[key], justify="right", no_wrap=True)
-    for values, group in list(groups.items())[:MOST_SHOWN]:
+    for at, group in enumerate(list(groups.values())[:MOST_SHOWN]):
         medians = []
         for key in columns:
             value = tables.median([row.get(key) for row in group])
             unit = 1e6 if key.startswith("bytes") else 1.0
             medians.append("" if value is None else f"{value / unit:,.4g}")
         best = [str(group[0].get(key, "")) for key in tuned]
-        shown.add_row(*map(str, values), *best, *medians)
+        shown.add_row(*(column[at] for column in told), *best, *medians)
     console.print(shown)
     if len(groups) > MOST_SHOWN:
         _say(f"... and {len(groups) - MOST_SHOWN} more settings")

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from offbeat.runtime.errors import StorageError
-from offbeat.runtime.plots import COLOURS, DASHES
+from offbeat.runtime.plots import COLOURS, DASHES, legend
 
 MARKS = "os^Dvx+*"
 DPI = 90
 LONGEST = 60  # settings named on one axis
 LEGEND = 14  # entries
+TWO_DECADES = 30.0  # from which ratio on powers of ten are ticks enough
 
 
 def draw(data: dict[str, Any], folder: Path) -> list[Path]:
@@ -111,13 +112,15 @@ def _progress(plt: Any, data: dict[str, Any]) -> Any:
         axes.grid(alpha=0.25)
     panels[0, 0].set_ylabel(columns.get(metric, {}).get("label", metric))
     if len(_shown(data)) <= LEGEND:
-        panels[0, -1].legend(frameon=False, fontsize=8)
+        legend(figure, panels[0, -1])
     if fixed := _fixed(data):
         figure.suptitle(fixed, fontsize=9)
     return figure
 
 
 def _targets(plt: Any, data: dict[str, Any]) -> Any:
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     keys = [m for m in data["measures"] if any(m["key"] in run["t"] for run in data["runs"])]
     every = len(data["settings"]) <= LONGEST
     shown = _shown(data, every)
@@ -140,13 +143,19 @@ def _targets(plt: Any, data: dict[str, Any]) -> Any:
             axes.plot([min(there), max(there)], [place] * 2, color=line["color"], lw=1)
             axes.plot([middle], [place], "o", color=line["color"], ms=5)
         if middles and min(middles) > 0 and max(middles) > 5 * min(middles):
-            axes.set_xscale("log")
+            axes.set_xscale("log", subs=())
+            subs = (1, 2, 5) if max(middles) < TWO_DECADES * min(middles) else (1,)
+            axes.xaxis.set_major_locator(LogLocator(subs=subs))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.set_xlabel(measure["label"], fontsize=8)
         axes.grid(alpha=0.25)
     panels[0, 0].set_yticks(range(len(shown)), [name for _, name, _ in shown], fontsize=7)
     panels[0, 0].invert_yaxis()
     target = data["target"]
-    said = "" if target is None else f"to {target['metric']} {target['level']:g}"
+    said = ""
+    if target is not None:
+        metric = data["columns"].get(target["metric"], {}).get("label", target["metric"])
+        said = f"to {metric} {target['level']:g}"
     if fixed := ", ".join(filter(None, [said, "" if every else _fixed(data)])):
         figure.suptitle(fixed, fontsize=9)
     return figure
@@ -180,7 +189,7 @@ def _staleness(plt: Any, data: dict[str, Any]) -> Any:
     axes.set(yscale="log", xlabel="staleness, steps", ylabel="share of results")
     axes.grid(alpha=0.25)
     if len(found) <= LEGEND:
-        axes.legend(frameon=False, fontsize=8)
+        legend(figure, axes)
     return figure
 
 

@@ -168,7 +168,7 @@ def _study(folder: Path, several: bool) -> tuple[studies.Study, list[Run], list[
     for cell in wanted:
         if (line := done.get(cell.key)) is None:
             continue
-        axes = {key: tables.text(value) for key, value in cell.axes.items()}
+        axes = {key: tables.text(key, value) for key, value in cell.axes.items()}
         if several:
             axes = {"study": study.name, **axes}
         row = tables.row(line, study.target)
@@ -298,13 +298,14 @@ def _settings(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[dict[str,
 
 
 def _label(key: str) -> str:
-    return {"fleet.workers": "workers", "algorithm": "method"}.get(key, key)
+    return "method" if key == "algorithm" else key.removeprefix("fleet.")
 
 
 def _short(key: str, values: Sequence[str]) -> list[str]:
     """Values as they stand in a legend: numbers say what they are."""
     last = "n" if key == "fleet.workers" else key.rsplit(".", 1)[-1]
-    return [f"{last} {v}" if v.replace(".", "").replace("e-", "").isdigit() else v for v in values]
+    said = [f"{last} {v}" if v.replace(".", "").replace("e-", "").isdigit() else v for v in values]
+    return tables.short(said) if len(said) > 1 else said
 
 
 def _name(axes: dict[str, Any]) -> str:
@@ -347,7 +348,7 @@ def _columns(steps: str) -> dict[str, dict[str, Any]]:
         "grad_norm": {"label": "gradient norm"},
         "distance2": {"label": "squared distance to the optimum"},
         "consensus": {"label": "distance between the nodes"},
-        "loss_worst": {"label": "loss at the worst node"},
+        "loss_worst": {"label": "loss at the farthest node"},
     }
 
 
@@ -588,11 +589,12 @@ _LABELS = {
     "bytes": "MB sent",
     "grad_norm": "gradient norm",
     "distance2": "distance²",
-    "loss_worst": "worst node",
+    "loss_worst": "farthest node",
     "staleness_mean": "staleness",
     "staleness_max": "most",
     "steps_to_target": "steps to target",
     "seconds_to_target": "s to target",
     "gradients_to_target": "gradients to target",
     "bytes_to_target": "MB to target",
+    "floor": "last fifth",
 }

@@ -69,19 +69,31 @@ def reached(curve: dict[str, list[float]], metric: str, level: float) -> dict[st
     return found
 
 
-def text(value: Any) -> Any:
-    """An axis's value as a cell of a table: tables in their text form, numbers as they are."""
+def text(key: str, value: Any) -> Any:
+    """The value of axis ``key`` as a cell of a table: numbers as they are, the rest in words."""
+    if value == "":
+        return f"no {key.rpartition('.')[2]}"
     if isinstance(value, dict):
         options = {k: v for k, v in value.items() if k != "name"}
         return str(Spec(str(value.get("name", "")), options))
     return str(value) if isinstance(value, list) else value
 
 
+def short(values: Sequence[str]) -> list[str]:
+    """Texts without their arguments, where the names alone tell them apart.
+
+    >>> short(["dsgd(lr=0.1)", "beer(lr=0.1)"]), short(["dsgd(lr=0.1)", "dsgd(lr=0.2)"])
+    (['dsgd', 'beer'], ['dsgd(lr=0.1)', 'dsgd(lr=0.2)'])
+    """
+    names = [value.partition("(")[0] for value in values]
+    return names if len({*names}) == len({*values}) else list(values)
+
+
 def rows(study: Any, cells: Sequence[tuple[Any, dict[str, Any]]]) -> list[dict[str, Any]]:
     """The table: for each cell its axes, its seed, and ``row``."""
     made = []
     for cell, line in cells:
-        axes = {key: text(value) for key, value in cell.axes.items()}
+        axes = {key: text(key, value) for key, value in cell.axes.items()}
         tuned = {"tuned_at_edge": study.edge(cell.axes)} if study.tune else {}
         made.append(axes | {"seed": cell.seed} | tuned | row(line, study.target))
     return made

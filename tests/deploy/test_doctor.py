@@ -216,6 +216,14 @@ def test_which_host_this_is(tmp_path):
     assert doctor.this_host(read_hosts(path), None) is None
 
 
+def test_an_experiment_is_read_as_machines_run_it(tmp_path):
+    path = host_file(tmp_path, ("a", "127.0.0.1", free()))
+    text = deploying.SERVER.replace("workers = 3", 'workers = 3\nspeeds = "real"')
+    (tmp_path / "run.toml").write_text(text)
+    ((state, said, _),) = of(look(path, "a", experiment=tmp_path / "run.toml"), "experiment")
+    assert (state, "run.toml is " in said) == ("good", True)
+
+
 def test_an_experiment_that_cannot_be_read(tmp_path):
     path = host_file(tmp_path, ("a", "127.0.0.1", free()))
     (tmp_path / "run.toml").write_text(deploying.SERVER.replace('"pure"', '"pur"'))

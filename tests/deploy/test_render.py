@@ -449,6 +449,23 @@ def test_mistakes_are_one_sentence(recipe, options, said, tmp_path):
         deploying.deploy(tmp_path, recipe, "server", *options)
 
 
+@pytest.mark.parametrize("recipe", [*deploying.BY_COUNT, *deploying.BY_HOSTS])
+def test_speeds_of_the_machines_themselves_need_no_engine_in_the_file(recipe, tmp_path):
+    """As offbeat serve, which takes such a file."""
+    text = deploying.SERVER.replace("workers = 3", 'workers = 3\nspeeds = "real"')
+    out = deploying.deploy(tmp_path, recipe, "server", text=text)
+    assert 'speeds = "real"' in (out / "experiment.toml").read_text()
+
+
+def test_what_an_image_needs_is_told(tmp_path, capsys):
+    deploying.deploy(tmp_path, "kubernetes", "server")
+    said = capsys.readouterr().out
+    assert re.search(r"pip wheel --no-deps --wheel-dir \S+/wheels PATH-OF-OFFBEAT", said)
+    assert "say where: --image REGISTRY/offbeat:0.1.0" in said
+    deploying.deploy(tmp_path, "kuberay", "server", "--image", "here/offbeat:1", text=RAY)
+    assert "say where" not in capsys.readouterr().out
+
+
 def test_names_that_files_suggest(tmp_path, capsys):
     for stem, made in (("My Run $x", "my-run-x"), ("a" * 39 + "-b", "a" * 39)):
         file = tmp_path / f"{stem}.toml"

@@ -3,6 +3,7 @@
 import json
 import tomllib
 
+import networkx as nx
 import numpy as np
 import pytest
 from canonical import METHODS
@@ -13,6 +14,7 @@ from offbeat.algorithms.gossip import ALGORITHMS
 from offbeat.runtime import api
 from offbeat.runtime.cli import app
 from offbeat.runtime.errors import ConfigError
+from offbeat.topologies import from_networkx
 from offbeat.workers.fleet import Outage
 
 FLEETS = {
@@ -168,3 +170,25 @@ def test_gradients_alone_say_how_often_to_evaluate():
     result = offbeat.run("quadratic(5)", "dsgd", "8", "ring", stop={"gradients": 8000})
     assert result.final["gradients"] == 8000
     assert 100 <= len(result.metrics) <= 102
+
+
+def test_a_graph_of_networkx_and_a_matrix_are_topologies():
+    """The same run, whichever way its ring is given."""
+    ring = nx.cycle_graph(6)
+    given = ("ring:6", ring, from_networkx(ring).matrix().toarray())
+    results = [
+        offbeat.run("least-squares", "dsgd", "6", topology=one, stop={"steps": 20}) for one in given
+    ]
+    for result in results:
+        assert result.experiment.topology.n == 6
+        np.testing.assert_array_equal(result.x, results[0].x)
+
+
+@pytest.mark.parametrize(
+    ("written", "here"),
+    [("gradient-tracking", "dsgt"), ("push_sum", "gradient-push"), ("FedAvg", "local-sgd")],
+)
+def test_a_name_of_the_literature_finds_its_method(written, here):
+    with pytest.raises(ConfigError, match=f'"{written}"; did you mean "{here}"'):
+        ALGORITHMS.parse(written)
+    assert here in ALGORITHMS

@@ -4,6 +4,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from matplotlib import image
 
 import offbeat
 from offbeat import ConfigError, Diverged, Stop
@@ -232,3 +233,24 @@ def test_what_was_on_its_way_when_a_run_ended_is_not_lost_in_its_replay(tmp_path
     assert result.events[0]["jobs"] == []
     np.testing.assert_array_equal(again.trace, result.trace)
     np.testing.assert_array_equal(again.x, result.x)
+
+
+def test_results_are_shown_in_a_line_and_compared_in_a_picture(tmp_path):
+    one, other = (
+        offbeat.run("quadratic(5)", method, "4 1..4", stop={"steps": 40})
+        for method in ("pure", "shuffled")
+    )
+    assert repr(one) == f"<Result {one}>"
+    assert len(repr(one)) < 300
+    alone = image.imread(one.plot(tmp_path / "one.png"))
+    both = image.imread(one.plot(str(tmp_path / "both.png"), other))
+    assert (alone != both).any()
+
+
+def test_several_methods_at_once_are_refused_with_what_to_do():
+    with pytest.raises(offbeat.ConfigError, match=r"one algorithm, not a list.*results\[0\].plot"):
+        offbeat.run("quadratic(5)", ["pure", "shuffled"])
+
+
+def test_what_offbeat_offers_is_listed():
+    assert set(offbeat.__all__) == set(dir(offbeat))

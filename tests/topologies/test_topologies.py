@@ -493,6 +493,11 @@ def test_files(files):
         dense(topology), [[0.75, 0.25, 0], [0.25, 0.25, 0.5], [0, 0.5, 0.5]]
     )
     assert [topology.graph().nodes[i]["label"] for i in range(3)] == ["ann", "bob", "cid"]
+    np.testing.assert_array_equal(dense(parse("file:a.txt")), dense(topology))
+    plain = parse("file('a.txt', weights=metropolis)")
+    assert dense(plain)[0, 1] == pytest.approx(1 / 3)
+    np.save(files / "w.npy", dense(topology))
+    np.testing.assert_array_equal(dense(parse("file:w.npy")), dense(topology))
     nx.write_graphml(nx.petersen_graph(), files / "p.graphml")
     np.testing.assert_array_equal(
         dense(parse("file('p.graphml')")), dense(from_networkx(nx.petersen_graph()))
@@ -641,6 +646,10 @@ MISTAKES = [
     ("file:nowhere.graphml", "nowhere.graphml: cannot be read as GraphML"),
     ("file:bad.txt", 'bad.txt line 2: "1 2 x" is no edge'),
     ("file:empty.txt", "has no nodes"),
+    ("file:nowhere.npy", "nowhere.npy: .*No such file"),
+    ("file:rows.npy", "rows.npy: mixing matrix: row 0"),
+    ("file('rows.npy', weights=lazy)", "rows.npy: is W itself; leave weights out"),
+    ("file:counts.txt", 'where its third column is no W, give weights = "metropolis"'),
     ("file:nan.txt", 'nan.txt line 1: "0 1 nan" is no edge'),
     ("file('nan.graphml', weights=attribute)", 'edge 0, 1 has nan as its "weight"'),
     ("file:twice.txt", 'twice.txt line 3: "1 0 0.1" says otherwise than a line before'),
@@ -657,6 +666,8 @@ MISTAKES = [
 def test_mistakes(files, text, said):
     (files / "bad.txt").write_text("0 1\n1 2 x\n")
     (files / "empty.txt").write_text("# nothing\n")
+    (files / "counts.txt").write_text("0 1 3\n1 2 7\n")
+    np.save(files / "rows.npy", np.full((2, 2), 0.7))
     (files / "nan.txt").write_text("0 1 nan\n1 2 0.5\n")
     nx.write_graphml(nx.Graph([(0, 1, {"weight": np.nan})]), files / "nan.graphml")
     (files / "twice.txt").write_text("0 1 0.5\n1 2 0.25\n1 0 0.1\n")

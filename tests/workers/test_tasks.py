@@ -5,6 +5,8 @@ import pytest
 import torch
 
 import offbeat
+from offbeat.runtime.experiment import from_table
+from offbeat.workers.tasks import TASKS as TASK_REGISTRY
 from offbeat.workers.tasks import TorchTask, lm, logistic, mlp, quadratic
 from offbeat.workers.tasks.shards import FEW, Draws
 
@@ -247,6 +249,68 @@ def test_torch_task_mistakes_are_one_sentence(options, said):
     with pytest.raises(offbeat.ConfigError, match=said) as caught:
         torch_task(**options)
     assert str(caught.value).startswith("TorchTask: ")
+
+
+MINE = """
+import torch
+from {beside} import WIDTH
+
+def make():
+    a = torch.arange(60.0).reshape(30, 2) / 60
+    data = torch.utils.data.TensorDataset(a, a.sum(1, keepdim=True))
+    return torch.nn.Linear(WIDTH, 1), torch.nn.functional.mse_loss, data
+
+def wrong():
+    return torch.nn.Linear(WIDTH, 1)
+"""
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """A file of a user's, which imports another beside it."""
+    (tmp_path / "width_of_mine.py").write_text("WIDTH = 2\n")
+    (tmp_path / "mine.py").write_text(MINE.format(beside="width_of_mine"))
+    return tmp_path / "mine.py"
+
+
+def test_a_file_of_ones_own_is_a_task_in_a_run_folder_too(mine, tmp_path):
+    result = offbeat.run(f"torch:{mine}", "pure(lr=0.1)", "3 1..3", stop={"steps": 60}, seed=5,
+                         folder=tmp_path / "run")  # fmt: skip
+    task = result.experiment.task
+    assert result.final["loss"] < 0.1 * result.metrics[0]["loss"]
+    np.testing.assert_array_equal(offbeat.replay(tmp_path / "run").x, result.x)
+    other = TASK_REGISTRY.parse(f"torch:{mine}", workers=3, seed=6)
+    assert task.dim == 3
+    assert not np.array_equal(task.initial(0), other.initial(0))  # the seed is of the module, too
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"make": "mak"}, 'has no function "mak"; did you mean "make"'),
+        ({"make": "wrong"}, r"wrong\(\) in .* answered Linear, not \(module, loss, dataset\)"),
+        ({"file": "nowhere.py"}, "there is no file nowhere.py"),
+    ],
+)
+def test_mistakes_of_a_file_of_ones_own(mine, options, said):
+    with pytest.raises(offbeat.ConfigError, match=said):
+        TASK_REGISTRY.table({"name": "torch", "file": str(mine), **options})
+
+
+@pytest.mark.parametrize("written", ["torch:{}", {"name": "torch", "file": "{}"}])
+def test_a_table_from_elsewhere_runs_no_file(mine, written):
+    """What a server sends to a worker is read so."""
+    mine.write_text("raise AssertionError('it ran')")
+    task = written.format(mine) if isinstance(written, str) else {**written, "file": str(mine)}
+    with pytest.raises(offbeat.ConfigError, match="nobody elsewhere may name"):
+        from_table({"task": task, "algorithm": "pure"})
+    with pytest.raises(AssertionError, match="it ran"):
+        from_table({"task": task, "algorithm": "pure"}, ours=True)
+
+
+def test_a_file_of_ones_own_is_not_served(mine):
+    with pytest.raises(offbeat.ConfigError, match='"own-loop", and let your loops join'):
+        offbeat.run(f"torch:{mine}", "pure", "3", engine="zmq")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

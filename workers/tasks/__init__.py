@@ -8,10 +8,11 @@ from offbeat.workers.tasks.lm import LanguageModel, lm
 from offbeat.workers.tasks.logistic import logistic
 from offbeat.workers.tasks.mixtures import mixtures
 from offbeat.workers.tasks.mlp import mlp
-from offbeat.workers.tasks.module import TorchTask
+from offbeat.workers.tasks.module import OWN_FILE, TorchTask
 from offbeat.workers.tasks.quadratic import Quadratic, quadratic
 
 __all__ = [
+    "OWN_FILE",
     "TASKS",
     "EmpiricalRisk",
     "External",

@@ -102,7 +102,10 @@ def external(
         dtype: of the parameters, where no file says it.
     """
     if (dim is None) == (not file):
-        raise ConfigError("external: give either dim, or a file with the model to begin with")
+        raise ConfigError(
+            "external: give either dim, the model's sum(p.numel() for p in model.parameters()), or "
+            "a file with the model to begin with"
+        )
     if dim is not None:
         return External((), dim, dtype, workers)
     shapes, start = _read(Path(file).expanduser())

@@ -1,24 +1,29 @@
 """Any torch module as a task."""
 
 import logging
+import runpy
+import sys
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.errors import ConfigError, nearest
 from offbeat.runtime.randomness import Streams
 from offbeat.runtime.registry import Count, Seed, Spec, validated
 from offbeat.runtime.tensors import fetch, load, memory
 from offbeat.workers.partition import PARTITIONS
 from offbeat.workers.tasks import device as devices
+from offbeat.workers.tasks.contract import TASKS
 from offbeat.workers.tasks.shards import BatchSize, Draws, Sampling
 
 log = logging.getLogger("offbeat")
 VMAP_FROM = 16  # jobs from which one vmapped call beats a loop (it costs a fixed millisecond)
 EVALUATED = 1024  # samples evaluated at a time
+OWN_FILE = "torch"  # the task that runs a file of the user's
 
 
 class TorchTask:
@@ -243,3 +248,55 @@ class TorchTask:
         self._module.train()
         facts = {"loss": total, "grad_norm": float(gradient.norm())}
         return facts | ({"accuracy": right / len(self._order)} if classes else {})
+
+
+@TASKS.register(OWN_FILE)
+def torch_file(
+    file: str,
+    *,
+    make: str = "make",
+    workers: Count = 10,
+    partition: str = "iid",
+    batch: BatchSize = 32,
+    sampling: Sampling = "replacement",
+    seed: Seed = 0,
+    device: str = "cpu",
+) -> TorchTask:
+    """Any torch module on any dataset, made by a Python file of yours; see ``TorchTask``.
+
+    Args:
+        file: of Python, which is run; its imports are looked for beside it, too.
+        make: a function there, called without arguments when torch is seeded with ``seed``; it
+            answers (module, loss, dataset).
+        workers, partition, batch, sampling, seed, device: see ``TorchTask``.
+    """
+    import torch
+
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise ConfigError(f'task "{OWN_FILE}": there is no file {path}')
+    if (folder := str(path.resolve().parent)) not in sys.path:
+        sys.path.append(folder)
+    found = runpy.run_path(str(path))
+    if not callable(found.get(make)):
+        known = [name for name, value in found.items() if callable(value) and name[0] != "_"]
+        raise ConfigError(
+            f'task "{OWN_FILE}": {path} has no function "{make}"{nearest(make, known)}'
+        )
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        made = found[make]()
+    if not isinstance(made, tuple) or len(made) != 3:
+        raise ConfigError(
+            f'task "{OWN_FILE}": {make}() in {path} answered {type(made).__name__}, not '
+            "(module, loss, dataset)"
+        )
+    return TorchTask(
+        *made,
+        workers=workers,
+        partition=partition,
+        batch=batch,
+        sampling=sampling,
+        seed=seed,
+        device=device,
+    )

@@ -65,8 +65,8 @@ def test_two_processes_and_a_server(tmp_path, processes):
     }  # fmt: skip
 
 
-def callback():
-    spec = importlib.util.spec_from_file_location("cb", EXAMPLES / "trainer_callback.py")
+def callback(file="trainer_callback.py"):
+    spec = importlib.util.spec_from_file_location("cb", EXAMPLES / file)
     made = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)
     return made.OffbeatCallback
@@ -103,6 +103,52 @@ def test_a_trainer_with_the_callback():
         made = StubTrainer(model, 10_000, callback()(address, patience_s=20.0)).train()
     assert 15 <= made < 10_000  # three jobs of five steps; then it was stopped
     assert ended["result"].final["loss"] < ended["result"].metrics[-2]["loss"]
+
+
+class StubLightning:
+    """Calls a callback as lightning's Trainer does; two batches make a step of the optimiser."""
+
+    def __init__(self, model, steps, callback):
+        self.model, self.steps, self.callback = model, steps, callback
+        self.optimizers = [torch.optim.SGD(model.parameters(), lr=0.05)]
+        self.global_step, self.should_stop = 0, False
+
+    def fit(self):
+        self.callback.on_train_start(self, self.model)
+        at = 0
+        while self.global_step < self.steps and not self.should_stop:
+            loss = self.model(torch.ones(4, 3)).pow(2).mean()
+            (loss / 2).backward()
+            if at % 2:
+                self.optimizers[0].step()
+                self.optimizers[0].zero_grad()
+                self.global_step += 1
+            outputs = {"loss": loss.detach()}
+            self.callback.on_train_batch_end(self, self.model, outputs, None, at)
+            at += 1
+        self.callback.on_train_end(self, self.model)
+        return self.global_step
+
+
+def test_lightning_with_its_callback():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    with serving("external(8)", "local-sgd", "1 real") as (address, ended):
+        made = callback("lightning_callback.py")(address, patience_s=20.0)
+        steps = StubLightning(model, 10_000, made).fit()
+    assert 15 <= steps < 10_000  # three jobs of five steps; then it was stopped
+    assert ended["result"].final["loss"] < ended["result"].metrics[-2]["loss"]
+
+
+@pytest.mark.parametrize("package", ["transformers", "lightning"])
+def test_an_example_says_what_it_lacks(package):
+    if importlib.util.find_spec(package) is not None:
+        pytest.skip(f"{package} is installed")
+    file = {"transformers": "trainer_callback.py", "lightning": "lightning_callback.py"}[package]
+    example = started(EXAMPLES / file)
+    said, _ = example.communicate(timeout=60)
+    assert example.returncode == 1
+    assert f"{package} is not installed here; pip install {package}" in said
 
 
 def test_three_processes_that_gossip_one_of_them_killed(tmp_path, processes):

@@ -14,6 +14,7 @@ from torch import nn
 import offbeat
 from offbeat.runtime import api
 from offbeat.runtime.errors import CrewError, Refused
+from offbeat.runtime.experiment import from_table
 from offbeat.runtime.net.messages import Welcome
 from offbeat.runtime.net.worker import built
 from offbeat.runtime.own.courier import Courier
@@ -263,13 +264,30 @@ def test_models_that_cannot_take_part(change, said):
         ("external(5)", "own-loop", "zmq(processes=2)", "processes = 2: only training loops"),
         ("quadratic(5)", "own-loop", "virtual", "own-loop: only training loops"),
         ("external(5)", "gradient", "virtual", "external: only training loops"),
-        ("external", "own-loop", "zmq", "give either dim, or a file"),
+        ("external", "own-loop", "zmq", "give either dim, .*parameters.*, or a file"),
         ("external(file=no.safetensors)", "own-loop", "zmq", "no.safetensors: cannot be read"),
     ],
 )
 def test_runs_that_no_loop_can_join(task, work, engine, said):
     with pytest.raises(offbeat.ConfigError, match=said):
         offbeat.run(task, "diloco", "2", work=work, engine=engine, clock=None, stop={"steps": 2})
+
+
+@pytest.mark.parametrize(
+    ("more", "law"),
+    [
+        ({"engine": "zmq"}, "real"),
+        ({"engine": "zmq", "fleet": {"workers": 2, "speeds": "2.0"}}, "constant"),
+        ({"engine": "zmq", "fleet": {"workers": 2, "stragglers": "1x10"}}, "constant"),
+        ({"engine": "zmq", "clock": "virtual"}, "constant"),
+        ({"engine": "zmq", "work": "gradient", "task": "quadratic"}, "constant"),
+    ],
+)
+def test_loops_of_ones_own_are_as_fast_as_they_are(more, law):
+    """Unless a speed is asked for, none is emulated: else every step would be made to last 1 s."""
+    table = {"task": "external(5)", "algorithm": "diloco", "work": "own-loop"}
+    (experiment,) = from_table({**table, "fleet": {"workers": 2}, **more})
+    assert experiment.fleet.law().spec.name == law
 
 
 def test_a_loop_that_leaves_and_one_that_fails():

@@ -8,15 +8,17 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import matplotlib.image
 import numpy as np
 import pandas
 import pytest
+from matplotlib import pyplot as plt
 
 import offbeat
-from offbeat.runtime import api, cli
+from offbeat.runtime import api, cli, plots
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.experiment import from_table
 from offbeat.runtime.records import TRACE_COLUMNS
@@ -176,9 +178,10 @@ def test_numbers_of_the_page_are_those_of_the_table(folders):
         there = dict(zip(names, row, strict=True))
         mine = middle.loc[(there["method"], there["topology"])]
         for name, column, unit in (
-            ("gap", "gap", 1), ("floor", "floor", 1), ("loss", "loss", 1), ("rounds", "step", 1),
-            ("steps to target", "steps_to_target", 1), ("MB to target", "bytes_to_target", 1e6),
-            ("MB sent", "bytes", 1e6), ("worst node", "loss_worst", 1),
+            ("gap", "gap", 1), ("last fifth", "floor", 1), ("loss", "loss", 1),
+            ("rounds", "step", 1), ("steps to target", "steps_to_target", 1),
+            ("MB to target", "bytes_to_target", 1e6), ("MB sent", "bytes", 1e6),
+            ("farthest node", "loss_worst", 1),
         ):  # fmt: skip
             assert there[name] == pytest.approx(mine[column] / unit, rel=1e-4), name
 
@@ -287,6 +290,35 @@ def test_every_figure_is_also_a_file(folders, tmp_path):
             assert picture.std() > 0.02, f"{name} is empty"
         else:
             assert ElementTree.parse(path).getroot().tag.endswith("svg")
+
+
+def test_a_long_legend_covers_no_curve():
+    figure, axes = plt.subplots(layout="constrained")
+    for name in range(plots.INSIDE + 1):
+        axes.plot([1, 2], label=f"setting {name}")
+    plots.legend(figure, axes)
+    figure.canvas.draw()
+    (beside,) = figure.legends
+    assert beside.get_window_extent().x0 > axes.get_window_extent().x1
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("ratio", [3, 20])
+def test_no_two_ticks_overlap(ratio):
+    run = [{"s": at, "t": {"steps_to_target": 190 * ratio**at}} for at in range(3)]
+    data = {
+        "axes": [{"values": ["a", "b", "c"], "short": ["a", "b", "c"], "first": None}],
+        "settings": [{"at": [at], "name": str(at)} for at in range(3)],
+        "colour": 0, "runs": run, "target": None,
+        "measures": [{"key": "steps_to_target", "label": "steps"}],
+    }  # fmt: skip
+    figure = figures._targets(plt, data)
+    figure.canvas.draw()
+    labels = [tick.label1 for tick in figure.axes[0].xaxis._update_ticks()]
+    boxes = [label.get_window_extent() for label in labels if label.get_text()]
+    assert len(boxes) >= 2
+    assert all(one.x1 < other.x0 for one, other in pairwise(boxes))
+    plt.close(figure)
 
 
 def test_a_folder_that_is_no_run_is_told(tmp_path):

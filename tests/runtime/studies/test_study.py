@@ -342,6 +342,12 @@ def test_a_table_is_tidy_and_read_in_one_line(tmp_path):
         table.write(rows, tmp_path / "t.xlsx")
 
 
+def test_a_value_that_is_no_word_is_told_in_words():
+    assert table.text("fleet.stragglers", "") == "no stragglers"
+    assert table.text("fleet.stragglers", "2x10") == "2x10"
+    assert table.text("fleet.workers", 8) == 8
+
+
 STUDIES = sorted((Path(__file__).parents[3] / "examples" / "studies").glob("*.toml"))
 
 
