@@ -157,10 +157,10 @@ class ZmqCrew(Crew):
                 self._gate = keys.Gate(self._context, folder_of_keys)
                 keys.as_server(self._socket, own)
             self._descriptor = self._socket.fileno()  # to ask for it takes as long as a message
-            self._monitor = self._socket.get_monitor_socket(sockets.FAILED)
             self.endpoint = sockets.bound(self._socket, options.bind)
             if self._gate is not None:
                 self._gate.self_test(keys.knock(self.endpoint), own.public)
+            self._monitor = self._socket.get_monitor_socket(sockets.FAILED)  # from now on
             self._hub = Hub(
                 self._claim.run, text, spoken, experiment.fleet.workers,
                 self._claim.incarnation, liveness, version("offbeat"), sockets.PIECE_S,

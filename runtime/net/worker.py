@@ -89,7 +89,9 @@ class Worker:
         self._built = ""  # the experiment that the runner is for
         self._kinds: Any = None
         self._handshakes = 0  # failed since one succeeded
-        self._unsent = False  # the last message found no connection
+        self._unsent = (
+            False  # there is no connection, as the last message found or the monitor told
+        )
         self._forgotten = False  # the server knew nothing of a pulse
         self._anew_s = -math.inf  # when the connection was begun anew
         self._stop = threading.Event()
@@ -102,7 +104,7 @@ class Worker:
                 sockets.patient(self._socket)
             self._socket.rcvtimeo = round(1000 * self.spoke.liveness.tick_s)
             # What else there is to tell, libzmq would wait for somebody to read.
-            told = zmq.EVENT_HANDSHAKE_SUCCEEDED | sockets.FAILED
+            told = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | sockets.FAILED
             self._monitor = self._socket.get_monitor_socket(told)
             sockets.connected(self._socket, endpoint)
             if metrics:
@@ -170,10 +172,15 @@ class Worker:
                 tell("ended", spoke.why, reason=spoke.why)
                 return
             if self._leaving:
-                self._leave()
+                tell("ended", "it was asked to leave", reason="interrupted")
+                self._leave("it was asked to leave")
                 return
             if spoke.welcome is not None:
-                self._build(spoke.welcome)
+                try:
+                    self._build(spoke.welcome)
+                except ConfigError as error:  # its place is free for one that can
+                    self._leave(str(error))
+                    raise
             elif not spoke.clogged and (order := spoke.take()) is not None:
                 self._compute(order)  # all of the last result is ZeroMQ's by now
                 self._send()
@@ -295,11 +302,10 @@ class Worker:
         if self._computing:
             raise Abandoned
 
-    def _leave(self) -> None:
+    def _leave(self, why: str) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         end_s = time.monotonic() + FAREWELL_S
-        tell("ended", "it was asked to leave", reason="interrupted")
-        self.spoke.leave("it was asked to leave", time.monotonic())
+        self.spoke.leave(why, time.monotonic())
         while self.spoke.pending and time.monotonic() < end_s:
             self.spoke.tick(time.monotonic())
             self._send()
@@ -323,8 +329,10 @@ class Worker:
         """
         for event, value in sockets.told(self._monitor):
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._handshakes = 0
+                self._handshakes, self._unsent = 0, False
                 self.spoke.lost(now_s)
+            elif event == zmq.EVENT_DISCONNECTED:
+                self._unsent = True
             elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and self.own is not None:
                 raise Refused(
                     "this node's key is not in the run's list; at the server, run: "

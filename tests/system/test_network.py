@@ -504,9 +504,7 @@ def test_what_was_recorded_is_of_no_use(tmp_path, stack):
             with suppress(ConnectionResetError):
                 while liar.recv(4096):
                     pass  # until it is hung up on
-    after = site.until(
-        lambda s: s["counts"]["handshakes_refused"] > before["counts"]["handshakes_refused"], server
-    )
+    after = site.until(lambda s: s["counts"].get("handshakes_refused", 0) > 0, server)
     assert after["counts"]["joined"] == before["counts"]["joined"] == 1
     assert worker.poll() is None
 
@@ -527,7 +525,7 @@ def guarded(tmp_path, stack):
 
 def test_only_listed_keys_take_part(guarded):
     site, server, worker = guarded
-    before = site.ask()["counts"]["handshakes_refused"]
+    assert "handshakes_refused" not in site.ask()["counts"]
     for name in ("stranger", "mislead", "careless"):
         site.key(name, listed=name != "stranger")
     aside = site.folder / "aside"
@@ -544,7 +542,7 @@ def test_only_listed_keys_take_part(guarded):
     }
     for why, process in refused.items():
         assert why in done(process, code=2 if "chmod" in why else 4)
-    status = site.until(lambda s: s["counts"]["handshakes_refused"] > before, server)
+    status = site.until(lambda s: s["counts"].get("handshakes_refused", 0) >= 1, server)
     assert [row["node"] for row in status["workers"]] == ["good"]
     assert worker.poll() is None
     secret = keys.identity(site.keys, "good").secret
