@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from offbeat.algorithms.compression import Message
 from offbeat.runtime.finite import finite
+from offbeat.runtime.memory import keep_freed
+from offbeat.runtime.tensors import fetch, joined
 from offbeat.workers.compressed import SENT, Compressed
 from offbeat.workers.tasks.contract import Task
 from offbeat.workers.work import Gradient, Kept, Work
@@ -127,8 +129,10 @@ class Runner:
     """
 
     def __init__(self, task: Task, work: Work) -> None:
+        keep_freed()
         self.task, self.work = task, work
-        self._kept: dict[int, Kept] = {}
+        self._kept: dict[int, Kept] = {}  # on the task's device, if that is elsewhere
+        self._apart = getattr(task, "apart", False)
 
     def compute(self, orders: Sequence[Order]) -> list[Answer]:
         """Answers to ``orders``, at once where models are small and the workers differ."""
@@ -142,31 +146,40 @@ class Runner:
         began_s = time.perf_counter()
         x = np.array([o.x for o in orders]) if len(orders) > 1 else orders[0].x[None]
         shard, draw, steps = np.array([(o.shard, o.draw, o.steps) for o in orders]).T
+        if self._apart:
+            x = self.task.load(x)  # type: ignore[attr-defined]
         mine = [self._keeps(order) for order in orders]
         kept = {  # copies: of a job that fails nothing is kept
-            name: np.concatenate([row[name] for row in mine])
+            name: joined([row[name] for row in mine])
             if name != SENT or len(mine) > 1
             else mine[0][name]
             for name in mine[0]
         }
         losses, payloads, message = rows(self.task, self.work, x, shard, draw, steps, kept)
-        sent = payloads if message is None else message.encode()
+        sent = fetch(payloads) if message is None else message.encode()
+        told = {name: fetch(held) for name, held in kept.items() if name != SENT}
         spent_s = (time.perf_counter() - began_s) / len(orders)
         answers = []
         for j, (order, loss) in enumerate(zip(orders, losses, strict=True)):
-            row = {name: held[j : j + 1] for name, held in kept.items()}
-            if row:
-                self._kept[order.worker] = row
-            told = {name: held for name, held in row.items() if name != SENT}
-            answers.append(Answer(order.serial, loss, sent[j], told, spent_s))
+            if kept:
+                self._kept[order.worker] = {name: held[j : j + 1] for name, held in kept.items()}
+            row = {name: held[j : j + 1] for name, held in told.items()}
+            answers.append(Answer(order.serial, loss, sent[j], row, spent_s))
         return answers
 
     def _keeps(self, order: Order) -> Kept:
-        if order.kept is not None:
-            return order.kept
-        if order.worker in self._kept:
+        if order.kept is None and order.worker in self._kept:
             return self._kept[order.worker]
-        return self.work.keep(1, order.x)
+        kept = self.work.keep(1, order.x) if order.kept is None else order.kept
+        if not self._apart:
+            return kept
+        here = (
+            {SENT} if isinstance(self.work, Compressed) and not self.work.there(self.task) else ()
+        )
+        return {
+            name: row if row.ndim == 1 or name in here else self.task.load(row)  # type: ignore[attr-defined]
+            for name, row in kept.items()
+        }
 
 
 def rows(
@@ -185,6 +198,6 @@ def rows(
         losses, payloads = work.update(task, x, shard, draw, steps, kept)
     told = losses.tolist()
     if not (math.isfinite(sum(told)) and finite(payloads)):
-        good = np.isfinite(payloads).all(axis=1) & np.isfinite(losses)
-        told = np.where(good, losses, np.nan).tolist()
+        good = np.isfinite(fetch(payloads)).all(axis=1) & np.isfinite(told)
+        told = np.where(good, told, np.nan).tolist()
     return told, payloads, message

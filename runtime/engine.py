@@ -20,6 +20,7 @@ from offbeat.algorithms.server import Algorithm, Update
 from offbeat.runtime import trees
 from offbeat.runtime.errors import ConfigError, Diverged
 from offbeat.runtime.loop import Loop
+from offbeat.runtime.memory import keep_freed
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.records import ROWS_HELD, Records
 from offbeat.runtime.virtual import Job, Joined, Left, More, Note, Timer, VirtualWorkers
@@ -169,6 +170,7 @@ class Engine(Loop):
 
     def run(self) -> tuple[str, dict[str, float]]:
         """See ``Loop``."""
+        keep_freed()  # every step makes a new model: jobs in flight hold the one before
         reason, final = super().run()
         self.workers.ended(reason)
         return reason, final

@@ -12,8 +12,8 @@ def keep_freed() -> bool:
     """Ask glibc not to give back to the system what is freed from now on; whether it will.
 
     By default it returns every large block when it is freed and gets a new one, page by page, for
-    the next array: a round of a thousand nodes takes twice as long.  What was freed before, as
-    graphs are made, goes back.
+    the next array: a round of a thousand nodes takes twice as long, and so does a server's step of
+    a model of 25 million numbers.  What was freed before, as graphs are made, goes back.
     """
     libc = _glibc()
     if libc is None:

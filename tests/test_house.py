@@ -11,7 +11,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("topologies", "algorithms", "workers", "runtime", "deploy")
-LEAVES = {"errors", "finite", "registry", "randomness"}  # of runtime: every room may import them
+LEAVES = {
+    "errors",
+    "finite",
+    "registry",
+    "randomness",
+    "tensors",
+}  # of runtime: every room may import them
 FORBIDDEN = {"ray", "zmq", "time", "random", "asyncio", "threading"}
 MAY_IMPORT = {
     "topologies": {"topologies"},

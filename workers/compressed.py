@@ -10,6 +10,9 @@ hold h_i, zero at the start.  For the update u of a job
 What a worker keeps so follows from what it sent, and only c travels.  A job that is lost, taken
 back or handed to another worker has not changed the server's h_i, and it is the server's that
 counts: a worker of which the server cannot be sure is given h_i again with its next job.
+
+Where a task computes on a device and C can, too, u - h is compressed there, h stays there, and of
+the update only c crosses.
 """
 
 from typing import Any
@@ -23,6 +26,7 @@ from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.finite import finite
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.registry import Seed, Spec
+from offbeat.runtime.tensors import fetch, is_tensor, library, load
 from offbeat.workers.tasks.contract import Task
 from offbeat.workers.work import WORK, Kept, OwnLoop, Work
 
@@ -63,6 +67,10 @@ class Compressed:
             )
         return kept | {SENT: np.zeros((n, x.size), x.dtype)}
 
+    def there(self, task: Task) -> bool:
+        """Whether updates of ``task`` are compressed on its device."""
+        return self.compressor.apart and getattr(task, "apart", False)
+
     def update(
         self, task: Task, x: NDArray, worker: NDArray, draw: NDArray, steps: NDArray, kept: Kept
     ) -> tuple[NDArray, NDArray]:
@@ -74,27 +82,36 @@ class Compressed:
     ) -> tuple[NDArray, NDArray, Message]:
         """``update``, and the message of k rows that travels.
 
-        The rows of h are not changed, but replaced in ``kept``, and are the updates.  What is not
-        finite cannot be compressed: its loss is not a number, and tells.
+        The rows of h are not changed, but replaced in ``kept``, and are the updates: tensors of
+        the task's device where they were, else arrays.  What is not finite cannot be compressed:
+        its loss is not a number, and tells.
         """
         own = {name: rows for name, rows in kept.items() if name != SENT}
+        h: Any = kept.get(SENT)
+        there, stays = self.there(task), is_tensor(h)
+        if there and not is_tensor(x):
+            x = task.load(x)  # type: ignore[attr-defined]
         losses, updates = self.work.update(task, x, worker, draw, steps, own)
-        h = kept.get(SENT)
-        apart = updates if h is None else np.subtract(updates, h, out=updates)
+        losses, updates = fetch(losses), updates if there else fetch(updates)
+        if there and h is not None and not stays:
+            h = load(h, updates.device)
+        lib = library(updates)
+        apart = updates if h is None else lib.subtract(updates, h, out=updates)
         if not finite(apart):
-            bad = ~np.isfinite(apart).all(axis=1)
-            apart = np.where(bad[:, None], 0, apart)
-            losses = np.where(bad, np.nan, losses)
+            bad = ~lib.isfinite(apart).all(-1)
+            apart = lib.where(bad[:, None], 0, apart)
+            losses = np.where(fetch(bad), np.nan, losses)
         generators: Any = None
         if self.compressor.draws:
             jobs = zip(worker.tolist(), draw.tolist(), strict=True)
             generators = [rng(self.seed, "compress update", *job) for job in jobs]
         message = self.compressor.compress(apart, generators)
-        seen = message.dense()
-        if h is not None:
-            seen += h
-            kept[SENT] = seen
-        return losses, seen, message
+        if h is None:
+            return losses, message.dense(), message
+        seen = message.dense(updates.device if there else None)
+        seen += h
+        kept[SENT] = seen if stays else fetch(seen)
+        return losses, kept[SENT], message
 
 
 @WORK.register("compressed")

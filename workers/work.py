@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.registry import Count, Fraction, Natural, NonNegative, Positive, Registry, Spec
+from offbeat.runtime.tensors import dtype_of, fetch, is_tensor, library, load
 from offbeat.workers.tasks.contract import Task
 from offbeat.workers.tasks.external import ELSEWHERE
 
@@ -25,15 +26,6 @@ WORK = Registry("work")
 INNERS = Registry("inner optimiser")
 Kept = dict[str, NDArray]  # name -> [n, ...], a row a worker
 BLOCK = 2**15  # entries an inner optimiser goes through at a time: they stay in the cache
-
-
-def library(x: Any) -> Any:
-    """What computes with ``x``: numpy, or torch, whose functions used here are called the same."""
-    if isinstance(x, np.ndarray):
-        return np
-    import torch
-
-    return torch
 
 
 class Work(Protocol):
@@ -54,11 +46,13 @@ class Work(Protocol):
 
         Args:
             task: whose gradients.
-            x: ``[k, d]``, the models received; not changed.
+            x: ``[k, d]``, the models received; not changed.  Where it is a tensor of the task's
+                device, the updates are, too.
             worker: ``[k]``, whose data.
             draw: ``[k]``, the first sample of each job; it uses ``steps`` of them.
             steps: ``[k]``, local steps.
-            kept: rows ``[k, ...]`` of what the jobs' workers keep; changed in place.
+            kept: rows ``[k, ...]`` of what the jobs' workers keep, those ``[k, d]`` beside x or
+                here; changed in place.
         """
         ...
 
@@ -151,7 +145,7 @@ class Inner(ABC):
         self, task: Task, y: NDArray, g: NDArray, rate: NDArray, t: list[int], *m: NDArray
     ) -> None:
         """``step`` of whole rows ``[k, d]``, on the CPU a block of columns at a time."""
-        size = max(BLOCK // len(y), 1024) if isinstance(y, np.ndarray) else y.shape[1]
+        size = y.shape[1] if is_tensor(y) else max(BLOCK // len(y), 1024)
         for first in range(0, y.shape[1], size):
             part = slice(None), slice(first, first + size)
             self.step(y[part], g[part], rate, t, *(row[part] for row in m))
@@ -315,8 +309,8 @@ def muon(lr: Positive = 1e-3, *, beta: Fraction = 0.95, weight_decay: NonNegativ
 
 def column(values: list[float], like: NDArray) -> NDArray:
     """``[k, 1]`` in the precision of ``like``, and beside it."""
-    made: NDArray = library(like).asarray(values, dtype=like.dtype, device=like.device)
-    return made[:, None]
+    made = np.array(values, dtype_of(like))[:, None]
+    return load(made, like.device) if is_tensor(like) else made
 
 
 class LocalSteps:
@@ -383,13 +377,18 @@ class LocalSteps:
             found = self.update(task, x[order], worker[order], draw[order], steps[order], rows)
             for name, held in kept.items():
                 held[order] = rows[name]
-            losses, updates = np.empty_like(found[0]), np.empty_like(found[1])
-            losses[order], updates[order] = found
-            return losses, updates
-        if isinstance(x, np.ndarray) and getattr(task, "apart", False):
-            return self._apart(task, x, worker, draw, steps, kept)
+            back = np.argsort(order)
+            return found[0][back], found[1][back]
+        if getattr(task, "apart", False) and not is_tensor(x):
+            there = task.load(x)  # type: ignore[attr-defined]
+            losses, updates = self.update(task, there, worker, draw, steps, kept)
+            return losses, fetch(updates)
         state = self._blank(len(x), x[0]) if self.fresh else kept
-        y: Any = x.copy() if isinstance(x, np.ndarray) else x.clone()
+        y: Any = library(x).asarray(x, copy=True)
+        crossing: Any = ()
+        if is_tensor(x):
+            crossing = [m for m in self.inner.moments if not is_tensor(state[m])]
+            state = state | {name: load(state[name], y.device) for name in crossing}
         told: list[Any] = []  # losses of each step: where a GPU computes, they are not waited for
         active, counts = len(x), steps.tolist()
         for step in range(counts[0] if counts else 0):
@@ -401,29 +400,22 @@ class LocalSteps:
             rates = [self.rate(position, step) for position in at.tolist()]
             rows = {name: row[:active] for name, row in state.items()}
             self._step(task, y[:active], g, rates, rows)
+        for name in crossing:
+            kept[name][:] = fetch(state[name])
         total = np.zeros(len(x))
         for losses in told:
             total[: len(losses)] += losses.tolist()
         return total / steps, library(y).subtract(x, y, out=y)
 
-    def _apart(
-        self, task: Any, x: NDArray, worker: NDArray, draw: NDArray, steps: NDArray, kept: Kept
-    ) -> tuple[NDArray, NDArray]:
-        """``update`` where the task keeps models: a job's vectors cross once each way."""
-        moments = [name for name in kept if name in self.inner.moments]
-        there = kept | {name: task.load(kept[name]) for name in moments}
-        losses, updates = self.update(task, task.load(x), worker, draw, steps, there)
-        for name in moments:
-            kept[name][:] = task.fetch(there[name])
-        return losses, task.fetch(updates)
-
     def _step(self, task: Task, y: NDArray, g: NDArray, rates: list[float], state: Kept) -> None:
         """One inner step of rows ``[k, d]``."""
         if self.clip is not None:
             lib = library(g)
-            lengths = lib.sqrt(lib.linalg.vecdot(g, g)).tolist()  # row by row: same bits in a batch
-            if max(lengths) > self.clip:
-                g *= column([min(1.0, self.clip / s) if s else 1.0 for s in lengths], g)
+            lengths = lib.sqrt(lib.linalg.vecdot(g, g))  # row by row: same bits in a batch
+            if is_tensor(g):  # which is not waited for
+                g *= (self.clip / lengths).clip(max=1)[:, None]
+            elif lengths.max() > self.clip:
+                g *= column([min(1.0, self.clip / s) if s else 1.0 for s in lengths.tolist()], g)
         t: list[int] = []
         if "steps" in state:
             state["steps"] += 1

@@ -5,6 +5,8 @@ Zheng et al., Communication-efficient distributed blockwise momentum SGD, NeurIP
 shorter: 1 / B for scaled signs, whatever d is.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,6 +26,7 @@ from offbeat.algorithms.compression.contract import (
 )
 from offbeat.runtime.errors import PeerError
 from offbeat.runtime.registry import Count
+from offbeat.runtime.tensors import joined
 
 
 @codec(10)
@@ -36,6 +39,9 @@ class Blocks(Coded):
 
     def _rows(self) -> NDArray:
         return np.concatenate([part._rows().ravel() for part in self.parts])[None]
+
+    def _there(self, device: Any) -> Any:
+        return joined([part._there(device).ravel() for part in self.parts])[None]
 
     def _sizes(self) -> int:
         kinds = {part.d for part in self.parts}
@@ -75,6 +81,7 @@ class Blockwise(Compressor):
     def __init__(self, inner: Compressor, size: int) -> None:
         self.inner, self.size = inner, size
         self.draws, self.batched, self.depth = inner.draws, False, nest(inner)
+        self.apart = inner.apart
 
     def _worst(self, d: int) -> list[int]:
         """The sizes of blocks there are."""
@@ -90,11 +97,11 @@ class Blockwise(Compressor):
         omegas = [self.inner.omega(size) for size in self._worst(d)]
         return None if None in omegas else max(omegas)  # type: ignore[type-var]
 
-    def _compress(self, x: NDArray, rng: np.random.Generator) -> Message:
+    def _compress(self, x: Any, rng: np.random.Generator) -> Message:
         rows: list[Message] = [self._row(row, rng) for row in x]
         return rows[0] if len(rows) == 1 else Stack(rows)
 
-    def _row(self, x: NDArray, rng: np.random.Generator) -> Blocks:
+    def _row(self, x: Any, rng: np.random.Generator) -> Blocks:
         whole = len(x) - len(x) % self.size
         parts = []
         if whole:

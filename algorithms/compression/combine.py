@@ -13,6 +13,7 @@ alternative to error feedback, ICLR 2021 (arXiv:2006.11077).
 """
 
 import struct
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +53,9 @@ class Scaled(Coded):
     def _rows(self) -> NDArray:
         return self.inner._rows() * self.dtype.type(self.factor)
 
+    def _there(self, device: Any) -> Any:
+        return self.inner._there(device) * float(self.dtype.type(self.factor))
+
     def _sizes(self) -> NDArray[np.int64]:
         return 8 + self.inner.sizes
 
@@ -73,7 +77,7 @@ class Contractive(Compressor):
         if inner.omega(1) is None:
             raise ConfigError(f'"contractive" scales an unbiased compressor, and {inner} is not')
         self.inner, self.draws, self.batched = inner, inner.draws, inner.batched
-        self.depth = nest(inner)
+        self.apart, self.depth = inner.apart, nest(inner)
 
     def _factor(self, d: int) -> float:
         omega = self.inner.omega(d)
@@ -84,7 +88,7 @@ class Contractive(Compressor):
         """1 / (1 + omega)."""
         return self._factor(d)
 
-    def _compress(self, x: NDArray, rng: np.random.Generator) -> Message:
+    def _compress(self, x: Any, rng: np.random.Generator) -> Message:
         return Scaled(self._factor(x.shape[1]), self.inner._compress(x, rng))
 
 
@@ -101,7 +105,7 @@ class Composed(Compressor):
         self.first, self.then = first, then
         if first.omega(1) is None and then.alpha(1) is None and then.omega(1) is not None:
             self.then = Contractive(then)
-        self.depth = nest(self.then)
+        self.apart, self.depth = first.apart, nest(self.then)
         self.draws = first.draws or self.then.draws
         self.batched = not (first.draws and self.then.draws) and self.then.batched
 
@@ -115,7 +119,7 @@ class Composed(Compressor):
         a, b = self.first.omega(d), self.then.omega(self.first.kept(d))
         return None if a is None or b is None else (1 + a) * (1 + b) - 1
 
-    def _compress(self, x: NDArray, rng: np.random.Generator) -> Message:
+    def _compress(self, x: Any, rng: np.random.Generator) -> Message:
         return self.first.sparsify(x, rng, self.then)
 
 

@@ -8,6 +8,9 @@ A compressor maps x in R^d to a message.  It is *contractive* with alpha in (0, 
 some (sign, hard threshold) neither.  The operator of the mathematics is what the receiver reads:
 ``decode(message.encode()).dense()`` equals ``message.dense()`` bit for bit.
 
+Where a compressor is ``apart``, a tensor of a device is compressed there, and only what travels is
+fetched; ``message.dense(device)`` is read there.  The others fetch x.
+
 A frame is one row: 8 bytes of header (magic, version, codec, dtype, d as 32 bits), then what the
 codec writes.  Messages nest: a sparse message holds a message of its values.
 """
@@ -15,15 +18,16 @@ codec writes.  Messages nest: a sparse message holds a message of its values.
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from offbeat.algorithms.compression.coding import CHUNK, Reader
 from offbeat.runtime.errors import ConfigError, PeerError
 from offbeat.runtime.finite import finite
 from offbeat.runtime.registry import Registry, Spec
+from offbeat.runtime.tensors import dtype_of, fetch, is_tensor, joined, library, load
 
 COMPRESSORS = Registry("compressor")
 
@@ -54,10 +58,11 @@ class Message(ABC):
     def __init__(self, n: int, d: int, dtype: np.dtype) -> None:
         self.n, self.d, self.dtype, self.lead = n, d, dtype, (n,)
 
-    def dense(self) -> NDArray:
-        """``[..., d]``: what the receiver sees."""
+    def dense(self, device: Any = None) -> Any:
+        """``[..., d]``: what the receiver sees, an array or a tensor of ``device``."""
         with np.errstate(all="ignore"):  # a peer may combine finite numbers into infinite ones
-            return self._rows().reshape(*self.lead, self.d)
+            rows = self._rows() if device is None else self._there(device)
+            return rows.reshape(*self.lead, self.d)
 
     @property
     def nbytes(self) -> int:
@@ -77,6 +82,10 @@ class Message(ABC):
     def _rows(self) -> NDArray:
         """``[n, d]``, dense."""
 
+    def _there(self, device: Any) -> Any:
+        """The same bits as a tensor of ``device``."""
+        return load(self._rows(), device)
+
 
 class Coded(Message):
     """A message whose rows all travel under one codec: the subclasses."""
@@ -92,14 +101,14 @@ class Coded(Message):
     def encode(self) -> list[bytes]:
         """See ``Message``."""
         head = _HEADER.pack(MAGIC, VERSION, self.codec, _DTYPES.index(self.dtype), self.d)
-        return [head + payload for payload in self._payloads()]
+        return [b"".join((head, payload)) for payload in self._payloads()]
 
     @abstractmethod
     def _sizes(self) -> int | NDArray[np.int64]:
         """Bytes of each payload, ``[n]``, or of each alike."""
 
     @abstractmethod
-    def _payloads(self) -> list[bytes]:
+    def _payloads(self) -> Sequence[Frame]:
         """What follows the header, for each row."""
 
     @classmethod
@@ -131,6 +140,9 @@ class Stack(Message):
 
     def _rows(self) -> NDArray:
         return np.concatenate([row._rows() for row in self.rows])
+
+    def _there(self, device: Any) -> Any:
+        return joined([row._there(device) for row in self.rows])
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -210,6 +222,7 @@ class Compressor(ABC):
     spec: Spec | None = None
     depth = 0  # how deep its messages nest
     draws = True  # whether it needs a generator
+    apart = False  # whether ``_compress`` takes tensors of a device, too
     batched = True  # whether rows draw in order when many are compressed in one call
 
     def alpha(self, d: int) -> float | None:
@@ -220,20 +233,21 @@ class Compressor(ABC):
         """omega of U(omega) at dimension d; None: not unbiased."""
         return None
 
-    def compress(self, x: ArrayLike, rng: Random | None = None) -> Message:
+    def compress(self, x: Any, rng: Random | None = None) -> Message:
         """C(x) on the last dimension, row by row; ``x [..., d]`` is not changed.
 
         A stack under one generator draws what its rows would have drawn one after the other.
 
         Args:
-            x: float32 or float64, finite.
+            x: float32 or float64, finite; a tensor of torch's may be on any device.
             rng: a generator, or one for each row; None where nothing is drawn.
 
         Raises:
             ConfigError: x is not such an array.
         """
-        x = np.asarray(x)
-        if x.dtype not in _DTYPES or x.ndim == 0 or x.size == 0:
+        x = x.detach() if is_tensor(x) else np.asarray(x)
+        known = str(x.dtype).removeprefix("torch.") in map(str, _DTYPES)
+        if not known or x.ndim == 0 or 0 in x.shape:
             raise ConfigError(
                 f"{self} compresses float32 or float64 of shape [..., d], not {x.dtype} of shape "
                 f"{list(x.shape)}"
@@ -241,7 +255,9 @@ class Compressor(ABC):
         *lead, d = x.shape
         if d > MOST_PARAMETERS:
             raise ConfigError(f"{self} compresses rows of at most {MOST_PARAMETERS}, not {d}")
-        rows = np.ascontiguousarray(x).reshape(-1, d)
+        if not self.apart:
+            x = fetch(x)
+        rows = (x if is_tensor(x) else np.ascontiguousarray(x)).reshape(-1, d)
         with np.errstate(all="ignore"):
             if not finite(rows):
                 raise ConfigError(f"{self} cannot compress what is not finite")
@@ -260,7 +276,7 @@ class Compressor(ABC):
         return message
 
     @abstractmethod
-    def _compress(self, x: NDArray, rng: np.random.Generator) -> Message:
+    def _compress(self, x: Any, rng: np.random.Generator) -> Message:
         """C of ``x [n, d]``, finite and contiguous; must not keep a view of it."""
 
     def __str__(self) -> str:
@@ -305,7 +321,7 @@ def pieces(n: int, d: int) -> Iterator[tuple[slice, slice]]:
             yield slice(i, i + rows), slice(j, j + columns)
 
 
-def overflow(compressor: Compressor, values: NDArray) -> None:
+def overflow(compressor: Compressor, values: Any) -> None:
     """Refuse scales that the dtype of x cannot hold."""
-    if not np.isfinite(values).all():
-        raise ConfigError(f"{compressor} met numbers too large for {values.dtype}")
+    if not library(values).isfinite(values).all():
+        raise ConfigError(f"{compressor} met numbers too large for {dtype_of(values)}")

@@ -7,6 +7,8 @@ two that puts its largest magnitude in [2^14, 2^15), and what is 2^-29 of that o
 bits; alpha >= 1 - 2^-20.  Follow a sparsifier with either by ``compose``.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,11 +17,13 @@ from offbeat.algorithms.compression.contract import (
     COMPRESSORS,
     Coded,
     Compressor,
+    Frame,
     Message,
     codec,
     overflow,
 )
 from offbeat.runtime.errors import PeerError
+from offbeat.runtime.tensors import dtype_of, fetch, is_tensor, library, load
 
 _LARGEST = 0x7F7F  # of bfloat16, as bits
 
@@ -35,11 +39,16 @@ class BFloat(Coded):
     def _rows(self) -> NDArray:
         return (self.upper.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(self.dtype)
 
+    def _there(self, device: Any) -> Any:
+        upper = load(self.upper.view(np.int16), device)
+        lib = library(upper)
+        return upper.view(lib.bfloat16).to(getattr(lib, self.dtype.name))
+
     def _sizes(self) -> int:
         return 2 * self.d
 
-    def _payloads(self) -> list[bytes]:
-        return [row.astype("<u2").tobytes() for row in self.upper]
+    def _payloads(self) -> list[Frame]:
+        return [row.data for row in self.upper.astype("<u2", copy=False)]
 
     @classmethod
     def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> Message:
@@ -53,12 +62,19 @@ class BF16(Compressor):
     """bfloat16."""
 
     draws = False
+    apart = True
 
     def alpha(self, d: int) -> float:
         """1 - 2^-16."""
         return 1 - 2.0**-16
 
-    def _compress(self, x: NDArray, rng: np.random.Generator) -> Message:
+    def _compress(self, x: Any, rng: np.random.Generator) -> Message:
+        if is_tensor(x):
+            single = x.float()
+            overflow(self, single)
+            short = single.bfloat16()
+            rounded = short.view(library(x).int16) - short.isinf().short()  # see below
+            return BFloat(fetch(rounded).view(np.uint16), dtype_of(x))
         single = x.astype(np.float32, copy=False)
         overflow(self, single)
         bits = single.view(np.uint32)

@@ -4,7 +4,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.algorithms.compression.coding import Reader
-from offbeat.algorithms.compression.contract import COMPRESSORS, Coded, Compressor, Message, codec
+from offbeat.algorithms.compression.contract import (
+    COMPRESSORS,
+    Coded,
+    Compressor,
+    Frame,
+    Message,
+    codec,
+)
 
 
 @codec(0)
@@ -21,9 +28,9 @@ class Dense(Coded):
     def _sizes(self) -> int:
         return self.d * self.dtype.itemsize
 
-    def _payloads(self) -> list[bytes]:
+    def _payloads(self) -> list[Frame]:
         wire = self.values.astype(self.dtype.newbyteorder("<"), copy=False)
-        return [row.tobytes() for row in wire]
+        return [row.data for row in wire]
 
     @classmethod
     def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> Message:

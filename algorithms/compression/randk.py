@@ -5,8 +5,9 @@ E ||C(x) - x||^2 = (1 - k / d) ||x||^2.  Times d / k it is unbiased with omega =
 (Wangni et al., NeurIPS 2018).
 """
 
+from typing import Any
+
 import numpy as np
-from numpy.typing import NDArray
 
 from offbeat.algorithms.compression.coding import subsets
 from offbeat.algorithms.compression.contract import COMPRESSORS, Compressor, Message, overflow
@@ -31,7 +32,7 @@ class RandK(Sparsifier):
         """d / k - 1."""
         return d / self.kept(d) - 1 if self.unbiased else None
 
-    def sparsify(self, x: NDArray, rng: np.random.Generator, values: Compressor | None) -> Message:
+    def sparsify(self, x: Any, rng: np.random.Generator, values: Compressor | None) -> Message:
         """See ``Sparsifier``."""
         n, d = x.shape
         k = self.kept(d)
@@ -39,7 +40,7 @@ class RandK(Sparsifier):
         index = subsets(seeds, d, k)
         chosen = gather(x, index)
         if self.unbiased:
-            chosen *= x.dtype.type(d / k)
+            chosen *= chosen.dtype.type(d / k)
             overflow(self, chosen)
         return Seeded(d, seeds, carry(chosen, values, rng), index)
 

@@ -9,6 +9,8 @@ Seide et al., 1-bit SGD, Interspeech 2014; Bernstein et al., signSGD, ICML 2018
 A bit of 1 is non-negative.  ceil(d / 8) bytes, and the scale.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,6 +23,7 @@ from offbeat.algorithms.compression.contract import (
     codec,
     pieces,
 )
+from offbeat.runtime.tensors import dtype_of, fetch, is_tensor, library, load
 
 # _SIGNS[byte]: its eight signs, lowest bit first
 _SIGNS = np.where(np.arange(256)[:, None] >> np.arange(8) & 1, 1, -1).astype(np.float32)
@@ -35,6 +38,17 @@ def sign_bits(x: NDArray) -> NDArray[np.uint8]:
         first = columns.start // 8
         out[rows, first : first + bits.shape[1]] = bits
     return out
+
+
+def sign_bits_there(x: Any) -> NDArray[np.uint8]:
+    """The same of a tensor, fetched."""
+    bits = library(x).nn.functional.pad(x >= 0, (0, -x.shape[1] % 8))
+    return fetch((bits.reshape(len(x), -1, 8) * _powers(x.device)).sum(2).byte())
+
+
+def _powers(device: Any) -> Any:
+    """What the bits of a byte count, lowest first."""
+    return load(np.array([1, 2, 4, 8, 16, 32, 64, 128], np.uint8), device)
 
 
 @codec(3)
@@ -55,6 +69,11 @@ class Signs(Coded):
             np.multiply(signs[:, : piece.shape[1]], self.scale[rows, None], out=piece)
         return out
 
+    def _there(self, device: Any) -> Any:
+        bits, scale = load(self.bits, device), load(self.scale, device)
+        odd = (bits[:, :, None] & _powers(device)).reshape(self.n, -1)[:, : self.d] != 0
+        return (2 * odd.to(scale.dtype) - 1) * scale[:, None]
+
     def _sizes(self) -> int:
         return self.dtype.itemsize + (self.d + 7) // 8
 
@@ -72,6 +91,7 @@ class Sign(Compressor):
     """sign(x), times the mean magnitude."""
 
     draws = False
+    apart = True
 
     def __init__(self, scaled: bool) -> None:
         self.scaled = scaled
@@ -80,16 +100,22 @@ class Sign(Compressor):
         """1 / d; of one x it is ||x||_1^2 / (d ||x||_2^2), 2 / pi for a Gaussian."""
         return 1 / d if self.scaled else None
 
-    def _compress(self, x: NDArray, rng: np.random.Generator) -> Message:
+    def _compress(self, x: Any, rng: np.random.Generator) -> Message:
         n, d = x.shape
-        if not self.scaled:
-            return Signs(d, sign_bits(x), np.ones(n, x.dtype))
+        bits = sign_bits_there(x) if is_tensor(x) else sign_bits(x)
+        scale = self._scale(x) if self.scaled else np.ones(n)
+        return Signs(d, bits, scale.astype(dtype_of(x)))
+
+    def _scale(self, x: Any) -> NDArray[np.float64]:
+        n, d = x.shape
+        if is_tensor(x):
+            return fetch((x.abs().double() / d).sum(1))
         scale = np.zeros(n)
         for rows, columns in pieces(n, d):
             # Divided first: the sum of large numbers could be too large.
             share = np.multiply(np.abs(x[rows, columns]), 1 / d, dtype=np.float64)
             scale[rows] += share.sum(axis=-1)
-        return Signs(d, sign_bits(x), scale.astype(x.dtype))
+        return scale
 
 
 @COMPRESSORS.register("sign")

@@ -5,7 +5,7 @@ can follow a sparsifier.
 """
 
 from abc import abstractmethod
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from offbeat.algorithms.compression.contract import (
     nested,
 )
 from offbeat.algorithms.compression.identity import Dense
+from offbeat.runtime.tensors import fetch, is_tensor, load
 
 Kept = (
     Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -42,8 +43,10 @@ def _flat(index: NDArray, d: int) -> NDArray:
     return index + np.arange(0, n * d, d)[:, None] if n > 1 else index
 
 
-def gather(x: NDArray, index: NDArray) -> NDArray:
-    """The values ``[n, k]`` of ``x [n, d]`` at ``index [n, k]``."""
+def gather(x: Any, index: NDArray) -> NDArray:
+    """The values ``[n, k]``, here, of ``x [n, d]`` at ``index [n, k]``."""
+    if is_tensor(x):
+        return fetch(x.gather(1, load(index, x.device)))
     return np.take(x, _flat(index, x.shape[1]))
 
 
@@ -53,6 +56,12 @@ def scatter(index: NDArray, values: NDArray, d: int) -> NDArray:
     out = np.zeros(n * d, values.dtype)
     out[_flat(index, d)] = values
     return out.reshape(n, d)
+
+
+def scatter_there(index: NDArray, values: Any, d: int) -> Any:
+    """The same as a tensor, where the tensor ``values`` is."""
+    out = values.new_zeros(len(values), d)
+    return out.scatter_(1, load(index, values.device), values)
 
 
 @codec(1)
@@ -65,6 +74,9 @@ class Sparse(Coded):
 
     def _rows(self) -> NDArray:
         return scatter(self.index, self.values._rows(), self.d)
+
+    def _there(self, device: Any) -> Any:
+        return scatter_there(self.index, self.values._there(device), self.d)
 
     def _sizes(self) -> NDArray[np.int64]:
         return support_sizes(self.index, self.d) + self.values.sizes
@@ -100,6 +112,9 @@ class Seeded(Coded):
     def _rows(self) -> NDArray:
         return scatter(self.index, self.values._rows(), self.d)
 
+    def _there(self, device: Any) -> Any:
+        return scatter_there(self.index, self.values._there(device), self.d)
+
     def _sizes(self) -> NDArray[np.int64]:
         return 8 + self.values.sizes
 
@@ -117,16 +132,17 @@ class Sparsifier(Compressor):
     """Keeps coordinates; ``values`` says what becomes of them on the way."""
 
     depth = 1
+    apart = True  # kept values are fetched, and are compressed here in turn
 
     @abstractmethod
     def kept(self, d: int) -> int:
         """The most coordinates it keeps."""
 
     @abstractmethod
-    def sparsify(self, x: NDArray, rng: np.random.Generator, values: Compressor | None) -> Message:
+    def sparsify(self, x: Any, rng: np.random.Generator, values: Compressor | None) -> Message:
         """The message of ``x [n, d]``, its kept values compressed in turn by ``values``."""
 
-    def _compress(self, x: NDArray, rng: np.random.Generator) -> Message:
+    def _compress(self, x: Any, rng: np.random.Generator) -> Message:
         return self.sparsify(x, rng, None)
 
 

@@ -7,7 +7,7 @@ NeurIPS 2021 (arXiv:2108.00951).  Keep |x_j| >= lam with one lam for the whole o
 Bernoulli: x with probability p, else 0; alpha = p, exactly.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,15 +16,15 @@ from pydantic import Field
 from offbeat.algorithms.compression.contract import COMPRESSORS, Compressor, Message, Stack
 from offbeat.algorithms.compression.sparse import Sparse, Sparsifier, carry
 from offbeat.runtime.registry import Positive
+from offbeat.runtime.tensors import fetch, library
 
 
-def _ragged(
-    x: NDArray, keep: NDArray, values: Compressor | None, rng: np.random.Generator
-) -> Message:
+def _ragged(x: Any, keep: Any, values: Compressor | None, rng: np.random.Generator) -> Message:
     rows: list[Message] = []
     for row, mask in zip(x, keep, strict=True):
-        index = np.flatnonzero(mask)
-        rows.append(Sparse(len(row), index[None], carry(row[index][None], values, rng)))
+        index = library(mask).argwhere(mask)[:, 0]
+        held = fetch(row[index])
+        rows.append(Sparse(len(row), fetch(index)[None], carry(held[None], values, rng)))
     return rows[0] if len(rows) == 1 else Stack(rows)
 
 
@@ -40,9 +40,9 @@ class Threshold(Sparsifier):
         """See ``Sparsifier``."""
         return d
 
-    def sparsify(self, x: NDArray, rng: np.random.Generator, values: Compressor | None) -> Message:
+    def sparsify(self, x: Any, rng: np.random.Generator, values: Compressor | None) -> Message:
         """See ``Sparsifier``."""
-        return _ragged(x, np.abs(x) >= self.lam, values, rng)
+        return _ragged(x, library(x).abs(x) >= self.lam, values, rng)
 
 
 @COMPRESSORS.register("threshold")
@@ -53,6 +53,8 @@ def threshold(lam: Positive) -> Threshold:
 
 class Bernoulli(Sparsifier):
     """Everything with probability p, else nothing."""
+
+    apart = False
 
     def __init__(self, p: float) -> None:
         self.p = p

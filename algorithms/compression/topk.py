@@ -5,12 +5,15 @@ Alistarh et al., NeurIPS 2018 (arXiv:1809.10505).  alpha = k / d, attained where
 are equal.  Of equal magnitudes the lower index is kept.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.algorithms.compression.coding import CHUNK
 from offbeat.algorithms.compression.contract import COMPRESSORS, Compressor, Message
 from offbeat.algorithms.compression.sparse import Kept, Sparse, Sparsifier, carry, count, gather
+from offbeat.runtime.tensors import fetch, is_tensor
 
 LARGE = 2**15  # from here on, rows are searched one by one with a threshold from a sample
 SAMPLE = 2**13
@@ -69,6 +72,19 @@ def largest_of_many(x: NDArray, k: int) -> NDArray:
     return survivors[largest(np.concatenate(size)[None], k)]
 
 
+def largest_there(x: Any, k: int) -> Any:
+    """The same for a tensor ``x [n, d]``: a tensor ``[n, k]``."""
+    a = x.abs()
+    t = a.topk(k, sorted=False).values.amin(1, keepdim=True)
+    keep = a >= t
+    surplus = keep.sum(1, keepdim=True) - k
+    if surplus.any():
+        tied = a == t
+        order = tied.cumsum(1)
+        keep &= ~tied | (order <= order[:, -1:] - surplus)
+    return keep.nonzero()[:, 1].reshape(-1, k)
+
+
 class TopK(Sparsifier):
     """The k largest magnitudes."""
 
@@ -85,11 +101,13 @@ class TopK(Sparsifier):
         """k / d."""
         return self.kept(d) / d
 
-    def sparsify(self, x: NDArray, rng: np.random.Generator, values: Compressor | None) -> Message:
+    def sparsify(self, x: Any, rng: np.random.Generator, values: Compressor | None) -> Message:
         """See ``Sparsifier``."""
         d = x.shape[1]
         k = self.kept(d)
-        if d < LARGE:
+        if is_tensor(x):
+            index = fetch(largest_there(x, k))
+        elif d < LARGE:
             index = largest(x, k)
         else:
             index = np.concatenate([largest_of_many(row, k) for row in x])

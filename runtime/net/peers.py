@@ -10,6 +10,7 @@ import math
 import shutil
 import tempfile
 import time
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -45,12 +46,15 @@ def planned(folder: Path) -> tuple[list[str], Callable[[str], object]]:
     from offbeat.runtime.experiment import read
     from offbeat.runtime.net.peer import PeerProcess, Seat
 
-    plan = json.loads((folder / PLAN).read_text())
-    (experiment,) = read(folder / "experiment.toml")
+    plan, file = json.loads((folder / PLAN).read_text()), folder / "experiment.toml"
+    device = tomllib.loads(file.read_text())["task"].get("device", "cpu")
+    # Read once for all, but where it would begin CUDA: what is forked after that cannot use it.
+    shared = read(file) if device == "cpu" else None
     seats = [Seat(*seat) for seat in plan["seats"]]
     names = [seat.name for seat in seats]
 
     def run(name: str) -> None:
+        (experiment,) = shared or read(file)
         PeerProcess(
             experiment, seats, names.index(name), folder / name,
             suspect_after_s=plan["suspect_after_s"], watched=True,

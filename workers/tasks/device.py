@@ -1,18 +1,12 @@
-"""Where a task computes: the devices that are there, and what crosses to them and back.
+"""Where a task computes, and the devices that are there.
 
 ``placed`` is for any task.  A task that torch computes has ``apart``: whether it keeps models
-elsewhere than numpy does.  Where it does, ``task.load`` and ``task.fetch`` take a vector there and
-back, and its ``gradient`` answers tensors of that device with tensors that stay there.  Memory that
-a GPU copies from and to is page-locked; torch keeps what is freed of it for the next that asks.
-
-"cpu:0" is the CPU, as the tensors of such a device: the same lines as on a GPU, without one.
+elsewhere than numpy does.  Where it does, ``task.load`` takes a vector there, and its ``gradient``
+answers tensors of that device with tensors that stay there.
 """
 
 import re
-import warnings
 from typing import Any
-
-from numpy.typing import NDArray
 
 from offbeat.runtime.errors import ConfigError
 from offbeat.workers.tasks.contract import Task
@@ -66,38 +60,3 @@ def placed(task: Task, name: str) -> Any:
     """``task``, computing on device ``name`` from now on; "cpu": where it does anyway."""
     check(task, name)
     return task if name == "cpu" else task.to(name)  # type: ignore[attr-defined]
-
-
-def memory(size: Any, dtype: Any, device: Any) -> Any:
-    """A CPU tensor of that size, from and to which ``device`` copies fast."""
-    import torch
-
-    return torch.empty(size, dtype=dtype, pin_memory=device.type == "cuda")
-
-
-def load(x: NDArray, device: Any) -> Any:
-    """``x`` on ``device``, before whatever is computed there next; not to be changed so long.
-
-    On the CPU it is the same memory.
-    """
-    import torch
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        here = torch.from_numpy(x)
-    if device.type == "cuda":
-        here = here.pin_memory()  # itself, where it is so already
-    return here.to(device, non_blocking=True)
-
-
-def fetch(x: Any) -> NDArray:
-    """``x`` as an array here, once it is computed and copied; on the CPU it is the same memory."""
-    import torch
-
-    if x.device.type == "cuda":
-        here = memory(x.shape, x.dtype, x.device)
-        here.copy_(x, non_blocking=True)
-        torch.cuda.current_stream(x.device).synchronize()
-        x = here
-    array: NDArray = x.numpy()
-    return array

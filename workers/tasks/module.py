@@ -1,7 +1,8 @@
 """Any torch module as a task."""
 
 import logging
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import Streams
 from offbeat.runtime.registry import Count, Seed, Spec, validated
+from offbeat.runtime.tensors import fetch, load, memory
 from offbeat.workers.partition import PARTITIONS
 from offbeat.workers.tasks import device as devices
 from offbeat.workers.tasks.shards import BatchSize, Draws, Sampling
@@ -66,6 +68,8 @@ class TorchTask:
         self._tensors = getattr(dataset, "tensors", ())
         self.to(device)
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        twice = sum(1 for _ in module.named_parameters(remove_duplicate=False))
+        self._tied = twice > sum(1 for _ in module.parameters())  # to look for them takes long
         self._names, self._shapes = list(named), [p.shape for p in named.values()]
         self.tensors = [p.numel() for p in named.values()]
         self.dim = sum(self.tensors)
@@ -95,15 +99,11 @@ class TorchTask:
 
     def load(self, x: NDArray) -> Any:
         """``x`` as a tensor of the device; on the CPU the same memory, which nothing changes."""
-        return devices.load(x, self.device)
-
-    def fetch(self, x: Any) -> NDArray:
-        """A tensor of the device as an array."""
-        return devices.fetch(x)
+        return load(x, self.device)
 
     def memory(self, nbytes: int) -> NDArray[np.uint8]:
         """A buffer from which ``load`` is fast."""
-        made: NDArray[np.uint8] = devices.memory(nbytes, self._torch.uint8, self.device).numpy()
+        made: NDArray[np.uint8] = memory(nbytes, self._torch.uint8, self.device).numpy()
         return made
 
     def _between(self) -> list[tuple[int, int, int]]:
@@ -151,7 +151,8 @@ class TorchTask:
         pieces = self._torch.split(flat, self.tensors)
         named = zip(self._names, pieces, self._shapes, strict=True)
         parameters = {name: piece.view(shape) for name, piece, shape in named}
-        return self._torch.func.functional_call(self._module, parameters, (inputs,))
+        call = self._torch.func.functional_call
+        return call(self._module, parameters, (inputs,), tie_weights=self._tied)
 
     def _value(self, flat: Any, inputs: Any, targets: Any) -> Any:
         return self._loss(self._outputs(flat, inputs), targets)
@@ -167,7 +168,7 @@ class TorchTask:
         """
         if isinstance(x, np.ndarray):
             losses, gradients = self.gradient(self.load(x), worker, draw)
-            return self.fetch(losses), self.fetch(gradients)
+            return fetch(losses), fetch(gradients)
         torch = self._torch
         if len(x) >= VMAP_FROM and self._vmaps and self._draws.batch != "full":
             inputs, targets = self._samples(self._order[self._draws.rows(worker, draw)])
@@ -194,12 +195,31 @@ class TorchTask:
             rows = self._order[self._draws.rows(*address)[0]]
         inputs, targets = self._samples(rows)
         flat = x.detach().requires_grad_()
-        gpus = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(gpus):  # dropout, if any, is addressed like the samples
-            torch.manual_seed(int(self._dropout.bits(*address, 1)[0, 0] >> 1))
+        with self._seeded(int(self._dropout.bits(*address, 1)[0, 0] >> 1)):
             value = self._value(flat, inputs, targets)
         (gradient,) = torch.autograd.grad(value, flat)
         return value.detach().reshape(()), gradient.contiguous()
+
+    @contextmanager
+    def _seeded(self, seed: int) -> Iterator[None]:
+        """Dropout, if any, is addressed like the samples; who draws besides draws on as before.
+
+        As ``fork_rng`` and ``manual_seed``, which look for all devices that torch knows of.
+        """
+        torch = self._torch
+        generators = [torch.default_generator]
+        if self.device.type == "cuda":
+            at = self.device.index
+            at = torch.cuda.current_device() if at is None else at
+            generators.append(torch.cuda.default_generators[at])
+        states = [generator.get_state() for generator in generators]
+        try:
+            for generator in generators:
+                generator.manual_seed(seed)
+            yield
+        finally:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
 
     def evaluate(self, x: NDArray) -> dict[str, float]:
         """loss and grad_norm of f, in evaluation mode; accuracy where targets are classes."""

@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from devices import DEVICES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -95,6 +97,42 @@ def vectors(dtype, least):
 
 
 ANY = st.one_of(vectors(np.float32, 2.0**-100), vectors(np.float64, 2.0**-100))
+
+
+@EVERY
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_tensor_of_a_device_is_compressed_alike(text, name, dtype):
+    """Ties, zeros, huge and tiny numbers: the same frame; read there, the same bits as here."""
+    c, device = make(text), torch.device(name)
+    x = gaussian(3, 70, dtype=dtype)
+    x[0, :40] = np.repeat([1, -1], 20)
+    x[1, ::3] = 0
+    x[2] *= np.float32(2.0) ** np.linspace(-60, 60, 70).astype(dtype)
+    for rows in (x, x[1]):
+        here, there = c.compress(rows, g(1)), c.compress(torch.from_numpy(rows).to(device), g(1))
+        if "scaled-sign" in text:  # a sum, taken in another order
+            np.testing.assert_allclose(there.dense(), here.dense(), rtol=1e-6)
+        else:
+            assert there.encode() == here.encode()
+        read = there.dense(device)
+        assert (read.device.type, str(read.dtype)) == (device.type, f"torch.{there.dtype}")
+        same_bits(read.cpu().numpy(), there.dense())
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_bf16_of_the_largest_number_is_finite_on_a_device(name):
+    x = torch.tensor([3.4e38, -3.4e38, 1.0], device=name)
+    assert np.isfinite(make("bf16").compress(x).dense()).all()
+    with pytest.raises(ConfigError, match="too large for float32"):
+        make("bf16").compress(x.double() * 10)
+
+
+def test_tensors_of_other_numbers_are_refused():
+    for text in ("topk(0.1)", "natural"):
+        for dtype in (torch.bfloat16, torch.int64):
+            with pytest.raises(ConfigError, match="compresses float32 or float64"):
+                make(text).compress(torch.ones(3).to(dtype), g())
 
 
 def test_the_table_is_complete():
