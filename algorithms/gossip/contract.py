@@ -130,11 +130,14 @@ class Gossip(ABC):
             return
         if (error := error_of(made, d)) > 1:
             name = self.spec.name if self.spec else type(self).__name__
-            instead = f"contractive({made})" if omega is not None else "scaled-sign or topk"
-            raise ConfigError(
-                f"{name} would diverge with {made} at d = {d:,}, whose error is {error:.3g} times "
-                f"what it compresses; take {instead}"
+            why = (
+                "whose error does not get smaller with what it compresses; take scaled-sign or topk"
             )
+            if omega is not None:
+                why = (
+                    f"whose error is {error:.3g} times what it compresses; take contractive({made})"
+                )
+            raise ConfigError(f"{name} would diverge with {made} at d = {d:,}, {why}")
 
     @abstractmethod
     def init(self, node: Node) -> Points | None:
