@@ -241,7 +241,7 @@ class Broadcast(Wire):
     def exchange(self, now: Round) -> NDArray:
         """See ``Wire``."""
         self._now = now
-        return now.alike(self.sizes) if self._exact else self.sizes * now.out
+        return now.alike(self.sizes) if isinstance(self.sizes, int) else self.sizes * now.out
 
     def mix(self) -> NDArray:
         """See ``Node``."""
