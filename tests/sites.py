@@ -67,12 +67,13 @@ class Site:
     def start(self, *words, secure="as the site"):
         folder = self.keys if secure == "as the site" else secure
         option = ("--keys", str(folder)) if folder else ()
-        # Not a pipe: whoever fills one that nobody reads stands still.
+        # A pipe only where ``Told`` reads it: whoever fills one that nobody reads stands still.
         said = self.folder / f"{len(self.processes)}.said"
         with said.open("w") as file:
+            to = subprocess.PIPE if "--log" in words else file
             process = subprocess.Popen(
                 [sys.executable, "-m", "offbeat.runtime.cli", *words, *option],
-                stdout=file, stderr=file,
+                stdout=to, stderr=to, text=True,
             )  # fmt: skip
         process.said = said
         self.stack.callback(finish, process)
