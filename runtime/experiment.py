@@ -183,6 +183,7 @@ class Experiment:
         if self.mode == "synchronous" and not method.synchronous:
             raise ConfigError(f"{name} is asynchronous by its nature; leave mode out")
         Network(self.topology, self.fleet, method, self.seed, self.asynchronous)
+        method.suits(self.task.dim)
 
     @property
     def asynchronous(self) -> bool:

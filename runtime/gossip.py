@@ -126,5 +126,5 @@ def measure(
 def distances2(models: NDArray, mean: NDArray) -> NDArray:
     """``[n]`` squared distances of ``models [n, d]`` from ``mean [d]``, in little memory."""
     rows = max(1, CHUNK // len(mean))
-    pieces = [models[at : at + rows] - mean for at in range(0, len(models), rows)]
+    pieces = (models[at : at + rows] - mean for at in range(0, len(models), rows))
     return np.concatenate([np.vecdot(piece, piece) for piece in pieces]).astype(float)

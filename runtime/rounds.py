@@ -79,7 +79,9 @@ class Rounds(GossipLoop):
         self.round = 0
         self.end_s = np.zeros(self.n)  # of each node's last round
         self.free_s = np.zeros(self.n)  # when what it sent then has arrived, but for the bytes
-        self._sent = np.zeros(self.n)  # seconds its bytes took
+        self._last: NDArray | None = None  # [n], bytes that each sent in the last round,
+        self._bytes = 0  # their sum,
+        self._sent = np.zeros(self.n)  # and the seconds they took
         self._steps = np.full(self.n, self.work.steps)
         self._kept = self.work.keep(self.n, start)  # by the nodes, between rounds
         self._all, self._draws = np.arange(self.n), np.zeros(self.n, np.int64)
@@ -172,12 +174,14 @@ class Rounds(GossipLoop):
         if self._reach is not None:  # whoever may ever need it hears it
             now = replace(now, reach=self._reach)
         sent = self.node.exchange(now)
-        self.bytes += int(sent.sum())
-        self.messages += int(now.out.sum())
+        if sent is not self._last:  # as it is where a round sends what the one before did
+            self._last, self._bytes = sent, int(sent.sum())
+            if self.fleet.bandwidth is not None:
+                self._sent = sent / self.fleet.bandwidth
+        self.bytes += self._bytes
+        self.messages += now.messages
         if now.through is not None:
             self.messages_lost += len(now.src) - int(now.through.sum())
-        if self.fleet.bandwidth is not None:
-            self._sent = sent / self.fleet.bandwidth
 
     def _ready(self, now: Round) -> NDArray:
         """``[n]``: when each node has what it needs for this round."""

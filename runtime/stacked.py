@@ -59,6 +59,21 @@ class Round:
         return np.bincount(self.src, minlength=self.matrix.shape[0])
 
     @cached_property
+    def messages(self) -> int:
+        """How many all send together."""
+        return int(self.out.sum())
+
+    def alike(self, size: int) -> NDArray:
+        """``[n]``: bytes that each sends if all messages have ``size``; made once."""
+        if size not in self._alike:
+            self._alike[size] = size * self.out
+        return self._alike[size]
+
+    @cached_property
+    def _alike(self) -> dict[int, NDArray]:
+        return {}
+
+    @cached_property
     def _count(self) -> NDArray:
         return np.bincount(self.dst, minlength=self.matrix.shape[0])
 
@@ -226,7 +241,7 @@ class Broadcast(Wire):
     def exchange(self, now: Round) -> NDArray:
         """See ``Wire``."""
         self._now = now
-        return self.sizes * now.out
+        return now.alike(self.sizes) if isinstance(self.sizes, int) else self.sizes * now.out
 
     def mix(self) -> NDArray:
         """See ``Node``."""

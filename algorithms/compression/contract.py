@@ -34,6 +34,8 @@ COMPRESSORS = Registry("compressor")
 MOST_PARAMETERS = 2**30  # a frame of a few bytes may stand for so many numbers, and no more
 MOST_ROWS = 2**20
 MOST_NESTING = 6  # messages inside messages, of which a sum has two
+MOST_MEASURED = 2**20  # numbers of one row whose error is measured; longer rows err no less
+ROWS_MEASURED = 64
 
 _HEADER = struct.Struct("<BBBBI")
 HEADER = _HEADER.size
@@ -287,6 +289,20 @@ _NO_RNG = np.random.default_rng(0)  # stands in where nothing is drawn
 def made(what: "str | Compressor") -> Compressor:
     """A compressor, or the one a text names."""
     return COMPRESSORS.parse(what) if isinstance(what, str) else what
+
+
+def error_of(compressor: Compressor, d: int) -> float:
+    """E ||C(x) - x||^2 / E ||x||^2, measured, of small Gaussian x ``[d]``.
+
+    Bounds hold for the worst x, which most are far from: qsgd(16)'s omega reaches 1 at d = 256,
+    its error of a Gaussian at 1,600.
+    """
+    d = min(d, MOST_MEASURED)
+    rng = np.random.default_rng(0)
+    rows = min(ROWS_MEASURED, MOST_MEASURED // d)
+    x = rng.standard_normal((rows, d), np.float32) * np.float32(1e-6)  # far below any threshold
+    apart = compressor.compress(x, rng).dense() - x
+    return float(np.vecdot(apart, apart).sum() / np.vecdot(x, x).sum())
 
 
 def nest(*inner: Compressor) -> int:

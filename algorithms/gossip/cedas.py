@@ -38,6 +38,9 @@ class Cedas(Gossip):
             )
         self.lr, self.gamma = lr, gamma
 
+    def suits(self, d: int) -> None:
+        """See ``Gossip``: copies are damped, so that unbiased is enough."""
+
     def init(self, node: Node) -> None:
         """See ``Gossip``."""
         node.d = 0 * node.x

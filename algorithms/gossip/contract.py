@@ -14,8 +14,9 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from offbeat.algorithms.compression.contract import Compressor, made
+from offbeat.algorithms.compression.contract import Compressor, error_of, made
 from offbeat.algorithms.compression.identity import Identity
+from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.registry import Spec
 
 Points = NDArray | tuple[NDArray, ...]
@@ -117,6 +118,26 @@ class Gossip(ABC):
 
     def check(self, n: int) -> None:  # noqa: B027 - most have nothing to refuse
         """Raise ConfigError where the method cannot run on n nodes."""
+
+    def suits(self, d: int) -> None:
+        """Raise ConfigError where a model of ``d`` numbers would run away from its copies.
+
+        What is left out of a message is in the next: more must be read than is left out.  That is
+        so where alpha is known or omega < 1; else it is measured.
+        """
+        made, omega = self.compressor, self.compressor.omega(d)
+        if made.alpha(d) is not None or (omega is not None and omega < 1):
+            return
+        if (error := error_of(made, d)) > 1:
+            name = self.spec.name if self.spec else type(self).__name__
+            why = (
+                "whose error does not get smaller with what it compresses; take scaled-sign or topk"
+            )
+            if omega is not None:
+                why = (
+                    f"whose error is {error:.3g} times what it compresses; take contractive({made})"
+                )
+            raise ConfigError(f"{name} would diverge with {made} at d = {d:,}, {why}")
 
     @abstractmethod
     def init(self, node: Node) -> Points | None:

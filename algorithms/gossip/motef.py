@@ -13,6 +13,14 @@ lam is the weight of the *new* gradient; lam = 1 is BEER.  M_0 = V_0 = g(X_0): w
 the authors' code for logistic regression, mean(V) = mean(M) never holds, and the method ends at a
 wrong point.  Two messages a round.
 
+The theory wants W symmetric.  Where it is not, the fixed point is the same, but disagreement z^k
+goes uncompressed, for f = L/2 |x|^2 and an eigenvalue l of W, as
+
+    (z - 1 + gamma (1 - l))^2 + lr L (z - 1) = 0,
+
+and may grow where |Im l| > 1 - Re l unless lr L is small beside gamma: on a directed ring of eight
+from 0.02 on for gamma = 0.1.  On exponential graphs, directed ones too, there is no such l.
+
 Islamov, Gao, Stich, Towards Faster Decentralized Stochastic Optimization with Communication
 Compression, ICLR 2025 (arXiv:2405.20114); Zhao et al., BEER, NeurIPS 2022 (arXiv:2201.13320).
 The form of MoTEF-VR is UNVERIFIED: the paper calls it STORM-type; its text was not at hand.

@@ -5,8 +5,9 @@
     momentum tracking   the same with U <- beta U + G(X) in place of G
 
 mean(V) = mean(G) (or mean(U)) at all times, so the nodes' differences leave no bias.  The first
-order needs lr L < 1 + lambda_n(W), like D-SGD's.  (V <- (V + G_new - G_old) W, also found under
-the second name, would need two exchanges a round.)
+order needs lr L < 1 + lambda_n(W), like D-SGD's.  On a directed ring, and wherever eigenvalues of W
+are far from the real line, steps must be smaller: see MoTEF's file, with gamma = 1.
+(V <- (V + G_new - G_old) W, also found under the second name, would need two exchanges a round.)
 
 Di Lorenzo and Scutari, NEXT, 2016 (arXiv:1602.00591); Pu and Nedic, Distributed Stochastic Gradient
 Tracking Methods, Math. Programming 2021 (arXiv:1805.11454).  Takezawa et al., Momentum Tracking,

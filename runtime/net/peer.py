@@ -553,6 +553,9 @@ class PeerProcess:
                     self._dealers[j, beats].disconnect(self._seats[j].endpoint)
                 sockets.connected(self._dealers[j, beats], self._seats[j].endpoint)
         for (j, beats), monitor in self._monitors.items():
+            # A socket that only sends has to be asked: what it was disconnected from stays
+            # connected until the end of what could be read is seen.
+            self._dealers[j, beats].getsockopt(zmq.EVENTS)
             for event, _ in sockets.told(monitor):
                 if not beats:  # TCP loses nothing but with its connection
                     self.mesh.lost(j, now_s)

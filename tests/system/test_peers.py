@@ -152,6 +152,24 @@ def test_a_full_disk_of_one_peer_is_borne_until_there_is_room_again(tmp_path):
     assert jobs == list(range(len(jobs)))
 
 
+def test_who_is_down_again_and_again_leaves_no_connections(tmp_path):
+    with Ring(table(100_000, seconds=0.02), tmp_path) as ring:
+        ring.start()
+        ring.await_(lambda: min(ring.round(i) for i in range(4)) > 10)
+
+        def connections(i):
+            return len(psutil.Process(ring.processes[i].pid).net_connections("tcp"))
+
+        before = [connections(i) for i in range(4)]
+        for times in (1, 2):
+            ring.signal(1, signal.SIGSTOP)
+            ring.await_(lambda: all(len(ring.events(i, "down")) >= times for i in (0, 2)))  # noqa: B023
+            ring.signal(1, signal.SIGCONT)
+            ring.await_(lambda: all(len(ring.events(i, "up")) >= times for i in (0, 2)))  # noqa: B023
+        ring.await_(lambda: [connections(i) for i in range(4)] == before)
+        assert all(process.is_alive() for process in ring.processes.values())
+
+
 def test_all_leave_when_asked_and_go_on_from_their_checkpoints(tmp_path):
     steps = 120
     with Ring(table(steps, seconds=0.02), tmp_path) as ring:

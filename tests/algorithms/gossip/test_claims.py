@@ -1,17 +1,21 @@
 """What papers claim of gossip methods, with its magnitude: small forms of what
 benchmarks/gossip_claims.py measures."""
 
+import networkx as nx
 import numpy as np
 import pytest
 from canonical import rounds
 
 import offbeat
-from offbeat.algorithms.gossip import beer, motef, noloco
+from offbeat.algorithms.compression.contract import made
+from offbeat.algorithms.gossip import beer, choco, dsgt, motef, noloco
+from offbeat.algorithms.gossip.choco import safe_gamma
 from offbeat.runtime.records import Records
 from offbeat.runtime.rounds import Rounds
 from offbeat.runtime.settings import Evaluate, Stop
 from offbeat.runtime.stacked import Broadcast
 from offbeat.topologies import TOPOLOGIES
+from offbeat.topologies.graphs import from_networkx
 from offbeat.workers.tasks import LeastSquares, Quadratic, logistic
 from offbeat.workers.tasks.least_squares import least_squares
 
@@ -84,6 +88,74 @@ def test_heterogeneity_matters_without_tracking(method, grows):
     )
     ratio = far.sum() / near.sum()
     assert ratio > 1.5 if grows else ratio < 1.15
+
+
+# -- CHOCO's theorem ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("graph", ["ring", "star", "hypercube", "complete"])
+@pytest.mark.parametrize("compressor", ["topk(1)", "topk(5)", "scaled-sign", "identity"])
+def test_choco_contracts_with_the_gamma_of_its_theorem(graph, compressor):
+    """Its Lyapunov function in pure gossip, in every round."""
+    w = TOPOLOGIES.parse(graph, n=8).matrix().toarray()
+    (*_, second, _), beta = np.sort(abs(np.linalg.eigvalsh(w))), np.linalg.norm(np.eye(8) - w, 2)
+    gap, alpha = 1 - second, made(compressor).alpha(10)
+    gamma = safe_gamma(gap, beta, alpha)
+    bound = 16 * gap + gap**2 + 4 * beta**2 + 2 * gap * beta**2 - 8 * gap * alpha
+    assert gamma * bound == pytest.approx(gap**2 * alpha)
+    start = np.random.default_rng(0).standard_normal((8, 10))
+    method = choco(lr=1e-300, gamma=gamma, compressor=compressor)
+    run = rounds(Quadratic(np.zeros((8, 10))), method, graph, initial=start)
+    before = None
+    for _ in range(300):
+        run._advance()
+        # The method's order: X' of the round is what is published, and its copy is H.
+        x, h = run.node.x, run.node._wires["x"].value
+        now = ((x - x.mean(axis=0)) ** 2).sum() + ((x - h) ** 2).sum()
+        if before is not None and before > 1e-24:
+            assert now <= (1 - gap**2 * alpha / 82) * before
+        before = now
+
+
+def test_choco_converges_with_the_gamma_of_its_theorem():
+    """To the fixed point of D-SGD with W' = I + gamma (W - I): X' = (1 - lr) W' X' + lr C."""
+    gamma, lr = safe_gamma(gap=0.5, beta=1.5, alpha=0.5), 0.01
+    centers = np.random.default_rng(0).standard_normal((8, 10))
+    method = choco(lr=lr, gamma=gamma, compressor="topk(5)")
+    run = rounds(Quadratic(centers), method, "hypercube")
+    for _ in range(3500):
+        run._advance()
+    w = run.network.topology.matrix().toarray()
+    slowed = np.eye(8) + gamma * (w - np.eye(8))
+    ends = np.linalg.solve(np.eye(8) - (1 - lr) * slowed, lr * centers)
+    assert np.abs(run.node.x - ends).max() < 1e-10
+    assert np.abs(ends - centers.mean(axis=0)).max() > 0.1
+
+
+# -- Directed graphs ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "gamma", "lr", "grows"),
+    [(beer, 0.1, 0.05, True), (beer, 0.1, 0.01, False), (dsgt, 1.0, 0.2, True),
+     (dsgt, 1.0, 0.05, False)],
+)  # fmt: skip
+def test_tracking_on_a_directed_ring_goes_as_its_eigenvalues_say(method, gamma, lr, grows):
+    ring = from_networkx(nx.cycle_graph(8, create_using=nx.DiGraph), "uniform")
+    more = {"order": "combine-then-adapt"}
+    if method is beer:
+        more = {"gamma": gamma, "compressor": "identity"}
+    start = np.random.default_rng(0).standard_normal((8, 1))
+    run = rounds(Quadratic(np.zeros((8, 1))), method(lr=lr, **more), ring, initial=start)
+    apart = []
+    for _ in range(1000):
+        run._advance()
+        apart.append(np.linalg.norm(run.node.x - run.node.x.mean(axis=0)))
+    kept = [1 - gamma * (1 - value) for value in (1 + np.exp(0.25j * np.pi * np.arange(1, 8))) / 2]
+    growth = max(abs(np.roots([1, lr - 2 * m, m * m - lr])).max() for m in kept)
+    slope = np.polyfit(np.arange(500), np.log(apart[500:]), 1)[0]
+    assert slope == pytest.approx(np.log(growth), abs=3e-4)
+    assert (growth > 1) == grows
 
 
 # -- Changing graphs ---------------------------------------------------------------------------
