@@ -38,7 +38,7 @@ def stack():
 
 
 def test_a_worker_is_killed_while_it_computes(tmp_path, stack):
-    site = Site(tmp_path, stack, steps=1000)
+    site = Site(tmp_path, stack, steps=3000)
     server = site.serve("--processes", "3")
     status = site.until(here(3), server)
     victim = pid(status["workers"][0])
@@ -50,7 +50,7 @@ def test_a_worker_is_killed_while_it_computes(tmp_path, stack):
     assert victim not in [pid(row) for row in status["workers"]]
     out = done(server)
     assert "local-0" in out
-    assert sound(site)["step"] == 1000
+    assert sound(site)["step"] == 3000
 
 
 HOOK = """
