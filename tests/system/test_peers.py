@@ -61,6 +61,7 @@ def test_peers_with_keys_and_one_whose_key_nobody_knows(tmp_path):
     np.testing.assert_allclose(x, virtual(of).x, rtol=0, atol=1e-12)
 
 
+@pytest.mark.soak
 def test_a_peer_whose_key_is_revoked_is_mixed_around_until_it_is_listed_again(tmp_path):
     with Ring(table(100_000, seconds=0.02), tmp_path) as ring:
         folder = tmp_path / "keys"

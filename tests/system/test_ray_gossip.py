@@ -256,7 +256,10 @@ offbeat.run("quadratic(5, noise=0.1)", "{method}", "4 0.02", "ring", mode="{mode
 """
 
 
-@pytest.mark.parametrize(("method", "mode"), [("motef", "synchronous"), ("dsgd", "asynchronous")])
+@pytest.mark.parametrize(
+    ("method", "mode"),
+    [pytest.param("motef", "synchronous", marks=pytest.mark.soak), ("dsgd", "asynchronous")],
+)
 def test_a_driver_that_is_killed_is_resumed(method, mode, tmp_path):
     folder = tmp_path / "run"
     script = SCRIPT.format(method=method, mode=mode, folder=str(folder))

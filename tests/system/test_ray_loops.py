@@ -48,9 +48,14 @@ LOCAL = "local-steps(sgd(lr=0.1), steps=5)"
 
 
 @pytest.mark.parametrize(
-    ("method", "topology"), [("diloco(lr=0.7, momentum=0.5)", None), ("dsgt(lr=0.5)", "ring")]
+    ("method", "topology", "workers_per_actor"),
+    [
+        ("diloco(lr=0.7, momentum=0.5)", None, 1),
+        pytest.param("diloco(lr=0.7, momentum=0.5)", None, 2, marks=pytest.mark.soak),
+        pytest.param("dsgt(lr=0.5)", "ring", 1, marks=pytest.mark.soak),
+        ("dsgt(lr=0.5)", "ring", 2),
+    ],
 )
-@pytest.mark.parametrize("workers_per_actor", [1, 2])
 def test_loops_on_actors_are_the_built_in_workers(method, topology, workers_per_actor):
     around = {"topology": topology, "stop": STEPS}
     engine = f"ray({workers_per_actor})"
