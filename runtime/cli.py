@@ -65,9 +65,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(deploy, name="deploy")
-app.command()(doctor)
-mount(app)
 WIDE = 140  # characters a line, where no terminal says
 console = Console(width=None if at_terminal() else WIDE)
 Set = Annotated[
@@ -431,7 +428,11 @@ def _say(text: str) -> None:
     console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
+# In the order in which --help lists them.
+mount(app)
 net.mount(app, _go_on, _fresh, read_hosts)
+app.command()(doctor)
+app.add_typer(deploy, name="deploy")
 
 
 def main() -> None:

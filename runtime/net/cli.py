@@ -249,7 +249,9 @@ def mount(
     def status(
         address: Address,
         folder: Keys = None,
-        name: Annotated[str, typer.Option(help="Of this node's key.")] = keys.SERVER,
+        name: Annotated[
+            str, typer.Option(help="Of this node's key (else the server's, or the only one).")
+        ] = "",
         other: Annotated[
             str, typer.Option("--peer", help="Whose key the other side has, where it is a peer.")
         ] = keys.SERVER,
@@ -297,13 +299,16 @@ class asking:
         own = None
         if folder:
             key = keys.server_key(folder) if other == keys.SERVER else keys.public(folder, other)
+            if not name and (folder / f"{keys.SERVER}.key_secret").exists():
+                name = keys.SERVER
             own = keys.identity(folder, name), key
+            name = own[0].name
         self._address, self._context = address, zmq.Context()
         self._socket = sockets.limited(self._context, zmq.DEALER, Liveness())
         self._socket.linger = 0
         if own is not None:
             keys.as_client(self._socket, *own)
-        self._name = name
+        self._name = name or keys.SERVER
         self._reader = wire.Reader("", say.GREETING)
 
     def __enter__(self) -> Callable[[], dict[str, Any]]:
