@@ -27,7 +27,7 @@ count = 0
 while server.poll(500):
     server.recv_multipart()
     count += 1
-print(count)
+print(count, flush=True)
 os._exit(0)
 """
 TALKS = """
