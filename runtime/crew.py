@@ -180,13 +180,11 @@ class Runner:
         kept = self.work.keep(1, order.x) if order.kept is None else order.kept
         if not self._apart:
             return kept
-        here = (
-            {SENT} if isinstance(self.work, Compressed) and not self.work.there(self.task) else ()
-        )
-        return {
-            name: row if row.ndim == 1 or name in here else self.task.load(row)  # type: ignore[attr-defined]
-            for name, row in kept.items()
-        }
+        work, load = self.work, self.task.load  # type: ignore[attr-defined]
+        there = {name for name, row in kept.items() if row.ndim > 1}
+        if isinstance(work, Compressed) and not work.there(self.task):
+            there -= {SENT}
+        return {name: load(row) if name in there else row for name, row in kept.items()}
 
 
 def rows(
@@ -194,7 +192,7 @@ def rows(
 ) -> tuple[list[float], NDArray, Message | None]:
     """Losses and payloads ``[k, d]`` of k jobs, and the message that travels in their stead.
 
-    The loss of what is not finite is not a number.
+    Payloads are tensors where x is.  The loss of what is not finite is not a number.
     """
     message = None
     if type(work) is Gradient:

@@ -43,10 +43,10 @@ def _flat(index: NDArray, d: int) -> NDArray:
     return index + np.arange(0, n * d, d)[:, None] if n > 1 else index
 
 
-def gather(x: Any, index: NDArray) -> NDArray:
-    """The values ``[n, k]``, here, of ``x [n, d]`` at ``index [n, k]``."""
+def gather(x: Any, index: Any) -> NDArray:
+    """The values ``[n, k]``, here, of ``x [n, d]`` at ``index [n, k]``, here or beside x."""
     if is_tensor(x):
-        return fetch(x.gather(1, load(index, x.device)))
+        return fetch(x.gather(1, index if is_tensor(index) else load(index, x.device)))
     return np.take(x, _flat(index, x.shape[1]))
 
 

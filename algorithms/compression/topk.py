@@ -106,12 +106,12 @@ class TopK(Sparsifier):
         d = x.shape[1]
         k = self.kept(d)
         if is_tensor(x):
-            index = fetch(largest_there(x, k))
+            index = largest_there(x, k)
         elif d < LARGE:
             index = largest(x, k)
         else:
             index = np.concatenate([largest_of_many(row, k) for row in x])
-        return Sparse(d, index, carry(gather(x, index), values, rng))
+        return Sparse(d, fetch(index), carry(gather(x, index), values, rng))
 
 
 @COMPRESSORS.register("topk")

@@ -89,9 +89,7 @@ class Worker:
         self._built = ""  # the experiment that the runner is for
         self._kinds: Any = None
         self._handshakes = 0  # failed since one succeeded
-        self._unsent = (
-            False  # there is no connection, as the last message found or the monitor told
-        )
+        self._unsent = False  # no connection, as the last message found, or the monitor told
         self._forgotten = False  # the server knew nothing of a pulse
         self._anew_s = -math.inf  # when the connection was begun anew
         self._stop = threading.Event()
