@@ -11,7 +11,8 @@ from rich.text import Text
 
 from offbeat.deploy import render
 from offbeat.deploy.hosts import PORT, read_hosts
-from offbeat.deploy.plan import Plan, image, plan, word
+from offbeat.deploy.manifests import EXPERIMENT, FILES
+from offbeat.deploy.plan import SHIPPED, Plan, image, plan, word
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.logs import at_terminal
 
@@ -71,7 +72,10 @@ def systemd(
     overwrite: Overwrite = False,
 ) -> None:
     """Units: a server, and workers or peers as instances; restarted, and locked in."""
-    made = plan(file, nodes=read_hosts(nodes), run=name, offbeat=offbeat)
+    made = plan(
+        file, nodes=read_hosts(nodes), run=name, offbeat=offbeat,
+        place=f"/etc/offbeat/{{run}}/{SHIPPED}",
+    )  # fmt: skip
     files = render.systemd(made, user=user)
     _write(made, "systemd", files, out, overwrite, "./keys.sh && ./push.sh")
 
@@ -89,7 +93,7 @@ def compose(
 ) -> None:
     """Containers of one machine: Compose file, Dockerfile, keys as secrets."""
     made = plan(
-        file, nodes=nodes, run=name, device=device, port=port, experiment="/config/experiment.toml"
+        file, nodes=nodes, run=name, device=device, port=port, experiment=EXPERIMENT, place=FILES
     )
     files = render.compose(made, image=image(image_))
     _write(
@@ -119,7 +123,7 @@ def kubernetes(
     """Stateful sets, headless service, disruption budgets, probes; keys as secrets."""
     made = plan(
         file, nodes=nodes, run=name, prefix=("{run}-worker-", "{run}-peer-"), device=device,
-        port=port, experiment="/config/experiment.toml",
+        port=port, experiment=EXPERIMENT, place=FILES,
     )  # fmt: skip
     files = render.kubernetes(made, image=image(image_), cpus=cpus, memory=memory, storage=storage)
     _write(made, "kubernetes", files, out, overwrite, f"{_built(device, image_)} && ./apply.sh")
@@ -141,7 +145,7 @@ def kuberay(
     """A RayJob, for engine = "ray"."""
     made = plan(
         file, nodes=nodes, run=name, engine="ray", device=device,
-        experiment="/config/experiment.toml",
+        experiment=EXPERIMENT, place=FILES,
     )  # fmt: skip
     files = render.kuberay(made, image=image(image_), cpus=cpus, memory=memory, storage=storage)
     then = f"{_built(device, image_)} && kubectl apply -f rayjob.yaml"
@@ -161,8 +165,10 @@ def ssh(
     overwrite: Overwrite = False,
 ) -> None:
     """A launcher over a host file: keys, push, start, stop, status, logs."""
-    made = plan(file, nodes=read_hosts(nodes), run=name, offbeat=offbeat)
-    files = render.ssh(made, folder=None if folder is None else word(folder, "--dir"))
+    there = "offbeat-{run}" if folder is None else word(folder, "--dir")
+    place = f"{there if there[0] in '/~' else '~/' + there}/{SHIPPED}"
+    made = plan(file, nodes=read_hosts(nodes), run=name, offbeat=offbeat, place=place)
+    files = render.ssh(made, folder=there.format(run=made.name))
     _write(
         made, "ssh", files, out, overwrite,
         "./launch.sh keys && ./launch.sh push && ./launch.sh start",
@@ -233,7 +239,7 @@ def _write(
     made: Plan, recipe: str, files: render.Files, out: Path | None, overwrite: bool, then: str
 ) -> None:
     folder = out or Path(f"{made.name}-{recipe}")
-    render.write(files, folder, overwrite=overwrite)
+    render.write({**files, **made.files}, folder, overwrite=overwrite)
     for note in made.notes:
         console.print(f"note: {note}", soft_wrap=True)
     if any(Path(path).parts[0] == "wheels" for path in files):

@@ -25,6 +25,7 @@ from zmq.auth import load_certificate
 from offbeat.algorithms.gossip import Gossip
 from offbeat.deploy.hosts import Host, Hosts, endpoint
 from offbeat.deploy.plan import SERVER, as_run
+from offbeat.runtime import files
 from offbeat.runtime.errors import ConfigError, nearest
 from offbeat.runtime.net import keys as keyring
 
@@ -155,15 +156,8 @@ def fingerprint(experiment: Path) -> dict[str, Any]:
     _, (one, *more) = as_run(experiment)
     if more:
         raise ConfigError(f"{experiment}: describes {1 + len(more)} runs; give a file of one")
-    return dict(_flat(one.table(), ""))
-
-
-def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _flat(inner, f"{path}.{key}" if path else key)
-    else:
-        yield path, value
+    table = files.rewritten(one.table(), files.content)  # wherever they are on a host
+    return {key: value for key, value in files.flat(table) if not key.startswith("files.")}
 
 
 def is_gossip(experiment: Path) -> bool:
@@ -187,6 +181,9 @@ def digest(settings: Mapping[str, Any]) -> str:
 def _experiment(found: Found, experiment: Path) -> None:
     try:
         found.good("experiment", f"{experiment} is {digest(fingerprint(experiment))}")
+        if read := as_run(experiment)[1][0].files():
+            size = sum(path.stat().st_size for path in read) / 1e6
+            found.good("files", f"{len(read)} that it reads are there, {size:,.1f} MB")
     except ConfigError as error:
         found.wrong("experiment", str(error), "mend the file, and bring it to all hosts")
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import yaml
 
-from offbeat.deploy.plan import SERVER, Plan
+from offbeat.deploy.plan import SERVER, SHIPPED, Plan
 
 GRACE_S = 90  # from SIGTERM to SIGKILL: to finish a job and save
 UID = 10001  # of the image's user
-CONFIG, KEYS, RUN = "/config", "/keys", "/run-folder"
+CONFIG, KEYS, RUN, FILES = "/config", "/keys", "/run-folder", f"/{SHIPPED}"
 EXPERIMENT = f"{CONFIG}/experiment.toml"
 DONE = "/tmp/done"  # there when a pod's command has ended well
 
@@ -71,10 +71,8 @@ def compose(plan: Plan, image: str) -> str:
         own = {"driver": "nvidia", "device_ids": [str(number)], "capabilities": ["gpu"]}
         return {"deploy": {"resources": {"reservations": {"devices": [own]}}}} if plan.cuda else {}
 
-    data = [
-        {"type": "bind", "source": path, "target": path, "read_only": True}
-        for path in (str(path).replace("$", "$$") for path in plan.data)
-    ]
+    mount = {"type": "bind", "source": f"./{SHIPPED}", "target": FILES, "read_only": True}
+    data = [mount] if plan.files else []
     services: dict[str, Any] = {}
     if plan.peers:
         config.append({"source": "hosts", "target": f"{CONFIG}/hosts.toml"})

@@ -4,17 +4,22 @@ import math
 import re
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import tomli_w
 
 from offbeat.algorithms.gossip import Gossip
 from offbeat.deploy.hosts import MOST_HOSTS, MOST_NAME, PORT, Hosts, endpoint, name
+from offbeat.runtime import files
 from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.experiment import FILES, Experiment, read
+from offbeat.runtime.experiment import Experiment, read
+from offbeat.runtime.registry import Reads
+from offbeat.workers.tasks import device as devices
+from offbeat.workers.work import OwnLoop
 
 SERVER = "server"  # the name of its keys
+SHIPPED = "files"  # the folder of those that the experiment reads
 WORD = re.compile(r"[A-Za-z0-9_./~+-]+")
 IMAGE = re.compile(
     r"[a-z0-9][a-z0-9.-]*(:\d{1,5})?(/[a-z0-9][a-z0-9._-]*)*(:[\w.-]+)?(@sha256:[0-9a-f]{64})?"
@@ -37,7 +42,7 @@ class Plan:
         offbeat: the program, as a name or path.
         experiment: where nodes find the experiment's file.
         hosts: the machines, where they are known beforehand.
-        data: files that every node needs, at these paths.
+        files: what the experiment reads: where it lies in what is deployed -> where it is here.
         notes: what its user has to see to.
     """
 
@@ -51,7 +56,7 @@ class Plan:
     offbeat: str = "offbeat"
     experiment: str = "experiment.toml"
     hosts: Hosts | None = None
-    data: tuple[Path, ...] = ()
+    files: Mapping[str, Path] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -123,6 +128,7 @@ def plan(
     port: int = PORT,
     offbeat: str = "offbeat",
     experiment: str = "experiment.toml",
+    place: str = SHIPPED,
 ) -> Plan:
     """What is to be run, checked.
 
@@ -134,6 +140,7 @@ def plan(
         prefix: of the names of workers, and of peers, that are counted; {run} is the run's.
         engine: that the recipe is for.
         device, port, offbeat, experiment: see ``Plan``.
+        place: where nodes have the files that the experiment reads; {run} is the run's name.
 
     Raises:
         ConfigError: what cannot be deployed, and why.
@@ -145,9 +152,7 @@ def plan(
             "topology and mode"
         )
     what = experiments[0]
-    data = _data(file, what)
-    notes = [f"every node needs {path} at that path" for path in data]
-    notes += _engine_notes(file, what, own, engine, device)
+    notes = _engine_notes(file, what, own, engine, device)
     called = _name(run or _named(file))
     peers = isinstance(what.algorithm, Gossip)
     size = what.fleet.workers
@@ -179,9 +184,13 @@ def plan(
         )
     if device not in DEVICES:
         raise ConfigError(f'--device must be cpu or cuda, not "{device}"')
+    listed = [node.device for node in nodes.nodes()] if isinstance(nodes, Hosts) else []
+    for used in (device, *listed):
+        _check_device(file, what, used)
+    text, shipped = _shipped(file.read_text(), place.format(run=called))
     return Plan(
         name=called,
-        text=file.read_text(),
+        text=text,
         peers=peers,
         engine=own,
         participants=names,
@@ -190,26 +199,42 @@ def plan(
         offbeat=word(offbeat, "--offbeat"),
         experiment=experiment,
         hosts=nodes if isinstance(nodes, Hosts) else None,
-        data=tuple(data),
+        files=shipped,
         notes=tuple(notes),
     )
 
 
-def _data(file: Path, what: Experiment) -> list[Path]:
-    """What nodes need besides the experiment's file."""
-    spec = what.task.spec
-    found = []
-    for key in FILES & dict(spec.options if spec else {}).keys():
-        given = Path(str(spec.options[key])).expanduser()  # type: ignore[union-attr]
-        if not given.is_file():
-            continue
-        if not given.is_absolute():
-            raise ConfigError(
-                f'{file}: task.{key} = "{given}" is another file on every machine; give the whole '
-                "path at which all of them have it"
-            )
-        found.append(given)
-    return found
+def _shipped(text: str, place: str) -> tuple[str, dict[str, Path]]:
+    """An experiment's text for nodes that have its files in ``place``, and what is to be there.
+
+    Each text that names files has a folder that is called by what is in them, so that nothing that
+    was there before is taken for one.
+    """
+    sources: dict[str, Path] = {}
+
+    def moved(given: str, reads: Reads) -> str:
+        if not (found := reads.found(given)):
+            return given  # who reads it says so
+        (prefix, path), root = reads.parts(given), reads.root(given)
+        folder = files.content(given, reads)[:12]
+        sources.update({f"{SHIPPED}/{folder}/{one.relative_to(root)}": one for one in found})
+        return (
+            f"{prefix}{Path(place, folder, Path(path).expanduser().absolute().relative_to(root))}"
+        )
+
+    made = files.rewritten(tomllib.loads(text), moved)
+    made.pop("files", None)  # of paths that are none there
+    return (tomli_w.dumps(made) if sources else text), sources
+
+
+def _check_device(file: Path, what: Experiment, device: str) -> None:
+    """Raise ConfigError where nodes would hold a GPU that nothing computes on."""
+    if isinstance(what.work, OwnLoop):  # whose model has a device of its own
+        return
+    try:
+        devices.check(what.task, device)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
 
 
 def _engine_notes(file: Path, what: Experiment, own: str, wanted: str, device: str) -> list[str]:

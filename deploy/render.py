@@ -8,6 +8,7 @@ makes keys where it is run.
 import math
 import re
 import shlex
+import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +29,7 @@ SLURM_GRACE_S = 180  # before a job's end, to save and be queued again
 HIDDEN = ("/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/")  # from units
 MOST_PODS = 1000  # whose keys fit into one secret of 1 MiB
 
-Files = dict[str, str]
+Files = dict[str, str | Path]  # a text, or where the file is
 
 _environment = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "recipes"),
@@ -96,12 +97,11 @@ def systemd(plan: Plan, *, user: str = "offbeat") -> Files:
         raise ConfigError(
             f'--offbeat: units need the whole path of the program, not "{plan.offbeat}"'
         )
-    for path in (plan.offbeat, *map(str, plan.data)):
-        if path.startswith(HIDDEN):
-            raise ConfigError(
-                f"units see nothing of {', '.join(HIDDEN)}, so not {path}; put it elsewhere, as "
-                "in /opt/offbeat"
-            )
+    if plan.offbeat.startswith(HIDDEN):
+        raise ConfigError(
+            f"units see nothing of {', '.join(HIDDEN)}, so not {plan.offbeat}; put it elsewhere, "
+            "as in /opt/offbeat"
+        )
     if not re.fullmatch(r"[a-z_][a-z0-9_-]{0,30}", user):
         raise ConfigError(f'--user: "{user}" is no name of a user')
     machines, hosts, nodes_of = _by_host(plan)
@@ -179,7 +179,7 @@ def kuberay(
     }
 
 
-def ssh(plan: Plan, *, folder: str | None = None) -> Files:
+def ssh(plan: Plan, *, folder: str) -> Files:
     """A launcher.
 
     Args:
@@ -206,7 +206,7 @@ def ssh(plan: Plan, *, folder: str | None = None) -> Files:
         "hosts.toml": machines.toml(),
         "keep.sh": _fill("shared/keep.sh"),
         "launch.sh": _fill(
-            "ssh/launch.sh", plan=plan, dir=folder or f"offbeat-{plan.name}", remotes=remotes,
+            "ssh/launch.sh", plan=plan, dir=folder, remotes=remotes,
             commands={node: shlex.join(words) for node, words in commands.items()}, port=port,
         ),
     }  # fmt: skip
@@ -225,7 +225,7 @@ def _dockerfile(plan: Plan, image: str) -> Files:
             version=version("offbeat"), cpu_base=CPU_BASE, cuda_base=CUDA_BASE,
             ray=version("ray") if plan.engine == "ray" else None,
         ),
-        ".dockerignore": "*\n!wheels\n",
+        ".dockerignore": "*\n!wheels\n!files\n",
         "wheels/README": "Wheels that no index has; see ../Dockerfile.\n",
     }  # fmt: skip
 
@@ -257,8 +257,8 @@ def _check_sizes(plan: Plan, cpus: float, memory: str, storage: str) -> None:
         raise ConfigError(f"{len(plan.participants)} pods; at most {MOST_PODS}")
 
 
-def write(files: Mapping[str, str], folder: Path, *, overwrite: bool = False) -> None:
-    """Write files under ``folder``; scripts can be executed.
+def write(files: Mapping[str, str | Path], folder: Path, *, overwrite: bool = False) -> None:
+    """Write or copy files into ``folder``; scripts can be executed.
 
     Raises:
         ConfigError: one of them is there already, and is not to be replaced.
@@ -271,10 +271,13 @@ def write(files: Mapping[str, str], folder: Path, *, overwrite: bool = False) ->
             "keys and runs alone"
         )
     try:
-        for name, text in files.items():
+        for name, source in files.items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+            if isinstance(source, str):
+                path.write_text(source)
+            else:
+                shutil.copyfile(source, path)
             path.chmod(0o755 if name.endswith(".sh") else 0o644)
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written ({error.strerror})") from None

@@ -29,6 +29,7 @@ from offbeat.runtime.experiment import (
     with_more,
 )
 from offbeat.runtime.farmed import FarmedWork
+from offbeat.runtime.folders import begun, check_same, check_trace, check_whole
 from offbeat.runtime.logs import tell
 from offbeat.runtime.loop import Loop, uninterrupted
 from offbeat.runtime.pairs import Pairs
@@ -278,6 +279,7 @@ def resume(
     work: Work | None = None,
     engine: Backend | str | Mapping[str, Any] | None = None,
     overrides: Sequence[str] | None = None,
+    changed: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Go on with a run from its folder's newest good checkpoint; a finished run is only loaded.
@@ -289,27 +291,35 @@ def resume(
         task, algorithm, work: needed where the run was made with objects that no file can hold.
         engine: where gradients are computed from now on; the clock stays what it was.
         overrides: new ends, such as ``["stop.steps=20000"]``.
+        changed: go on although settings, or files that they name, are not those of the run.
         progress: called with the fraction done.
+
+    Raises:
+        ConfigError: it is another experiment than it was; StorageError: records or checkpoints
+            were changed, or are not there.
     """
     folder = Path(folder)
     overrides = [overrides] if isinstance(overrides, str) else list(overrides or [])
-    experiment = with_more(load_experiment(folder, task, algorithm, work), overrides)
+    experiment = with_more(load_experiment(folder, task, algorithm, work, changed), overrides)
     if engine is not None:
         clock = "real" if experiment.real else "virtual"
         experiment = replace(experiment, engine=make_part(ENGINES, engine), clock=clock)
-    if overrides or engine is not None:
-        reached = checkpointed(folder) if checkpoint.exist(folder / "checkpoint") else None
-        if reached and experiment.stop.steps and experiment.stop.steps < reached["step"]:
+    state, notes = None, list[str]()
+    if checkpoint.exist(folder / "checkpoint"):
+        state, notes = checkpoint.read(folder / "checkpoint")
+        check_same(folder, state, experiment, changed=changed)
+        if overrides and experiment.stop.steps and experiment.stop.steps < state["step"]:
             raise ConfigError(
                 f"{folder}: stop.steps={experiment.stop.steps} is behind the run, which has "
-                f"reached step {reached['step']}"
+                f"reached step {state['step']}"
             )
+    elif there := begun(folder):  # else it was stopped before the first
+        raise StorageError(
+            f"{folder}: has no checkpoint to go on from, but {' and '.join(p.name for p in there)} "
+            "of a run; bring its folder checkpoint back, or remove these to begin again"
+        )
+    if overrides or engine is not None or changed:
         _write(folder / "experiment.toml", experiment.toml())
-    if not checkpoint.exist(folder / "checkpoint"):  # stopped before the first: begin again
-        for name in ("metrics.jsonl", "trace.jsonl"):
-            (folder / name).unlink(missing_ok=True)
-        return _finish(_engine(experiment, folder, progress), experiment, folder)
-    state, notes = checkpoint.read(folder / "checkpoint")
     return _finish(_engine(experiment, folder, progress), experiment, folder, state, notes)
 
 
@@ -335,6 +345,8 @@ def replay(
     if not (folder / "trace.jsonl").exists():
         raise ConfigError(f"{folder}: has no trace.jsonl; run with record.trace = true")
     state = checkpointed(folder)
+    check_same(folder, state, experiment)
+    check_trace(folder, state)
     if experiment.real and isinstance(experiment.algorithm, Gossip):
         length = state["records"]["lengths"]["trace.jsonl"]
         return _replay(experiment, read_inputs(folder / "trace.jsonl", length))
@@ -377,12 +389,19 @@ def load_experiment(
     task: Task | None = None,
     algorithm: Algorithm | None = None,
     work: Work | None = None,
+    changed: bool = False,
 ) -> Experiment:
-    """The experiment of a run folder."""
+    """The experiment of a run folder; ``changed``: the files that it names may hold other things.
+
+    Raises:
+        ConfigError: there is none, it was cut, or it cannot be.
+    """
     path = folder / "experiment.toml"
     if not path.exists():
         raise ConfigError(f"{folder}: is no run folder (it has no experiment.toml)")
-    made = {"task": task, "algorithm": algorithm, "work": work}
+    check_whole(path)
+    made: dict[str, Any] = {"task": task, "algorithm": algorithm, "work": work}
+    made["files"] = {} if changed else None
     return read(path, {key: value for key, value in made.items() if value is not None})[0]
 
 
@@ -402,8 +421,11 @@ def _engine(
     """What runs ``experiment``; with its jobs timed as in ``trace``, if there is one."""
     e = experiment
 
+    identity = e.identity() if folder is not None else {}
+
     def save(state: dict[str, Any]) -> None:
         assert folder is not None
+        state["experiment"] = identity
         try:
             checkpoint.write(folder / "checkpoint", state["records"]["flushed"], state)
             tell("saved", f"saved a checkpoint of step {state['step']}", step=state["step"])

@@ -171,11 +171,14 @@ def resume(
         typer.Option("--set", metavar="KEY=VALUE", help="Another end, as stop.steps=20000."),
     ] = None,
     engine: Engine = None,
+    changed: Annotated[
+        bool, typer.Option("--changed", help="Though settings or files are not those of the run.")
+    ] = False,
 ) -> None:
     """Go on with a run that was stopped; it ends as if it had not been."""
     parts = _parts(folder)
     labels = {part.name: part for part in parts} or {folder.name: folder}
-    _go_on(labels, folder, overrides=overrides, engine=engine)
+    _go_on(labels, folder, overrides=overrides, engine=engine, changed=changed)
 
 
 @app.command()

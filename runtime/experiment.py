@@ -1,12 +1,11 @@
 """An experiment: a value that a TOML file, a command line or Python describes alike."""
 
+import json
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from glob import iglob
 from itertools import product
-from os.path import isfile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +13,7 @@ import tomli_w
 
 from offbeat.algorithms.gossip import Gossip
 from offbeat.algorithms.server import ALGORITHMS, Algorithm
+from offbeat.runtime import files
 from offbeat.runtime.backends import ENGINES, Backend, Virtual, Zmq, virtual
 from offbeat.runtime.errors import ConfigError, nearest
 from offbeat.runtime.network import Network
@@ -23,6 +23,7 @@ from offbeat.runtime.registry import (
     Count,
     Positive,
     Registry,
+    Spec,
     parse_call,
     settings,
 )
@@ -197,7 +198,7 @@ class Experiment:
         if self.topology is not None:
             gossip = {"replicas": self.replicas, "topology": _part(self.topology)}
             gossip |= {"mode": self.mode} if self.mode is not None else {}
-        return {
+        parts = {
             "seed": self.seed,
             "engine": _short(self.engine),
             **({"clock": self.clock} if self.clock is not None else {}),
@@ -207,15 +208,31 @@ class Experiment:
             "algorithm": _part(self.algorithm),
             "fleet": _fleet_table(self.fleet),
             "work": _part(self.work),
-            **{key: _given(getattr(self, key)) for key in ("stop", "evaluate", "record")},
         }
+        parts = files.rewritten(parts, files.absolute)  # so that the run can go on from anywhere
+        read = files.contents(parts)
+        ends = {key: _given(getattr(self, key)) for key in ("stop", "evaluate", "record")}
+        return parts | ({"files": read} if read else {}) | ends
+
+    def identity(self) -> dict[str, Any]:
+        """Dotted key -> value of what makes it this run: not its ends, its saves, its engine."""
+        apart = ("stop.", "engine", "files.", *SAVING)
+        table = files.flat(files.rewritten(self.table(), files.content))
+        found = {key: value for key, value in table if not key.startswith(apart)}
+        found["clock"] = "real" if self.real else "virtual"
+        made: dict[str, Any] = json.loads(json.dumps(found))  # as a checkpoint has it
+        return made
+
+    def files(self) -> list[Path]:
+        """All that it reads."""
+        named = files.named(self.table()).items()
+        return [path for text, reads in named for path in reads.found(text)]
 
     def toml(self) -> str:
         """The text of experiment.toml."""
         return tomli_w.dumps(self.table())
 
 
-FILES = {"data", "path", "file"}  # options that may name one
 # By which an object is known.
 NEEDED = {
     "task": ("gradient",),
@@ -226,7 +243,7 @@ NEEDED = {
 }
 MODES = ("synchronous", "asynchronous")
 REPLICAS = ("links", "global")
-KEYS = [entry.name for entry in fields(Experiment)]
+KEYS = [entry.name for entry in fields(Experiment)] + ["files"]
 
 
 def read(
@@ -306,6 +323,8 @@ def from_table(table: Mapping[str, Any], *, ours: bool = False) -> list[Experime
         if key not in table:
             known = ", ".join(registry)
             mistakes.append(f'[{key}] is missing; for example {key} = "{example}"; known: {known}')
+
+    files.check(table)
 
     def attempt(make: Any, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -440,16 +459,9 @@ def with_more(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
 
 
 def _part(made: Any) -> dict[str, Any]:
-    spec = getattr(made, "spec", None)
+    spec: Spec | None = getattr(made, "spec", None)
     if spec is not None and spec.portable():
-        table: dict[str, Any] = spec.table()
-        for key in FILES & table.keys():  # so that the run can go on from anywhere
-            given = str(table[key])
-            prefix = "text:" if given.startswith("text:") else ""
-            path = Path(given.removeprefix(prefix)).expanduser()
-            if path.is_file() or any(map(isfile, iglob(str(path), recursive=True))):
-                table[key] = f"{prefix}{path.resolve()}"
-        return table
+        return spec.table()
     return {"name": f"{MADE_BY_HAND}{type(made).__name__}"}
 
 
@@ -468,7 +480,5 @@ def _fleet_table(fleet: Fleet) -> dict[str, Any]:
     law = fleet.law()
     if law is fleet.speeds:
         table["speeds"] = str(law.spec)
-    if law.spec is not None and "file" in law.spec.options:
-        table["speeds"] = f"trace({str(Path(law.spec.options['file']).expanduser().resolve())!r})"
     table["outages"] = [_given(outage) for outage in fleet.outages]
     return {key: value for key, value in table.items() if value not in ("", [])}

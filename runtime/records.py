@@ -1,5 +1,6 @@
 """What a run leaves behind: every arrival, the metrics, and the measured quantities of theory."""
 
+import hashlib
 import json
 import os
 from contextlib import suppress
@@ -18,6 +19,7 @@ from offbeat.workers.speeds import away
 TRACE_COLUMNS = ("time_s", "worker", "job", "read_step", "step", "start_s", "end_s")
 MOST_TRACED = 1024  # workers up to which the jobs of a round are recorded one by one
 ROWS_HELD = 1024  # arrivals held before they are counted and written; more leave the cache
+HASHED_BYTES = 2**20  # of a file, at once
 HELD_BYTES = 2**13  # of a file, before they are handed to the system
 MOST_HELD = 2**26  # while the disk is full, before the run ends
 
@@ -32,6 +34,7 @@ class Growing:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._held = bytearray()
+        self._written = hashed(path, 0)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
@@ -39,20 +42,21 @@ class Growing:
         except OSError as error:
             raise self._unwritable(error) from None
 
+    def check(self, length: int, digest: str | None) -> None:
+        """Raise StorageError where its first bytes are not those of a checkpoint."""
+        self._written = checked(self.path, length, digest)
+
     def cut(self, length: int) -> None:
-        """Go on from there; raises StorageError where it is shorter."""
+        """Go on from there, where it has been checked."""
         self._held.clear()
-        if (there := self._file.seek(0, os.SEEK_END)) < length:
-            raise StorageError(
-                f"{self.path}: has {there} bytes, but the checkpoint was written at {length}; "
-                "it was cut or replaced, so the run cannot go on from it"
-            )
         self._file.truncate(length)
         self._file.seek(length)
 
     def write(self, text: str) -> None:
         """Add ``text``; raises StorageError where too much waits for a disk that takes nothing."""
-        self._held += text.encode()
+        data = text.encode()
+        self._written.update(data)
+        self._held += data
         if len(self._held) >= HELD_BYTES:
             try:
                 self._flush()
@@ -68,6 +72,11 @@ class Growing:
             return self._file.tell()
         except OSError as error:
             raise self._unwritable(error) from None
+
+    @property
+    def digest(self) -> str:
+        """Of all that was written."""
+        return self._written.hexdigest()
 
     def close(self) -> None:
         """Close it; what the last checkpoint counts on is on the disk already."""
@@ -121,8 +130,9 @@ class Records:
             self._files = {name: Growing(folder / name) for name in names}
 
     def begin(self) -> None:
-        """Start empty files."""
+        """Start empty files; see ``begun``."""
         for file in self._files.values():
+            file.check(0, None)
             file.cut(0)
         self._write("trace.jsonl", json.dumps(TRACE_COLUMNS) + "\n")
 
@@ -265,14 +275,18 @@ class Records:
             "busy_s": self.busy_s,
             "events": self.events,
             "lengths": lengths,
+            "digests": {name: file.digest for name, file in self._files.items()},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Cut the files back to where the checkpoint was written."""
+        """Cut the files back to where the checkpoint was written; raises StorageError first."""
         self.flushed, self.histogram = state["flushed"], state["histogram"]
         self.done, self.busy_s, self.events = state["done"], state["busy_s"], state["events"]
+        lengths, digests = state["lengths"], state.get("digests", {})
         for name, file in self._files.items():
-            file.cut(state["lengths"].get(name, 0))
+            file.check(lengths.get(name, 0), digests.get(name))
+        for name, file in self._files.items():
+            file.cut(lengths.get(name, 0))
         if "metrics.jsonl" in self._files:
             self.metrics = read_lines(self._files["metrics.jsonl"].path)
 
@@ -284,6 +298,37 @@ class Records:
     def _write(self, name: str, text: str) -> None:
         if name in self._files:
             self._files[name].write(text)
+
+
+def hashed(path: Path, length: int) -> Any:
+    """A hash of the first ``length`` bytes of a file, to go on with."""
+    found = hashlib.blake2b(digest_size=16)
+    if length:
+        with path.open("rb") as file:
+            while length > 0 and (data := file.read(min(length, HASHED_BYTES))):
+                found.update(data)
+                length -= len(data)
+    return found
+
+
+def checked(path: Path, length: int, digest: str | None) -> Any:
+    """``hashed``; raises StorageError where the file is shorter, or its digest is another."""
+    try:
+        there = path.stat().st_size
+        found = hashed(path, length)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror})") from None
+    if there < length:
+        raise StorageError(
+            f"{path}: has {there} bytes, but the checkpoint was written at {length}; it was cut "
+            "or replaced, so the run cannot go on from it"
+        )
+    if digest is not None and found.hexdigest() != digest:
+        raise StorageError(
+            f"{path}: its first {length} bytes are not those that were there at the checkpoint; "
+            "it was changed or replaced, so the run cannot go on from it"
+        )
+    return found
 
 
 def read_lines(path: Path) -> list[Any]:

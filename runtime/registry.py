@@ -9,9 +9,11 @@ import ast
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar, dataclass_transform
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, dataclass_transform, get_args
 
 import pydantic
 import pydantic.dataclasses
@@ -34,6 +36,59 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 MADE_BY_HAND = "python:"  # how a file names what it cannot hold
+
+
+def _itself(path: Path) -> Iterable[Path]:
+    return (path,)
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Says of an option, in its annotation, that its text names files: a path, or a glob.
+
+    Args:
+        bundled: texts that name none.
+        prefix: that may stand before the path.
+        files: what is read where a path is named.
+    """
+
+    bundled: Collection[str] = ("",)
+    prefix: str = ""
+    files: Callable[[Path], Iterable[Path]] = _itself
+
+    def parts(self, text: str) -> tuple[str, str]:
+        """The prefix, where ``text`` has it, and the path."""
+        prefix = self.prefix if text.startswith(self.prefix) else ""
+        return prefix, text.removeprefix(prefix)
+
+    def found(self, text: str) -> list[Path]:
+        """The files that ``text`` names, in the order of their names."""
+        path = Path(self.parts(text)[1]).expanduser().absolute()
+        there = [path] if path.exists() else map(Path, sorted(glob(str(path), recursive=True)))
+        named = dict.fromkeys(file for one in there for file in self.files(one))
+        return [file for file in named if file.is_file()]
+
+    def root(self, text: str) -> Path:
+        """The folder below which all of them are."""
+        path = Path(self.parts(text)[1]).expanduser().absolute()
+        if path.is_dir():
+            return path
+        folder = path.parent
+        while not path.exists() and has_magic(str(folder)):
+            folder = folder.parent
+        return folder
+
+
+Change = Callable[[str, Reads], str]  # (text that names files, how it does) -> another
+File = Annotated[str, Reads()]
+
+
+@dataclass(frozen=True)
+class Holds:
+    """Says of an option, in its annotation, that it is a part of that registry, or several."""
+
+    registry: "Registry"
+
 
 _STRICT = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
 
@@ -116,6 +171,7 @@ class Registry:
     def __init__(self, kind: str, elsewhere: Mapping[str, str] | None = None) -> None:
         self.kind, self._elsewhere = kind, dict(elsewhere or {})
         self._factories: dict[str, Callable[..., Any]] = {}
+        self._marks: dict[str, dict[str, Reads | Holds]] = {}  # options that name files, or parts
 
     def register(self, name: str) -> Callable[[F], F]:
         """Decorator: publish a factory under ``name``; calls to it are validated and stamped."""
@@ -133,6 +189,8 @@ class Registry:
                 return made
 
             self._factories[name] = build
+            marks = {k: _mark(p.annotation) for k, p in signature.parameters.items()}
+            self._marks[name] = {key: mark for key, mark in marks.items() if mark is not None}
             return build  # type: ignore[return-value]
 
         return decorate
@@ -176,6 +234,31 @@ class Registry:
         fill = {k: v for k, v in extra.items() if k in parameters and k not in taken}
         return factory(*args, **kwargs, **fill)
 
+    def rewritten(self, given: Any, change: Change) -> Any:
+        """A part's text or table, in which what names files is as ``change`` has it.
+
+        What cannot be read, or is neither, stays: who builds it says what is wrong.
+        """
+        args: Sequence[Any] = ()
+        if isinstance(given, str):
+            try:
+                name, args, options = parse_call(given, self.kind)
+            except ConfigError:
+                return given
+        elif isinstance(given, Mapping):
+            name, options = str(given.get("name")), dict(given)
+        else:
+            return given
+        if not (marks := self._marks.get(name, {})):
+            return given
+        options = dict(zip(inspect.signature(self[name]).parameters, args, strict=False)) | options
+        named = {key: options[key] for key in marks if key in options}
+        changed = {key: _changed(value, marks[key], change) for key, value in named.items()}
+        if changed == named:
+            return given
+        made = options | changed
+        return str(Spec(name, made)) if isinstance(given, str) else made
+
     def describe(self) -> list[tuple[str, str, str]]:
         """``(name, arguments, first line of the docstring)`` of every factory."""
         rows = []
@@ -188,6 +271,20 @@ class Registry:
             first = (factory.__doc__ or "").strip().split("\n")[0]
             rows.append((name, ", ".join(shown), first))
         return rows
+
+
+def _mark(annotation: Any) -> Reads | Holds | None:
+    """What an annotation says, however deep, of files."""
+    inner = [*getattr(annotation, "__metadata__", ()), *map(_mark, get_args(annotation))]
+    return next((one for one in inner if isinstance(one, Reads | Holds)), None)
+
+
+def _changed(value: Any, mark: Reads | Holds, change: Change) -> Any:
+    if isinstance(value, list):
+        return [_changed(one, mark, change) for one in value]
+    if isinstance(mark, Holds):
+        return mark.registry.rewritten(value, change)
+    return change(value, mark) if isinstance(value, str) and value not in mark.bundled else value
 
 
 _CALL = re.compile(r"\s*([A-Za-z][\w-]*)\s*(?:\((.*)\)|:(.+))?\s*", re.DOTALL)

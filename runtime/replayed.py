@@ -23,6 +23,7 @@ from offbeat.algorithms.gossip import Gossip
 from offbeat.runtime import checkpoint
 from offbeat.runtime.errors import ConfigError, PeerError, StorageError
 from offbeat.runtime.experiment import Experiment
+from offbeat.runtime.folders import check_trace
 from offbeat.runtime.gossip import COUNTS, measure
 from offbeat.runtime.loop import Loop
 from offbeat.runtime.node import HELLO, Effect, GossipNode, Send, gossip_node
@@ -72,6 +73,7 @@ def of_peers(folders: Sequence[Path], n: int) -> tuple[dict[int, deque[list[Any]
     models: dict[int, NDArray] = {}
     for folder in folders:
         state = checkpoint.read(folder / "checkpoint")[0]
+        check_trace(folder, state)
         given = read_inputs(folder / "trace.jsonl", state["records"]["lengths"]["trace.jsonl"])
         said = json.loads((folder / "summary.json").read_text())
         (began,) = [

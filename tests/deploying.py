@@ -19,6 +19,8 @@ steps = 60
 [algorithm]
 name = "pure"
 """
+QUADRATIC = 'name = "quadratic"\ndim = 4\n'
+TORCH = 'name = "lm"\nlength = 8\nbatch = 1\nevaluated = 1\n'  # a task for GPUs
 PEERS = 'topology = "ring"' + SERVER.replace('"pure"', '"dsgd"\nlr = 0.1')
 SHAPES = {"server": SERVER, "peers": PEERS}
 HOSTS = """
@@ -81,9 +83,11 @@ log.write(node + " done\\n")
 def deploy(folder: Path, recipe: str, shape: str, *options: str, text: str | None = None) -> Path:
     """The folder that ``offbeat deploy RECIPE`` writes, in ``folder``."""
     file, hosts, out = folder / "run.toml", folder / "hosts.toml", folder / recipe
-    file.write_text(text or SHAPES[shape])
     if not hosts.exists():
         hosts.write_text(HOSTS)
+    cuda = recipe in BY_HOSTS and "cuda" in hosts.read_text()
+    task = TORCH if cuda or "cuda" in options else QUADRATIC
+    file.write_text((text or SHAPES[shape]).replace(QUADRATIC, task))
     nodes = ["--nodes", str(hosts)] if recipe in BY_HOSTS else []
     words = ["deploy", recipe, str(file), *nodes, "--out", str(out), *options]
     done = CliRunner().invoke(app, words, catch_exceptions=False, standalone_mode=False)

@@ -16,7 +16,7 @@ from scipy import sparse
 
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import rng
-from offbeat.runtime.registry import Count, Natural, Positive, Seed
+from offbeat.runtime.registry import Count, File, Natural, Positive, Seed
 from offbeat.topologies.contract import TOPOLOGIES, Topology, finished
 from offbeat.topologies.weights import TOLERANCE, Edges, Weights, check, weigh
 
@@ -347,7 +347,7 @@ def cyclic(n: int, a: int) -> sparse.csr_array:
 
 
 @TOPOLOGIES.register("file")
-def file(path: str, weights: Weights | None = None, allow_disconnected: bool = False) -> Topology:
+def file(path: File, weights: Weights | None = None, allow_disconnected: bool = False) -> Topology:
     """A graph from GraphML (.graphml), lines "i j" or "i,j,weight" of any names, or W in a .npy.
 
     Where lines have weights, W[i, j] = W[j, i] are these, ``"attribute(weight)"``, unless

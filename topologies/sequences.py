@@ -13,12 +13,13 @@ from scipy.spatial import cKDTree
 
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import rng
-from offbeat.runtime.registry import Count, Positive, Seed
+from offbeat.runtime.registry import Count, File, Holds, Positive, Seed
 from offbeat.topologies.contract import TOPOLOGIES, Topology
 from offbeat.topologies.graphs import Probability, cyclic, drawn_shifts, levels, table
 from offbeat.topologies.weights import Edges, check_connected, metropolis_pairs, pairwise
 
 Nodes = Sequence[int]
+Part = Annotated[str | Topology, Holds(TOPOLOGIES)]
 Pairs = list[tuple[int, int, float]]  # (i, j, w_ij = w_ji) of one round
 
 MOST_ROUNDS = 100_000  # that a file of timed edges has
@@ -231,9 +232,7 @@ def random_edge(n: Count, seed: Seed = 0) -> Topology:
 
 
 @TOPOLOGIES.register("dropout")
-def dropout(
-    of: str | Topology, p: Probability = 0.1, recompute: bool = False, seed: Seed = 0
-) -> Topology:
+def dropout(of: Part, p: Probability = 0.1, recompute: bool = False, seed: Seed = 0) -> Topology:
     """Every edge of another topology fails with probability p, each round anew.
 
     A failed edge's weight goes back to the diagonal of both its ends, or Metropolis-Hastings
@@ -284,7 +283,7 @@ def mobile(n: Count, radius: Positive = 0.4, leg: Count = 20, seed: Seed = 0) ->
 
 
 @TOPOLOGIES.register("b-connected")
-def b_connected(of: str | Topology, parts: Count = 2, seed: Seed = 0) -> Topology:
+def b_connected(of: Part, parts: Count = 2, seed: Seed = 0) -> Topology:
     """The edges of a fixed graph in random ``parts``, one a round: any B rounds are connected.
 
     Metropolis-Hastings weights of the round's edges.
@@ -300,7 +299,7 @@ def b_connected(of: str | Topology, parts: Count = 2, seed: Seed = 0) -> Topolog
 
 
 @TOPOLOGIES.register("cycle")
-def cycle(of: list[str | Topology], seed: Seed = 0) -> Topology:
+def cycle(of: list[Part], seed: Seed = 0) -> Topology:
     """Several topologies in turn; each goes on, on its next turn, with its own next round."""
     turns = [_made(one, seed) for one in of]
     if len(sizes := {one.n for one in turns}) != 1:
@@ -324,7 +323,7 @@ def cycle(of: list[str | Topology], seed: Seed = 0) -> Topology:
 
 
 @TOPOLOGIES.register("timed")
-def timed(file: str, n: Count | None = None, allow_disconnected: bool = False) -> Topology:
+def timed(file: File, n: Count | None = None, allow_disconnected: bool = False) -> Topology:
     """Undirected edges from a file of lines "round,i,j"; after its last round it starts again.
 
     Metropolis-Hastings weights of the round's edges.  Without ``n`` the last node is the largest

@@ -7,12 +7,13 @@ one sentence that names the file and the row.
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.runtime.errors import ConfigError, nearest
+from offbeat.runtime.registry import Reads
 
 BUNDLED = {
     "breast_cancer": "569 tumours, 30 measurements, 2 classes",
@@ -20,6 +21,7 @@ BUNDLED = {
     "iris": "150 flowers, 4 measurements, 3 classes",
     "wine": "178 wines, 13 measurements, 3 classes",
 }
+Data = Annotated[str, Reads(bundled=BUNDLED)]
 LIBSVM_ENDINGS = (".svm", ".libsvm", ".txt", ".gz", ".bz2", "")
 MAX_DENSE_BYTES = 4 * 2**30
 _FEATURE_KEYS = ("X", "x", "Xtr", "X_train", "x_train", "data", "features")

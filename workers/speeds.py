@@ -21,7 +21,7 @@ from pydantic import Field
 
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import rng
-from offbeat.runtime.registry import NonNegative, Positive, Registry, Spec
+from offbeat.runtime.registry import NonNegative, Positive, Reads, Registry, Spec
 from offbeat.workers.work import WORK
 
 SPEEDS = Registry("speed law")
@@ -282,8 +282,15 @@ def periodic(period_s: Positive = 100.0, slowdown: Positive = 3.0, mean: Seconds
     return Law(mean, make)
 
 
+def _traced(path: Path) -> Iterator[Path]:
+    """What is read of a trace: it, and of a run what its jobs were."""
+    yield (place := _trace_file(path))
+    if place.suffix == ".jsonl":
+        yield place.parent / "experiment.toml"
+
+
 @SPEEDS.register("trace")
-def trace(file: str) -> Law:
+def trace(file: Annotated[str, Reads(files=_traced)]) -> Law:
     """Times from a run's folder or trace.jsonl, or CSV "worker,seconds" or "worker,start,end"."""
     path = Path(file).expanduser()
     return Law(1.0, lambda means, seed: Recorded(recorded_times(path, len(means))))

@@ -154,12 +154,16 @@ def mount(
             "metrics": metrics or None,
         }
         given = {key: value for key, value in options.items() if value is not None}
+        from offbeat.runtime.api import load_experiment
+        from offbeat.runtime.folders import check_given
+
         with telling(form):
             saves = _saves(max_failed_saves)
             experiment, table = serving(file, given, (overrides or []) + saves)
             place = out or fresh(file.stem)
             parts = {str(experiment.algorithm.spec.name): place}
             if (place / "experiment.toml").exists():
+                check_given(place, load_experiment(place), experiment)
                 go_on(parts, place, engine=table, overrides=saves)
             else:
                 go_on(parts, place, experiment)

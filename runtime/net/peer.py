@@ -35,7 +35,7 @@ import zmq
 from threadpoolctl import threadpool_limits
 
 from offbeat.algorithms.gossip import Gossip
-from offbeat.runtime import checkpoint, trees
+from offbeat.runtime import checkpoint, files, folders, trees
 from offbeat.runtime.errors import (
     ConfigError,
     CrewError,
@@ -43,7 +43,7 @@ from offbeat.runtime.errors import (
     Refused,
     StorageError,
 )
-from offbeat.runtime.experiment import FILES, Experiment
+from offbeat.runtime.experiment import Experiment
 from offbeat.runtime.hosted import Hosted, Parcel, Report
 from offbeat.runtime.logs import Note, identify, tell
 from offbeat.runtime.net import keys, mesh, sockets
@@ -66,6 +66,10 @@ FAREWELL_S = 0.5  # for the last words to be on their way
 RECONNECT_MS = 100, 1000
 KNOCK_S = 2.0  # after a neighbour has refused this peer's key, before it knocks again
 REMIND_S = 30.0
+COMMON = (
+    *("seed", "mode", "replicas", "pace"),
+    *("task", "algorithm", "fleet", "topology", "work", "stop"),
+)
 MOST_WATCHERS = 16  # whose reports are on their way at a time
 
 
@@ -89,28 +93,17 @@ def lines(experiment: Experiment, seats: Sequence[Seat]) -> str:
                 f"the {key} was made by hand ({MADE_BY_HAND}...), and peers elsewhere could not "
                 "make it again; register it, and give its name"
             )
-    table = experiment.table()
+    table = files.rewritten(experiment.table(), files.content)  # which may lie elsewhere there
     found = {f"offbeat {version('offbeat')}": None}
-    for key in ("seed", "mode", "replicas", "pace", "task", "algorithm", "fleet", "topology"):
-        _flatten(key, table.get(key), found)
-    _flatten("work", table["work"], found)
-    _flatten("stop", table["stop"], found)
+    for key in COMMON:
+        said = files.flat(table.get(key), key)
+        found |= {f"{where} = {value}": None for where, value in said if value is not None}
     task, x = experiment.task, experiment.task.initial(experiment.seed)
     begins = f", beginning as {task.digest()}" if isinstance(task, External) else ""
     found |= dict.fromkeys(
         [f"model {x.dtype}[{x.size}]{begins}", "nodes " + " ".join(s.name for s in seats)]
     )
     return "\n".join(found)
-
-
-def _flatten(key: str, value: Any, into: dict[str, None]) -> None:
-    if isinstance(value, dict):
-        for inner, item in value.items():
-            _flatten(f"{key}.{inner}", item, into)
-    elif value is not None:
-        if key.rpartition(".")[2] in FILES and isinstance(value, str):
-            value = Path(value).name  # which may lie elsewhere there
-        into[f"{key} = {value}"] = None
 
 
 def check(experiment: Experiment) -> None:
@@ -195,6 +188,7 @@ class PeerProcess:
         self._bytes_in = self._bytes_out = 0  # of whole messages
         self._spent = 0.0, 0  # seconds, jobs
         try:
+            self._identity = {} if watched else experiment.identity()
             self._exact = (folder / EXACT).exists()
             self._state, self._notes = self._saved()
             self.mesh = Mesh(
@@ -236,8 +230,11 @@ class PeerProcess:
 
     def _saved(self) -> tuple[dict[str, Any] | None, list[str]]:
         if not checkpoint.exist(self.folder / "checkpoint"):
+            folders.set_aside(self.folder)
             return None, []
-        return checkpoint.read(self.folder / "checkpoint")
+        state, notes = checkpoint.read(self.folder / "checkpoint")
+        folders.check_same(self.folder, state, self.experiment, apart="evaluate.")
+        return state, notes
 
     def _open(self, bind: str, keys_folder: Path | None, descriptor: int | None) -> None:
         context = self._context
@@ -527,6 +524,7 @@ class PeerProcess:
             "gradients": self.mesh.round * self.experiment.work.steps,
             "time_s": self._hosted.now_s(),
             "records": self.records.state(),
+            "experiment": self._identity,
         }
 
     def _write(self, state: dict[str, Any]) -> None:

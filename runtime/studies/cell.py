@@ -1,5 +1,6 @@
 """One cell of a study: an experiment of one seed, and what is kept of its run."""
 
+import hashlib
 import json
 import time
 from functools import lru_cache
@@ -53,8 +54,23 @@ def begun(cell: str, table: dict[str, Any]) -> dict[str, Any]:
 
 
 def encode(line: dict[str, Any]) -> bytes:
-    """A line of the study's file; a number that is not finite is null there."""
-    return msgspec.json.encode(line) + b"\n"
+    """A line of the study's file, with its digest; a number that is not finite is null there."""
+    text = msgspec.json.encode(line)
+    return text[:-1] + _end(text)
+
+
+def decode(text: bytes) -> dict[str, Any]:
+    """What ``encode`` was given; raises ValueError where it is not what was written."""
+    before = text[: -len(_end(b""))] + b"}"
+    if text != before[:-1] + _end(before):
+        raise ValueError("its digest is wrong")
+    line: dict[str, Any] = msgspec.json.decode(before)
+    return line
+
+
+def _end(text: bytes) -> bytes:
+    """What stands in the place of the last brace of ``text``."""
+    return b',"digest":"%b"}\n' % hashlib.blake2b(text, digest_size=8).hexdigest().encode()
 
 
 def _run(job: Job) -> dict[str, Any]:

@@ -210,7 +210,7 @@ def _runs(folder: Path) -> list[Run]:
 def _run(folder: Path) -> Run | None:
     from offbeat.runtime.api import load_experiment
 
-    experiment = load_experiment(folder)
+    experiment = load_experiment(folder, changed=True)  # it shows what was
     metrics = rows(folder / "metrics.jsonl")
     if not metrics:
         return None

@@ -8,8 +8,10 @@
     [target]                  # a level of a metric: how long until there?
     [limits]                  # of one cell
     [quick]                   # dotted keys of this file with smaller values, for --quick
+    [files]                   # written by a study: what was in the files that it reads
 
-A cell's name is the hash of its complete settings, so a study that was interrupted, or whose grid
+A cell's name is the hash of its complete settings, and of what is in the files that they name (not
+of where those are), so a study that was interrupted, or whose grid
 has grown, runs what is missing and nothing else.
 """
 
@@ -20,7 +22,7 @@ import json
 import math
 import os
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass
@@ -30,10 +32,10 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, BinaryIO
 
-import msgspec
 import tomli_w
 
 from offbeat.algorithms.gossip import ALGORITHMS
+from offbeat.runtime import files
 from offbeat.runtime.checkpoint import write_whole
 from offbeat.runtime.errors import ConfigError, StorageError, nearest
 from offbeat.runtime.experiment import KEYS, apply_override, make_settings, put
@@ -41,6 +43,7 @@ from offbeat.runtime.registry import (
     AtLeastOne,
     Finite,
     Positive,
+    Reads,
     Registry,
     Seed,
     parse_call,
@@ -66,6 +69,7 @@ SECTIONS = (
     "target",
     "limits",
     "quick",
+    "files",
 )
 BUDGETS = ("steps", "seconds", "gradients")  # what a share of a run is a share of
 MOST_CELLS = 1_000_000
@@ -130,13 +134,15 @@ class Study:
 
     Args:
         table: as in a study's file.
-        build: whether every value of every axis is built once, so that mistakes are told now.
+        build: whether every value of every axis is built once, so that mistakes are told now; else
+            it is only looked at, and files are taken to be what [files] says.
     """
 
     def __init__(self, table: Mapping[str, Any], build: bool = True) -> None:
         if unknown := [key for key in table if key not in SECTIONS]:
             raise ConfigError(f'unknown key "{unknown[0]}"{nearest(unknown[0], SECTIONS)}')
         self.source = table
+        self.files: dict[str, str] = {} if build else dict(_section(table, "files"))  # as named
         self.name = str(table.get("name", "study"))
         self.about = " ".join(str(table.get("about", "")).split())
         self.base = deepcopy(dict(_section(table, "experiment")))
@@ -239,8 +245,15 @@ class Study:
             for key in BUDGETS & stop.keys():
                 part = stop[key] * share
                 stop[key] = part if key == "seconds" else max(1, math.ceil(part))
-        text = json.dumps([cell.VERSION, table], sort_keys=True, default=str)
+        known_by = files.rewritten(table, self._content)
+        text = json.dumps([cell.VERSION, known_by], sort_keys=True, default=str)
         return Cell(hashlib.sha256(text.encode()).hexdigest()[:16], axes, seed, table)
+
+    def _content(self, text: str, reads: Reads) -> str:
+        """What is in files, looked at once: all cells are of the same."""
+        if text not in self.files:
+            self.files[text] = files.content(text, reads)
+        return self.files[text]
 
     # -- What to run next ---------------------------------------------------------------------
 
@@ -338,24 +351,15 @@ def _override(table: dict[str, Any], override: str) -> None:
             apply_override(found, f"value={override.partition('=')[2]}")
             key = override.partition("=")[0].removeprefix(grid).strip().strip("\"'")
             part = table.setdefault("tune", {}) if grid.startswith("tune") else table
-            part["grid"] = {**dict(_flat(part.get("grid", {}))), key: found["value"]}
+            part["grid"] = {**dict(files.flat(part.get("grid", {}))), key: found["value"]}
             return
     apply_override(table, override)
-
-
-def _flat(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and what is not a table."""
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", value
 
 
 def _lists(table: Any, where: str) -> dict[str, list[Any]]:
     if not isinstance(table, Mapping) or (where == "zip" and not table):
         raise ConfigError(f"{where} must be a table of dotted keys and lists, not {table!r}")
-    found = dict(_flat(table))
+    found = dict(files.flat(table))
     for key, values in found.items():
         if not isinstance(values, list) or not values:
             raise ConfigError(f"{where}: {key} must be a list of values, not {values!r}")
@@ -417,11 +421,12 @@ def read_cells(folder: Path) -> Done:
             for number, text in enumerate(file, start=1):
                 if text.endswith(b"\n"):
                     try:
-                        line = msgspec.json.decode(text)
+                        line = cell.decode(text)
                         done[line["cell"]] = line
-                    except (msgspec.DecodeError, KeyError, TypeError):
+                    except (ValueError, KeyError, TypeError):
                         raise StorageError(
-                            f"{folder / CELLS} line {number}: is no cell; remove the line"
+                            f"{folder / CELLS} line {number}: is not what was written; remove the "
+                            "line, and its cell is run again"
                         ) from None
     except FileNotFoundError:
         return {}
@@ -520,13 +525,14 @@ def run(
         done = read_cells(folder)
         if retry:
             done = {key: line for key, line in done.items() if "error" not in line}
-        write_whole(folder / FILE, tomli_w.dumps(study.source).encode())
         checked = False
         while True:
             missing, wanted = study.plan(done)
+            source = dict(study.source) | {"files": study.files}
+            write_whole(folder / FILE, tomli_w.dumps(source).encode())
             if not missing:
                 return [(one, done[one.key]) for one in wanted]
-            work = [_job(one, folder, folders) for one in missing]
+            work = [_job(study, one, folder, folders) for one in missing]
             failed = sum("error" in line for line in done.values())
             progress(0, len(work), failed)
             runs = runner(cell.run, work, jobs, study.limits.cell_s)
@@ -536,7 +542,7 @@ def run(
                         key, table, _ = work[index]
                         text = cell.encode(cell.begun(key, table) | {"error": error})
                     file.add(text)
-                    line = msgspec.json.decode(text)
+                    line = cell.decode(text)
                     done[line["cell"]] = line
                     failed += "error" in line
                     if not checked and "error" not in line:
@@ -547,8 +553,10 @@ def run(
         file.close()
 
 
-def _job(one: Cell, folder: Path, folders: bool) -> cell.Job:
+def _job(study: Study, one: Cell, folder: Path, folders: bool) -> cell.Job:
+    read = {text: study.files[text] for text in files.named(one.table)} if study.files else {}
+    table = one.table | ({"files": read} if read else {})  # so that no cell is of others
     if not folders:
-        return cell.Job(one.key, one.table, None)
-    table = one.table | {"record": one.table["record"] | {"trace": True}}
+        return cell.Job(one.key, table, None)
+    table |= {"record": table["record"] | {"trace": True}}
     return cell.Job(one.key, table, str(folder / FOLDERS / one.key))

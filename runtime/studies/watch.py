@@ -91,7 +91,7 @@ def _fraction(folder: Path, last: dict[str, Any]) -> float:
     """How much of a run is done, by whichever of its ends is nearest."""
     from offbeat.runtime.api import load_experiment
 
-    stop = load_experiment(folder).stop
+    stop = load_experiment(folder, changed=True).stop
     ends = {"step": stop.steps, "time_s": stop.seconds, "gradients": stop.gradients}
     return min(1.0, max((last.get(key, 0) / end for key, end in ends.items() if end), default=0.0))
 

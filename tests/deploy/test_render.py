@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import deploying
@@ -272,21 +273,52 @@ def test_compose_fits_together(shape, device, tmp_path):
 
 
 @each_shape
-def test_files_of_data_are_brought_or_asked_for(shape, tmp_path, capsys, monkeypatch):
-    data = tmp_path / "a $x.svm"
-    data.write_text("".join(f"{i % 2} 1:{i} 2:1\n" for i in range(12)))
-    quadratic = 'name = "quadratic"\ndim = 4\n'
-    text = deploying.SHAPES[shape].replace(quadratic, f'name = "logistic"\ndata = "{data}"\n')
-    out = deploying.deploy(tmp_path, "compose", shape, text=text)
-    path = str(data).replace("$", "$$")  # else Compose takes it for a variable
-    mount = {"type": "bind", "source": path, "target": path, "read_only": True}
-    services = yaml.safe_load((out / "compose.yaml").read_text())["services"]
+def test_all_files_that_an_experiment_reads_are_brought(shape, tmp_path, monkeypatch):
+    """Relative paths, one of them in a part of a part, one a glob; each node finds its copy."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a $x.svm").write_text("".join(f"{i % 2} 1:{i} 2:1\n" for i in range(12)))
+    (tmp_path / "edges.txt").write_text("0 1\n1 2\n2 0\n")
+    (tmp_path / "times.csv").write_text("0,1\n1,1\n2,2\n")
+    text = deploying.SHAPES[shape].replace("workers = 3", 'workers = 3\nspeeds = "trace:times.csv"')
+    text = text.replace(deploying.QUADRATIC, 'name = "logistic"\ndata = "a $x.svm"\n')
+    text = text.replace('"ring"', '''"dropout(of='file(edges.txt)', p=0.1)"''')
+    (tmp_path / "hosts.toml").write_text(deploying.HOSTS.replace('"cuda"', '"cpu"'))
+    places = {
+        "slurm": "files", "systemd": "/etc/offbeat/run/files", "compose": "/files",
+        "kubernetes": "/files", "ssh": "~/offbeat-run/files",
+    }  # fmt: skip
+    for recipe, place in places.items():
+        out = deploying.deploy(tmp_path, recipe, shape, text=text)
+        made = tomllib.loads((out / "experiment.toml").read_text())
+        named = [made["task"]["data"], made["fleet"]["speeds"]]
+        named += [made["topology"]] if "topology" in made else []
+        found = [re.search(rf"{place}/(\w{{12}}/[\w. $]+)", one)[1] for one in named]
+        originals = ["a $x.svm", "times.csv", "edges.txt"][: len(found)]
+        assert [Path(one).name for one in found] == originals
+        for name, one in zip(originals, found, strict=True):
+            assert (out / "files" / one).read_bytes() == (tmp_path / name).read_bytes()
+    services = yaml.safe_load((tmp_path / "compose/compose.yaml").read_text())["services"]
+    mount = {"type": "bind", "source": "./files", "target": "/files", "read_only": True}
     assert all(mount in service["volumes"] for service in services.values())
-    deploying.deploy(tmp_path, "slurm", shape, text=text)
-    assert capsys.readouterr().out.count(f"note: every node needs {data} at that path") == 2
-    monkeypatch.setattr(render, "HIDDEN", (f"{tmp_path}/",))
-    with pytest.raises(ConfigError, match=r"units see nothing of .*\.svm; put it elsewhere"):
-        deploying.deploy(tmp_path, "systemd", shape, text=text)
+    assert "\nCOPY files/ /files/\n" in (tmp_path / "kubernetes/Dockerfile").read_text()
+    monkeypatch.chdir(tmp_path / "slurm")
+    read_there = read(Path("experiment.toml"))[0].files()
+    assert {tmp_path / "slurm" / "files" / one for one in found} == set(read_there)
+
+
+def test_a_globs_files_are_brought_and_none_that_were_there_before(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "books").mkdir()
+    text = deploying.SERVER.replace(
+        deploying.QUADRATIC, deploying.TORCH + 'data = "text:books/*.txt"\n'
+    )
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "books" / name).write_text("words and words " * 9)
+    deploying.deploy(tmp_path, "slurm", "server", text=text)
+    (tmp_path / "books" / "a.txt").unlink()
+    out = deploying.deploy(tmp_path, "slurm", "server", "--overwrite", text=text)
+    monkeypatch.chdir(out)
+    assert [path.name for path in read(Path("experiment.toml"))[0].files()] == ["b.txt"]
 
 
 @each_shape

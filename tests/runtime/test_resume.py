@@ -13,7 +13,7 @@ import pytest
 import offbeat
 from offbeat import ConfigError, StorageError
 from offbeat.algorithms.server import Algorithm
-from offbeat.runtime import checkpoint, records, trees
+from offbeat.runtime import checkpoint, files, records, trees
 from offbeat.runtime.api import load_experiment
 
 RUN = {"task": "quadratic(5, noise=0.2)", "algorithm": "shuffled", "fleet": "6 lognormal(1.0)"}
@@ -113,6 +113,133 @@ def test_runs_made_by_hand_resume_with_their_objects(tmp_path):
     np.testing.assert_array_equal(
         longer.x, offbeat.run(task, "pure", "4 1..4", stop={"steps": 90}).x
     )
+
+
+def edited(folder, *pairs):
+    path = folder / "experiment.toml"
+    text = path.read_text()
+    for before, after in pairs:
+        assert before in text
+        text = text.replace(before, after, 1)
+    path.write_text(text)
+
+
+def test_a_changed_experiment_is_not_resumed_as_the_run(folder):
+    edited(folder, ("lr = 0.1", "lr = 0.2"), ("seed = 0", "seed = 3"))
+    told = r"seed is 3, and was 0; algorithm.lr is 0.2, and was 0.1; .*resume --changed"
+    for go_on in (offbeat.resume, offbeat.replay):
+        with pytest.raises(ConfigError, match=told):
+            go_on(folder)
+    offbeat.resume(folder, changed=True, overrides=["stop.steps=400"])
+    assert offbeat.resume(folder).final["step"] == 400  # it is the run now
+    edited(folder, ("dim = 5", "dim = 6"))
+    with pytest.raises(ConfigError, match="has a model of 5 numbers, and the task one of 6"):
+        offbeat.resume(folder, changed=True)
+
+
+def test_ends_saves_and_engines_may_be_edited(folder):
+    edited(folder, ("steps = 300", "steps = 350"), ("save_every_s = 0.001", "save_every_s = 9.0"))
+    assert offbeat.resume(folder).final["step"] == 350
+
+
+def test_a_cut_experiment_is_refused_wherever_it_was_cut(folder):
+    path = folder / "experiment.toml"
+    lines = path.read_text().splitlines(keepends=True)
+    for count in range(len(lines)):
+        path.write_text("".join(lines[:count]))
+        with pytest.raises(ConfigError, match="does not end as that of a run does"):
+            offbeat.resume(folder)
+
+
+@pytest.mark.parametrize("name", ["trace.jsonl", "metrics.jsonl"])
+def test_a_flipped_bit_is_noticed_wherever_it_is(name, folder):
+    path = folder / name
+    whole = path.read_bytes()
+    state = checkpoint.read(folder / "checkpoint")[0]
+    for at in {*range(0, len(whole), len(whole) // 20), len(whole) - 1}:
+        data = bytearray(whole)
+        data[at] ^= 1 << at % 8
+        path.write_bytes(data)
+        keeps = records.Records(offbeat.Fleet(workers=6), folder)
+        with pytest.raises(StorageError, match=rf"{name}: its first {len(whole)} bytes are not"):
+            keeps.restore(state["records"])
+        keeps.close()
+        assert path.read_bytes() == data  # nothing was cut
+    for go_on in (offbeat.resume, offbeat.replay) if name == "trace.jsonl" else (offbeat.resume,):
+        with pytest.raises(StorageError, match=f"{name}: its first"):
+            go_on(folder)
+
+
+def test_a_digest_goes_on_where_a_run_does(tmp_path):
+    """Written in pieces, cut back, and written again, a file is known by what is in it."""
+    file = records.Growing(tmp_path / "a")
+    file.write("one\n")
+    length, digest = file.durable(), file.digest
+    file.write("two\n" * 5000)
+    file.close()
+    again = records.Growing(tmp_path / "a")
+    again.check(length, digest)
+    again.cut(length)
+    again.write("three\n")
+    assert records.checked(tmp_path / "a", again.durable(), again.digest)
+    assert (tmp_path / "a").read_text() == "one\nthree\n"
+    again.close()
+
+
+def test_records_without_a_checkpoint_are_not_deleted(folder):
+    before = {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}
+    (folder / "checkpoint").rename(folder / "elsewhere")
+    with pytest.raises(StorageError, match=r"no checkpoint .* but metrics.jsonl and trace.jsonl"):
+        offbeat.resume(folder)
+    assert {path.name: path.read_bytes() for path in folder.glob("*.jsonl")} == before
+    for name in before:
+        (folder / name).unlink()
+    assert offbeat.resume(folder).final["step"] == 300  # begun again, as was asked for
+
+
+def test_a_run_is_known_by_what_is_in_its_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("a.npz", X=np.eye(8), y=[0, 1] * 4)
+    Path("edges.txt").write_text("0 1\n1 2\n2 3\n")
+    run = {"task": "logistic(a.npz, batch=2)", "algorithm": "dsgd", "fleet": "4 1.0"}
+    run["topology"] = "dropout(of='file(edges.txt)', p=0.1)"
+    whole = offbeat.run(**run, stop={"steps": 9}, folder="run")
+    for name, text in (("edges.txt", b"0 1\n1 2\n1 3\n"), ("a.npz", None)):
+        before = Path(name).read_bytes()
+        np.savez("b.npz", X=np.eye(8) * 2, y=[0, 1] * 4)
+        Path(name).write_bytes(text or Path("b.npz").read_bytes())
+        for go_on in (offbeat.resume, offbeat.replay):
+            with pytest.raises(ConfigError, match=rf"{name}.* has other contents than when"):
+                go_on("run")
+        Path(name).write_bytes(before)
+    np.testing.assert_array_equal(offbeat.resume("run").x, whole.x)
+    Path("a.npz").write_bytes(Path("b.npz").read_bytes())
+    assert offbeat.resume("run", changed=True, overrides=["stop.steps=12"]).final["step"] == 12
+    assert offbeat.resume("run").final["step"] == 12
+    # Elsewhere it is the same.
+    Path("c.npz").write_bytes(Path("b.npz").read_bytes())
+    Path("a.npz").unlink()
+    edited(Path("run"), ("a.npz", "c.npz"))
+    assert offbeat.resume("run", overrides=["stop.steps=14"]).final["step"] == 14
+
+
+def test_what_a_torch_file_imports_is_part_of_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "parts").mkdir()
+    Path("mine.py").write_text("def make():\n    from helper import made\n    return made()\n")
+    Path("helper.py").write_text("import json\nfrom parts import size\n")
+    Path("parts/__init__.py").write_text("")
+    Path("parts/size.py").write_text("SIZE = 3\n")
+    Path("other.py").write_text("")
+    table = {"task": "torch:mine.py"}
+    ((text, reads),) = files.named(table).items()
+    names = ["helper.py", "mine.py", "parts/__init__.py", "parts/size.py"]
+    assert sorted(map(str, reads.found(text))) == [str(tmp_path / name) for name in names]
+    before = files.contents(table)
+    Path("other.py").write_text("# nobody's")
+    assert files.contents(table) == before
+    Path("parts/size.py").write_text("SIZE = 4\n")
+    assert files.contents(table) != before
 
 
 def test_replay_needs_a_trace(tmp_path):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.registry import Count, Spec
+from offbeat.runtime.registry import Count, File, Spec
 from offbeat.workers.tasks.contract import TASKS
 from offbeat.workers.tasks.shards import DType
 
@@ -89,7 +89,7 @@ class External:
 
 @TASKS.register("external")
 def external(
-    dim: Count | None = None, *, file: str = "", workers: Count = 10, dtype: DType = "float32"
+    dim: Count | None = None, *, file: File = "", workers: Count = 10, dtype: DType = "float32"
 ) -> External:
     """What training loops of their own compute, which join with ``offbeat.join``.
 

@@ -4,13 +4,13 @@ import glob
 import math
 import sys
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.registry import Count, Positive, Seed
+from offbeat.runtime.registry import Count, Positive, Reads, Seed
 from offbeat.workers.tasks.contract import TASKS
 from offbeat.workers.tasks.module import TorchTask
 from offbeat.workers.tasks.shards import Sampling
@@ -164,7 +164,7 @@ class LanguageModel(TorchTask):
 
 @TASKS.register("lm")
 def lm(
-    data: str = BUNDLED,
+    data: Annotated[str, Reads(bundled=(BUNDLED,), prefix="text:")] = BUNDLED,
     *,
     tokens: Literal["bytes", "characters"] = "bytes",
     workers: Count = 10,

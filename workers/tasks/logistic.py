@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from offbeat.runtime.registry import Count, Finite, Fraction, NonNegative, Seed
+from offbeat.workers.data import Data
 from offbeat.workers.tasks.contract import TASKS
 from offbeat.workers.tasks.empirical import EmpiricalRisk, cross_entropy
 from offbeat.workers.tasks.shards import BatchSize, DType, Sampling, Shards
@@ -77,7 +78,7 @@ class Multinomial:
 
 @TASKS.register("logistic")
 def logistic(
-    data: str = "digits",
+    data: Data = "digits",
     *,
     workers: Count = 10,
     partition: str = "iid",

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.registry import Count, Fraction, NonNegative, Seed
+from offbeat.workers.data import Data
 from offbeat.workers.tasks.contract import TASKS
 from offbeat.workers.tasks.empirical import EmpiricalRisk, cross_entropy
 from offbeat.workers.tasks.shards import BatchSize, DType, Sampling, Shards
@@ -93,7 +94,7 @@ class MLP:
 
 @TASKS.register("mlp")
 def mlp(
-    data: str = "digits",
+    data: Data = "digits",
     *,
     workers: Count = 10,
     hidden: list[Count] = [64],  # noqa: B006 - never changed

@@ -4,16 +4,17 @@ import logging
 import runpy
 import sys
 from collections.abc import Callable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from modulefinder import ModuleFinder
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.runtime.errors import ConfigError, nearest
 from offbeat.runtime.randomness import Streams
-from offbeat.runtime.registry import Count, Seed, Spec, validated
+from offbeat.runtime.registry import Count, Reads, Seed, Spec, validated
 from offbeat.runtime.tensors import fetch, load, memory
 from offbeat.workers.partition import PARTITIONS
 from offbeat.workers.tasks import device as devices
@@ -250,9 +251,19 @@ class TorchTask:
         return facts | ({"accuracy": right / len(self._order)} if classes else {})
 
 
+def imported(path: Path) -> list[Path]:
+    """A Python file, and what it imports from beside it; what they open besides is not known."""
+    finder = ModuleFinder([str(path.parent)])
+    with suppress(SyntaxError):  # told when it is run
+        finder.run_script(str(path))
+    places = (getattr(part, "__file__", None) for part in finder.modules.values())
+    found = {Path(place) for place in places if place is not None}
+    return [path, *sorted(found - {path})]
+
+
 @TASKS.register(OWN_FILE)
 def torch_file(
-    file: str,
+    file: Annotated[str, Reads(files=imported)],
     *,
     make: str = "make",
     workers: Count = 10,
@@ -265,7 +276,8 @@ def torch_file(
     """Any torch module on any dataset, made by a Python file of yours; see ``TorchTask``.
 
     Args:
-        file: of Python, which is run; its imports are looked for beside it, too.
+        file: of Python, which is run; its imports are looked for beside it, too. They are part of
+            what a run is known by, and deployed with it; data that it opens by itself is not.
         make: a function there, called without arguments when torch is seeded with ``seed``; it
             answers (module, loss, dataset).
         workers, partition, batch, sampling, seed, device: see ``TorchTask``.

@@ -49,7 +49,7 @@ push() {
         echo "$node: has no keys; make them first: ./launch.sh keys" >&2
         return 2
     fi
-    tar -cf - experiment.toml {{ "hosts.toml " if plan.peers }}keep.sh "keys/$node" |
+    tar -cf - experiment.toml {{ "hosts.toml " if plan.peers }}{{ "files " if plan.files }}keep.sh "keys/$node" |
         ssh -o BatchMode=yes -o ConnectTimeout=10 "${remote[$node]}" \
             "bash -c '
                 set -eu
@@ -65,6 +65,10 @@ push() {
                 mv -f .new-$node/keys/$node/authorized/* keys/$node/authorized/
                 mv -f .new-$node/keys/$node/*.* keys/$node/
                 mv -f .new-$node/*.* .
+{% if plan.files %}
+                mkdir -p files
+                cp -Rf .new-$node/files/. files/
+{% endif %}
                 rm -rf .new-$node
             '"
     echo "$node: pushed to ${remote[$node]}"

@@ -24,6 +24,10 @@ id -u {{ user }} >/dev/null 2>&1 || useradd --system --shell /usr/sbin/nologin {
 install -d -m 0755 /etc/offbeat "$etc"
 install -d -m 0700 -o {{ user }} "$etc/keys"
 install -m 0644 experiment.toml hosts.toml "$etc/"
+{% if plan.files %}
+cp -R files "$etc/"
+chmod -R a+rX "$etc/files"
+{% endif %}
 units=()
 for node in "${nodes[@]}"; do
     install -d -m 0700 -o {{ user }} "$etc/keys/$node" "$etc/keys/$node/authorized"

@@ -14,7 +14,7 @@ push() {  # push REMOTE HOST NODE...
         fi
     done
     echo "$host:"
-    tar -cf - experiment.toml hosts.toml units {{ "env " if not plan.peers }}install.sh "${@/#/keys/}" |
+    tar -cf - experiment.toml hosts.toml units {{ "env " if not plan.peers }}{{ "files " if plan.files }}install.sh "${@/#/keys/}" |
         ssh -o BatchMode=yes -o ConnectTimeout=10 "$remote" \
             "bash -c 'there=\$(mktemp -d) && trap \"rm -rf \$there\" EXIT && tar -xf - -C \$there && sudo bash \$there/install.sh $host'"
 }

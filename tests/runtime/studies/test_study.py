@@ -137,7 +137,7 @@ def test_a_torn_line_is_run_again_and_a_damaged_one_is_told(tmp_path):
     study.run(small(), tmp_path)
     assert len(study.read_cells(tmp_path)) == path.read_bytes().count(b"\n") == 8
     path.write_bytes(whole.replace(b'{"cell"', b'{"call"', 1))
-    with pytest.raises(StorageError, match="line 1: is no cell"):
+    with pytest.raises(StorageError, match="line 1: is not what was written"):
         study.read_cells(tmp_path)
 
 
