@@ -141,6 +141,59 @@ def test_a_torn_line_is_run_again_and_a_damaged_one_is_told(tmp_path):
         study.read_cells(tmp_path)
 
 
+def test_a_flipped_bit_in_a_row_is_told_wherever_it_is(tmp_path):
+    whole = cell.encode({"cell": "a", "final": {"loss": 0.25}, "reason": "steps"})
+    assert cell.decode(whole)["final"] == {"loss": 0.25}
+    for at in range(8 * (len(whole) - 1)):
+        data = bytearray(whole)
+        data[at // 8] ^= 1 << at % 8
+        (tmp_path / study.CELLS).write_bytes(data)
+        with pytest.raises(StorageError, match="line 1: is not what was written"):
+            study.read_cells(tmp_path)
+
+
+def on_data(source, scale):
+    np.savez(source, X=np.eye(8) * scale, y=[0, 1] * 4)
+    experiment = {"task": f"logistic({source}, batch=2)", "stop": {"steps": 20}}
+    return {"seeds": 2, "experiment": experiment, "grid": {"fleet.workers": [2, 4]}}
+
+
+def losses(found):
+    return [line["final"]["loss"] for _, line in found]
+
+
+def test_cells_are_of_what_is_in_the_files_not_of_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table = on_data("a.npz", 1.0)
+    table["experiment"]["algorithm"] = "pure"
+    first = losses(study.run(Study(table), tmp_path / "s"))
+    on_data("a.npz", 4.0)
+    other = losses(study.run(Study(table), tmp_path / "s"))
+    assert other != first
+    assert other == losses(study.run(Study(table), tmp_path / "new"))
+    assert len(study.read_cells(tmp_path / "s")) == 8
+    (tmp_path / "a.npz").rename(tmp_path / "b.npz")
+    table["experiment"]["task"] = "logistic(b.npz, batch=2)"
+    assert losses(study.run(Study(table), tmp_path / "s")) == other
+    assert len(study.read_cells(tmp_path / "s")) == 8
+    (tmp_path / "b.npz").unlink()  # a page needs what was recorded, nothing else
+    monkeypatch.chdir("/")
+    shown = Study.read(tmp_path / "s" / study.FILE, build=False)
+    missing, wanted = shown.plan(done := study.read_cells(tmp_path / "s"))
+    assert not missing
+    assert losses((one, done[one.key]) for one in wanted) == other
+
+
+def test_no_cell_is_of_files_that_were_replaced_in_the_midst(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table = on_data("a.npz", 1.0)
+    table["experiment"]["algorithm"] = "pure"
+    made = Study(table)
+    on_data("a.npz", 2.0)
+    done = study.run(made, tmp_path / "s", jobs=1)
+    assert all("a.npz\" has other contents" in line["error"] for _, line in done)
+
+
 def test_a_folder_has_one_study_at_a_time(tmp_path):
     first = study.CellsFile(tmp_path)
     with pytest.raises(ConfigError, match="a study is running in it"):
