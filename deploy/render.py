@@ -23,7 +23,7 @@ from offbeat.runtime.errors import ConfigError, StorageError
 
 CPU_BASE = "python:3.11-slim-bookworm"
 CUDA_BASE = "nvidia/cuda:12.8.1-base-ubuntu24.04"
-FIRST_PORT = 20000  # of Slurm's jobs; each has a hundred
+FIRST_PORT, PORTS = 20000, 12000  # of Slurm's jobs: below those that systems lend
 MOST_PER_MACHINE = 100
 SLURM_GRACE_S = 180  # before a job's end, to save and be queued again
 HIDDEN = ("/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/")  # from units
@@ -66,10 +66,14 @@ def slurm(
         raise ConfigError(f'--time: "{time}" is no time of Slurm; write 12:00:00 or 2-00:00:00')
     if partition is not None and not re.fullmatch(r"[\w-]+(,[\w-]+)*", partition):
         raise ConfigError(f'--partition: "{partition}" is no name of a partition')
+    apart = plan.cuda and not plan.peers  # the server's machine need not have a GPU
+    tasks = len(plan.participants if apart else plan.nodes)
     values = {
         "plan": plan,
-        "machines": math.ceil(len(plan.nodes) / per_machine),
-        "per_machine": min(per_machine, len(plan.nodes)),
+        "apart": apart,
+        "tasks": tasks,
+        "machines": math.ceil(tasks / per_machine),
+        "per_machine": min(per_machine, tasks),
         "cpus": cpus,
         # Of every step, so that tasks fall on the same machines; srun has no CPUs from sbatch.
         "layout": f"--distribution=block --cpus-per-task={cpus}",
@@ -77,6 +81,7 @@ def slurm(
         "partition": partition,
         "grace_s": SLURM_GRACE_S,
         "first_port": FIRST_PORT,
+        "ports": PORTS,
         "device": "cuda:0" if plan.cuda else "cpu",  # Slurm shows each task its own
     }
     return _with_keys(plan, plan.offbeat) | {

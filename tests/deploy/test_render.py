@@ -97,14 +97,30 @@ def test_slurm_directives(shape, tmp_path):
         "--partition", "gpu",
     )  # fmt: skip
     head = (out / "offbeat.sbatch").read_text().split("set -euo")[0]
-    found = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", head, re.MULTILINE))
-    assert len(found) == head.count("#SBATCH")
-    tasks = 4 if shape == "server" else 3
-    assert found == {
-        "job-name": "run", "nodes": "2", "ntasks": str(tasks), "ntasks-per-node": "2",
-        "cpus-per-task": "1", "gpus-per-task": "1", "partition": "gpu", "time": "12:00:00",
-        "requeue": "", "signal": "B:USR1@180", "open-mode": "append", "output": "%x-%j.log",
+    parts = [
+        dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", part, re.MULTILINE))
+        for part in head.split("#SBATCH hetjob")
+    ]
+    assert sum(map(len, parts)) == head.count("#SBATCH --")
+    job = {
+        "job-name": "run", "time": "12:00:00", "requeue": "", "signal": "B:USR1@180",
+        "open-mode": "append", "output": "%x-%j.log",
     }  # fmt: skip
+    computing = {
+        "nodes": "2", "ntasks": "3", "ntasks-per-node": "2", "cpus-per-task": "1",
+        "gpus-per-task": "1", "partition": "gpu",
+    }  # fmt: skip
+    serving = {"nodes": "1", "ntasks": "1", "cpus-per-task": "1", "partition": "gpu"}
+    assert parts == ([job | serving, computing] if shape == "server" else [job | computing])
+
+
+@pytest.mark.parametrize(("recipe", "options"), [("slurm", ["--device", "cuda"]), ("ssh", [])])
+def test_no_gpu_is_asked_for_by_who_cannot_use_it(recipe, options, tmp_path):
+    text = deploying.SERVER.replace("dim = 4", "dim = 5")
+    with pytest.raises(ConfigError, match=r"run.toml: quadratic is computed by numpy, on the CPU"):
+        deploying.deploy(tmp_path, recipe, "server", *options, text=text)
+    own = text.replace("[fleet]", '[work]\nname = "own-loop"\n[fleet]')
+    deploying.deploy(tmp_path, recipe, "server", *options, text=own)  # which has its own device
 
 
 @each_shape

@@ -4,10 +4,12 @@ import os
 import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import deploying
@@ -15,6 +17,7 @@ import psutil
 import pytest
 
 from offbeat.deploy import render
+from offbeat.deploy.hosts import read_hosts
 
 WAIT_S = 40.0
 
@@ -347,7 +350,7 @@ def test_a_real_run_from_keys_to_its_end(shape, launch, machine, tmp_path):
 SRUN = """#!/usr/bin/env bash
 tasks=$SLURM_NTASKS
 while [[ $1 == --* ]]; do
-    [[ $1 != --ntasks=* ]] || tasks=1
+    [[ $1 != --ntasks=* && $1 != --het-group=0 ]] || tasks=1
     shift
 done
 pids=()
@@ -377,12 +380,13 @@ def sbatch(machine, tmp_path):
 
     begun = []
 
-    def made(shape, **stub):
-        out = deploying.deploy(tmp_path, "slurm", shape, "--per-machine", "4")
+    def made(shape, *options, **stub):
+        out = deploying.deploy(tmp_path, "slurm", shape, "--per-machine", "4", *options)
+        computing = shape == "peers" or "cuda" in options
         job = str(10_000_000 + os.getpid())
         env = machine.env | {
-            "SLURM_JOB_ID": job, "SLURM_SUBMIT_DIR": str(out), "SLURM_JOB_NODELIST": "node1",
-            "SLURM_NTASKS": "4" if shape == "server" else "3",
+            "SLURM_JOB_ID": job, "SLURM_SUBMIT_DIR": str(out), "SLURMD_NODENAME": "node1",
+            "SLURM_NTASKS": "3" if computing else "4",
         } | stub  # fmt: skip
         process = subprocess.Popen(
             ["bash", str(out / "offbeat.sbatch")], env=env, cwd=tmp_path,
@@ -398,12 +402,18 @@ def sbatch(machine, tmp_path):
             process.communicate()
 
 
+def port_of(local, each):
+    """The first port of a job with ``each`` of them on a machine."""
+    return render.FIRST_PORT + int(local.name.split("-")[1]) % (render.PORTS // each) * each
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("shape", deploying.SHAPES)
-def test_a_slurm_job_runs_to_its_end_and_leaves_no_keys(shape, sbatch, machine):
-    process, local, out = sbatch(shape, STUB_S="0.5")
+def test_a_slurm_job_runs_to_its_end_and_leaves_no_keys(shape, device, sbatch, machine):
+    process, local, out = sbatch(shape, "--device", device, STUB_S="0.5")
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 0, said
-    port = 20000 + int(local.name.split("-")[1]) % 100 * 100
+    port = port_of(local, 4 if (shape, device) == ("server", "cpu") else 3)
     started = dict(machine.lines("^(.*) started: (.*)"))
     if shape == "server":
         assert started.keys() == {"server", "w0", "w1", "w2"}
@@ -411,8 +421,6 @@ def test_a_slurm_job_runs_to_its_end_and_leaves_no_keys(shape, sbatch, machine):
         assert started["w2"].startswith(f"join tcp://node1:{port} --keys {local}/own/w2 ")
     else:
         assert started.keys() == {"n0", "n1", "n2"}
-        from offbeat.deploy.hosts import read_hosts
-
         nodes = read_hosts(out / "hosts.toml").nodes()
         assert [(n.name, n.address, n.port) for n in nodes] == [
             (f"n{i}", "node1", port + i) for i in range(3)
@@ -423,8 +431,27 @@ def test_a_slurm_job_runs_to_its_end_and_leaves_no_keys(shape, sbatch, machine):
     assert not list(out.rglob("*.key*"))  # never on the shared file system
 
 
-def test_a_slurm_job_at_its_limit_is_queued_again(sbatch, machine, tmp_path):
-    process, local, _ = sbatch("server")
+@pytest.mark.parametrize("shape", deploying.SHAPES)
+def test_a_slurm_job_passes_over_ports_that_are_taken(shape, sbatch, machine):
+    first = port_of(Path(f"/tmp/offbeat-{10_000_000 + os.getpid()}-0"), 3)
+    with ExitStack() as taken:
+        for port in (first, first + 1):
+            taken.enter_context(socket.create_server(("", port)))
+        process, _, out = sbatch(shape, "--device", "cuda", STUB_S="0.5")
+        said = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, said
+    if shape == "server":
+        assert (
+            f"--bind tcp://*:{first + 2} " in dict(machine.lines("^(.*) started: (.*)"))["server"]
+        )
+    else:
+        ports = [node.port - first for node in read_hosts(out / "hosts.toml").nodes()]
+        assert ports == [3, 4, 2]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_slurm_job_at_its_limit_is_queued_again(device, sbatch, machine, tmp_path):
+    process, local, _ = sbatch("server", "--device", device)
     until(lambda: len(machine.lines("started: ")) == 4)
     process.send_signal(signal.SIGUSR1)
     said = process.communicate(timeout=60)[0]
@@ -434,12 +461,14 @@ def test_a_slurm_job_at_its_limit_is_queued_again(sbatch, machine, tmp_path):
     assert not local.exists()
 
 
-def test_a_server_that_cannot_serve_ends_the_slurm_job(sbatch, machine, tmp_path):
-    process, local, _ = sbatch("server", STUB_CODE_server="2")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_server_that_cannot_serve_ends_the_slurm_job(device, sbatch, machine, tmp_path):
+    process, local, _ = sbatch("server", "--device", device, STUB_CODE_server="2")
     said = process.communicate(timeout=60)[0]
     assert process.returncode != 0, said
-    assert not (tmp_path / "scontrol").read_text().count("requeue")
-    assert (tmp_path / "scancel").read_text().startswith(local.name.split("-")[1] + ".")
+    assert not (tmp_path / "scontrol").exists()  # it is not queued again
+    if device == "cpu":
+        assert (tmp_path / "scancel").read_text().startswith(local.name.split("-")[1] + ".")
     assert not local.exists()
 
 

@@ -1,6 +1,8 @@
 #!/bin/bash
 {% if plan.peers %}
 # What each task of the job runs: its node.
+{% elif apart %}
+# What each task of the job runs: with the argument server it serves, the others join it.
 {% else %}
 # What each task of the job runs: the first one, on the first machine, serves, the others join it.
 {% endif %}
@@ -9,6 +11,8 @@ umask 077
 
 {% if plan.peers %}
 name=n$SLURM_PROCID
+{% elif apart %}
+name=${1:-w$SLURM_PROCID}
 {% else %}
 name=w$((SLURM_PROCID - 1))
 if [ "$SLURM_PROCID" -eq 0 ]; then
@@ -37,8 +41,10 @@ status=0
 wait "$server" || status=$?
 if [ -n "$stopping" ]; then  # the signal ended the wait; all others were told to end, too
     wait "$server" || true
+{% if not apart %}
 elif [ "$status" -ne 0 ]; then  # without a server nobody else has anything to do
     scancel "$SLURM_JOB_ID.$SLURM_STEP_ID"
+{% endif %}
 fi
 exit "$status"
 {% endif %}

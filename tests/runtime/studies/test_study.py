@@ -191,7 +191,7 @@ def test_no_cell_is_of_files_that_were_replaced_in_the_midst(tmp_path, monkeypat
     made = Study(table)
     on_data("a.npz", 2.0)
     done = study.run(made, tmp_path / "s", jobs=1)
-    assert all("a.npz\" has other contents" in line["error"] for _, line in done)
+    assert all('a.npz" has other contents' in line["error"] for _, line in done)
 
 
 def test_a_folder_has_one_study_at_a_time(tmp_path):
