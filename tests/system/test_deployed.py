@@ -121,7 +121,7 @@ echo "$target" >>"$HOME/../targets"
 [[ $target != *unreachable* ]] || exit 255
 mkdir -p "$HOME/$target"
 cd "$HOME/$target"
-exec bash -c "$*"
+HOME="$HOME/$target" exec bash -c "$*"
 """
 
 
@@ -129,8 +129,8 @@ exec bash -c "$*"
 def launch(machine, tmp_path):
     machine.program("ssh", SSH)
 
-    def made(shape="server", *options, **stub):
-        out = deploying.deploy(tmp_path, "ssh", shape, *options)
+    def made(shape="server", *options, text=None, **stub):
+        out = deploying.deploy(tmp_path, "ssh", shape, *options, text=text)
         return lambda *words: machine.call(out / "launch.sh", *words, **stub)
 
     return made
@@ -331,7 +331,24 @@ def test_a_real_run_from_keys_to_its_end(shape, launch, machine, tmp_path):
         f'server = "a"\nport = {port}\n[[hosts]]\nname = "a"\naddress = "127.0.0.1"\n'
         f'[[hosts]]\nname = "b"\naddress = "127.0.0.2"\nport = {port + 8}\nslots = 2\n'
     )
-    call = launch(shape)
+    read = {
+        "edges.txt": "0 1\n1 2\n",
+        "times.csv": "0,1\n1,1\n2,1\n",
+        "a.svm": "0 1:1\n1 1:2\n" * 3,
+    }
+    for name, lines in read.items():
+        (tmp_path / name).write_text(lines)
+    text = deploying.SHAPES[shape].replace(
+        "workers = 3",
+        f"""workers = 3
+speeds = "trace('{tmp_path}/times.csv')\"""",
+    )
+    part = f"b-connected(of=\"file('{tmp_path}/edges.txt')\", parts=1)"
+    text = text.replace('"ring"', f"'''{part}'''")
+    data = f'name = "logistic"\ndata = "{tmp_path}/a.svm"\n'
+    call = launch(shape, text=text.replace(deploying.QUADRATIC, data))
+    for name in read:
+        (tmp_path / name).unlink()  # they are brought
     assert [call(word)[0] for word in ("keys", "push", "start")] == [0, 0, 0]
     runs = {"server": 4, "peers": 3}[shape]
     try:

@@ -67,7 +67,8 @@ push() {
                 mv -f .new-$node/*.* .
 {% if plan.files %}
                 mkdir -p files
-                cp -Rf .new-$node/files/. files/
+                # Of a folder called by what is in it there is all or nothing; another node may be first.
+                mv -n .new-$node/files/* files/ 2>/dev/null || true
 {% endif %}
                 rm -rf .new-$node
             '"
