@@ -48,8 +48,8 @@ def check_same(
     other = files.differences(_without(was, apart), _without(now, apart))
     if "experiment" in state and other and not changed:
         raise ConfigError(
-            f"{folder}: the experiment is not that of the run: {other}; put it back, or say that "
-            "it may differ: offbeat resume --changed"
+            f"{folder}: the experiment is not that of the run: {other}; put it back, take another "
+            "folder, or say that it may differ: offbeat resume --changed"
         )
     if "x" in state and len(state["x"]) != experiment.task.dim:
         raise ConfigError(

@@ -9,12 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tomli_w
+from typer.testing import CliRunner
 
 import offbeat
 from offbeat import ConfigError, StorageError
 from offbeat.algorithms.server import Algorithm
-from offbeat.runtime import checkpoint, files, records, trees
+from offbeat.runtime import api, checkpoint, files, records, trees
 from offbeat.runtime.api import load_experiment
+from offbeat.runtime.cli import app
+from offbeat.runtime.experiment import from_table
 
 RUN = {"task": "quadratic(5, noise=0.2)", "algorithm": "shuffled", "fleet": "6 lognormal(1.0)"}
 
@@ -135,6 +139,20 @@ def test_a_changed_experiment_is_not_resumed_as_the_run(folder):
     edited(folder, ("dim = 5", "dim = 6"))
     with pytest.raises(ConfigError, match="has a model of 5 numbers, and the task one of 6"):
         offbeat.resume(folder, changed=True)
+
+
+def test_a_server_goes_on_with_the_run_of_its_file_alone(tmp_path):
+    table = {"task": "quadratic(5)", "algorithm": "pure", "engine": "zmq", "stop": {"steps": 9}}
+    (one,) = from_table(table, ours=True)
+    api.prepare(one, tmp_path / "run")
+    for said, told in (
+        ({"algorithm": "pure(lr=0.5)"}, "algorithm.lr is 0.5, and was 0.1"),
+        ({"stop": {"steps": 99}}, "stop.steps is 99, and was 9"),
+    ):
+        (tmp_path / "e.toml").write_text(tomli_w.dumps(table | said))
+        words = ["serve", str(tmp_path / "e.toml"), "--out", str(tmp_path / "run")]
+        with pytest.raises(ConfigError, match=f"is not what the file says: {told}; give another"):
+            CliRunner().invoke(app, words, catch_exceptions=False, standalone_mode=False)
 
 
 def test_ends_saves_and_engines_may_be_edited(folder):

@@ -9,6 +9,7 @@ import zmq
 from loops import together
 from peering import LIMIT_S, Ring, made, table
 
+from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.net import messages as say
 from offbeat.runtime.net.cli import asking, shown
 from offbeat.runtime.net.mesh import DONE
@@ -48,6 +49,25 @@ def test_a_peer_stays_until_its_last_model_was_evaluated(tmp_path):
         assert len(seen) == 2  # an early one; those between were too many for this machine
         assert seen[0] < seen[1] == STEPS
         assert json.loads((tmp_path / seat.name / "summary.json").read_text())["step"] == STEPS
+
+
+def test_a_peer_goes_on_with_its_own_run_alone(tmp_path):
+    of = {**table(STEPS, "dsgd(lr=0.1)"), "fleet": "2 0.2"}
+    seats = [Seat(*seat) for seat in Ring(of, tmp_path, n=2).seats]
+    peers = [PeerProcess(made(of), seats, i, tmp_path / seats[i].name) for i in range(2)]
+    try:
+        assert together(*[peer._work for peer in peers]) == ["steps"] * 2
+    finally:
+        for peer in peers:
+            peer.close()
+    folder = tmp_path / seats[0].name
+    with pytest.raises(ConfigError, match=r"algorithm.lr is 0.2, and was 0.1; .*another folder"):
+        PeerProcess(made({**of, "algorithm": "dsgd(lr=0.2)"}), seats, 0, folder)
+    before = (folder / "trace.jsonl").read_bytes()
+    (folder / "checkpoint").rename(tmp_path / "gone")
+    peer = PeerProcess(made(of), seats, 0, folder)  # another life of it
+    peer.close()
+    assert (folder / "trace-1.jsonl").read_bytes() == before
 
 
 ASKED = 10_000  # answers that no buffers between two processes hold
