@@ -33,16 +33,22 @@ from offbeat.runtime.folders import begun, check_same, check_trace, check_whole
 from offbeat.runtime.logs import tell
 from offbeat.runtime.loop import Loop, uninterrupted
 from offbeat.runtime.pairs import Pairs
-from offbeat.runtime.records import TRACE_COLUMNS, Records, column, read_timers, read_trace
+from offbeat.runtime.records import TRACE_COLUMNS, Records, read_timers, read_trace
 from offbeat.runtime.remote import LiveWorkers, RemoteWorkers
-from offbeat.runtime.replayed import Replayed, of_peers, peers, read_inputs
+from offbeat.runtime.replayed import (
+    RecordedClock,
+    RecordedTiming,
+    Replayed,
+    of_peers,
+    peers,
+    read_inputs,
+)
 from offbeat.runtime.rounds import Rounds
 from offbeat.runtime.settings import DEFAULT_STEPS, Evaluate, Stop
 from offbeat.runtime.virtual import VirtualWorkers
 from offbeat.topologies import TOPOLOGIES, Topology, from_matrix, from_networkx
 from offbeat.workers.compressed import Compressed
-from offbeat.workers.fleet import Fleet, Timing
-from offbeat.workers.speeds import Clock
+from offbeat.workers.fleet import Fleet
 from offbeat.workers.tasks import TASKS, Task
 from offbeat.workers.work import WORK, Work
 
@@ -128,39 +134,6 @@ class Result:
 
     def __repr__(self) -> str:
         return f"<Result {self}>"
-
-
-def _times(trace: NDArray) -> dict[tuple[int, int], tuple[float, float, float]]:
-    """(worker, job) -> start, end, arrival."""
-    whole = (column(trace, name).astype(int).tolist() for name in ("worker", "job"))
-    times = (column(trace, name).tolist() for name in ("start_s", "end_s", "time_s"))
-    return dict(zip(zip(*whole, strict=True), zip(*times, strict=True), strict=True))
-
-
-class RecordedClock(Clock):
-    """Jobs end when a trace says so; a job it does not have never does."""
-
-    def __init__(self, trace: NDArray) -> None:
-        self._times = _times(trace)
-
-    def finish(self, worker: int, number: int, start_s: float, steps: int = 1) -> float:
-        """See ``Clock``."""
-        return self._times.get((worker, number), (0.0, np.inf, 0.0))[1]
-
-
-class RecordedTiming(Timing):
-    """Times of jobs as a trace has them; a job it does not have never ends."""
-
-    def __init__(self, trace: NDArray) -> None:
-        self._times = _times(trace)
-        self.finish = None
-
-    def plan(
-        self, worker: int, number: int, assigned_s: float, free_s: float, steps: int = 1
-    ) -> tuple[float, float, float]:
-        """See ``Timing``."""
-        never = max(assigned_s, free_s), np.inf, np.inf
-        return self._times.get((worker, number), never)
 
 
 def run(

@@ -108,7 +108,8 @@ def check(table: Mapping[str, Any]) -> None:
     if not isinstance(said, Mapping):
         raise ConfigError(f"files must be a table of paths and digests, not {said!r}")
     for text, reads in named(table).items() if said else ():
-        if text in said and content(text, reads) != said[text]:
+        there = text in said and reads.found(text)  # who reads it says that it is not
+        if there and content(text, reads) != said[text]:
             raise ConfigError(
                 f'"{text}" has other contents than when [files] was written; put them back, or '
                 "say that they may differ: offbeat resume --changed, or a file without that line"

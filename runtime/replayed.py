@@ -1,6 +1,6 @@
-"""A gossip run under a real clock, again: its nodes are given what the trace says they were given.
+"""Runs again, from their traces: jobs end when they ended, and what gossip heard is heard.
 
-Every node's inputs are in its trace in their order: messages by sender and serial number, jobs
+Of a gossip run under a real clock, nodes are given what the trace says they were given.  Every node's inputs are in its trace in their order: messages by sender and serial number, jobs
 that were done, links that went down and up.  A message is what its sender, replayed, has sent.  So
 the nodes compute what they computed, bit for bit, in one process and at any speed.
 
@@ -27,10 +27,45 @@ from offbeat.runtime.folders import check_trace
 from offbeat.runtime.gossip import COUNTS, measure
 from offbeat.runtime.loop import Loop
 from offbeat.runtime.node import HELLO, Effect, GossipNode, Send, gossip_node
-from offbeat.runtime.records import Records
+from offbeat.runtime.records import Records, column
+from offbeat.workers.fleet import Timing
+from offbeat.workers.speeds import Clock
 
 Key = tuple[int, int, int]  # from, incarnation, serial
 PEER = "peer.json"  # of a peer's own folder
+
+
+def _times(trace: NDArray) -> dict[tuple[int, int], tuple[float, float, float]]:
+    """(worker, job) -> start, end, arrival."""
+    whole = (column(trace, name).astype(int).tolist() for name in ("worker", "job"))
+    times = (column(trace, name).tolist() for name in ("start_s", "end_s", "time_s"))
+    return dict(zip(zip(*whole, strict=True), zip(*times, strict=True), strict=True))
+
+
+class RecordedClock(Clock):
+    """Jobs end when a trace says so; a job it does not have never does."""
+
+    def __init__(self, trace: NDArray) -> None:
+        self._times = _times(trace)
+
+    def finish(self, worker: int, number: int, start_s: float, steps: int = 1) -> float:
+        """See ``Clock``."""
+        return self._times.get((worker, number), (0.0, np.inf, 0.0))[1]
+
+
+class RecordedTiming(Timing):
+    """Times of jobs as a trace has them; a job it does not have never ends."""
+
+    def __init__(self, trace: NDArray) -> None:
+        self._times = _times(trace)
+        self.finish = None
+
+    def plan(
+        self, worker: int, number: int, assigned_s: float, free_s: float, steps: int = 1
+    ) -> tuple[float, float, float]:
+        """See ``Timing``."""
+        never = max(assigned_s, free_s), np.inf, np.inf
+        return self._times.get((worker, number), never)
 
 
 def read_inputs(path: Path, length: int) -> dict[int, deque[list[Any]]]:

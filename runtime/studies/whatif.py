@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from offbeat.runtime import api
+from offbeat.runtime import api, checkpoint
 from offbeat.runtime.errors import ConfigError, Diverged
 from offbeat.runtime.experiment import Experiment
+from offbeat.runtime.folders import check_trace
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.records import column, read_trace
 from offbeat.runtime.studies import cell, report
@@ -73,6 +74,8 @@ def predict(
     experiment = api.load_experiment(folder)
     if not (folder / "trace.jsonl").exists() or not (folder / "metrics.jsonl").exists():
         raise ConfigError(f"{folder}: has no trace; run with record.trace = true")
+    if checkpoint.exist(folder / "checkpoint"):
+        check_trace(folder, api.checkpointed(folder))
     rows = report.rows(folder / "metrics.jsonl")
     curve = {key: [row[key] for row in rows] for key in ("time_s", "loss", "step", "gradients")}
     if loss is None:

@@ -224,6 +224,27 @@ def test_an_experiment_is_read_as_machines_run_it(tmp_path):
     assert (state, "run.toml is " in said) == ("good", True)
 
 
+def test_files_are_compared_by_what_is_in_them(tmp_path, monkeypatch):
+    told = {}
+    for name, label in (("a", 1), ("b", 1), ("c", 0)):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        Path("d.svm").write_text(f"0 1:1\n{label} 1:2\n1 1:3\n" * 2)
+        data = 'name = "logistic"\ndata = "d.svm"\n'
+        Path("run.toml").write_text(deploying.SERVER.replace(deploying.QUADRATIC, data))
+        settings = doctor.fingerprint(Path("run.toml"))
+        told[name] = {"versions": {}, "keys": {}, "settings": settings}
+    everywhere.compare(found := [], told)
+    ((host, check, state, said, _),) = found
+    assert (host, check, state) == ("c", "experiment", "wrong")
+    assert re.search(r"task\.data is \w{32}, elsewhere \w{32}", said)
+    told = of(
+        look(host_file(tmp_path, ("a", "127.0.0.1", free())), "a", experiment=Path("run.toml")),
+        "files",
+    )
+    assert told == [("good", "1 that it reads are there, 0.0 MB", "")]
+
+
 def test_an_experiment_that_cannot_be_read(tmp_path):
     path = host_file(tmp_path, ("a", "127.0.0.1", free()))
     (tmp_path / "run.toml").write_text(deploying.SERVER.replace('"pure"', '"pur"'))

@@ -209,8 +209,8 @@ def test_runs_of_another_version_are_told(folders, tmp_path):
     shutil.copytree(folders / "study", tmp_path / "study")
     monkey = tmp_path / "study" / study.CELLS
     first, *others = monkey.read_bytes().splitlines(keepends=True)
-    other = first.replace(b'"version":"', b'"version":"9.').replace(b'"cell":"', b'"cell":"0')
-    monkey.write_bytes(b"".join([other, *others]))
+    other = cell.decode(first) | {"version": "9.0", "cell": "0"}
+    monkey.write_bytes(b"".join([cell.encode(other), *others]))
     found = report.data([tmp_path / "study"])
     assert len(found["runs"]) == 15
     assert "Not shown: runs of offbeat 9." in found["notes"][1]
