@@ -1,4 +1,4 @@
-"""What all processes of the suite inherit: one BLAS thread, before numpy is imported, and SIGINT."""
+"""What processes of the suite inherit: one BLAS thread, set before numpy is imported, and SIGINT."""
 
 import os
 import signal

@@ -6,6 +6,7 @@ what the one before it answered and returns it changed, or None where nothing is
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 
 from offbeat.algorithms.server.contract import Algorithm, Server, Update
 from offbeat.runtime.errors import ConfigError
+
+FACTS = tuple(Update.__annotations__)
 
 
 class Rule(Protocol):
@@ -183,7 +186,7 @@ class Method(Algorithm):
         self._step(server, update, update.payload, self.rules)
         self.schedule.arrived(server, update)
 
-    def _step(self, server: Server, update: Any, g: Any, rules: Sequence[Rule]) -> None:
+    def _step(self, server: Server, update: Update, g: Any, rules: Sequence[Rule]) -> None:
         for rule in rules:
             g = rule(server, update, g)
             if g is None:
@@ -198,8 +201,7 @@ class Method(Algorithm):
         """See ``Algorithm``; a round that waited for this job alone is over."""
         for at, rule in enumerate(self.rules):
             if isinstance(rule, Round) and rule.count and not server.outstanding:
-                # Of a round, no update is left for the rules behind it to look at.
-                self._step(server, None, rule.mean(), self.rules[at + 1 :])
+                self._step(server, rule.last, rule.mean(), self.rules[at + 1 :])
         self.schedule.lost(server)
 
     def joined(self, server: Server, worker: int, lost: int) -> None:
@@ -272,15 +274,21 @@ class Buffer(Rule):
 
 @dataclass
 class Round(Rule):
-    """Nothing until no job is out, then the mean of all that came: one step a barrier."""
+    """Nothing until no job is out, then the mean of all that came: one step a barrier.
+
+    The rules behind it are told of the last update of the round.
+    """
 
     count: int = 0
     total: NDArray | None = None  # [d], sum of the updates so far
+    last: Any = field(default_factory=SimpleNamespace)  # an Update, in fields for checkpoints
 
     def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray | None:
         """See ``Rule``."""
         self.total = g if self.total is None else self.total + g
         self.count += 1
+        # The job that ends the round may be one that is lost.
+        self.last = SimpleNamespace(**{name: getattr(update, name) for name in FACTS})
         return None if server.outstanding else self.mean()
 
     def mean(self) -> NDArray:
