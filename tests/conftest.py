@@ -1,4 +1,4 @@
-"""What processes of the suite inherit: one BLAS thread, set before numpy is imported, and SIGINT."""
+"""What processes of the suite inherit: one BLAS thread, from before numpy is there, and SIGINT."""
 
 import os
 import signal
