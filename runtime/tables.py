@@ -7,7 +7,7 @@ import gzip
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from itertools import pairwise
@@ -60,6 +60,13 @@ def whole(word: str) -> int | None:
     return int(number)
 
 
+def wholes(words: Iterable[str]) -> list[int] | None:
+    """All words as whole numbers; None where one is none."""
+    numbers = [whole(word) for word in words]
+    found = [number for number in numbers if number is not None]
+    return found if len(found) == len(numbers) else None
+
+
 def natural(name: str) -> list[tuple[int, int, str]]:
     """The key that sorts w2 before w10."""
     parts = re.findall(r"\d+|\D+", name)
@@ -83,7 +90,7 @@ class Table:
     lines: list[int]
     rows: list[list[str]]
     remarks: list[str] = field(default_factory=list)
-    header: list[str] | None = None
+    header: list[str] = field(default_factory=list)
 
     @property
     def columns(self) -> int:
@@ -92,12 +99,10 @@ class Table:
 
     def at(self, row: int) -> str:
         """Where a row is, and how it begins."""
-        said = (", " if self.sign == "," else " ").join(self.rows[row])
-        return f'{self.path} line {self.lines[row]}: "{said[:40]}"'
+        return f'{self.path} line {self.lines[row]}: "{self.sign.join(self.rows[row])[:40]}"'
 
     def column(self, role: str) -> list[str]:
         """The fields of the column that ``header`` calls ``role``."""
-        assert self.header is not None
         place = self.header.index(role)
         return [row[place] for row in self.rows]
 
@@ -166,8 +171,8 @@ class Table:
 
     def _counts(self, place: int) -> bool:
         """Whether a column counts rows, from any number on."""
-        numbers = [whole(row[place]) for row in self.rows]
-        return all(b is not None and b - 1 == a for a, b in pairwise(numbers))
+        numbers = wholes(row[place] for row in self.rows)
+        return numbers is not None and all(b - 1 == a for a, b in pairwise(numbers))
 
 
 def read_table(path: str | Path, content: str | None = None) -> Table:
@@ -180,7 +185,8 @@ def read_table(path: str | Path, content: str | None = None) -> Table:
         ConfigError: it cannot be read, or lines are cut in several ways or into several numbers
             of fields; names file and line.
     """
-    lines, remarks = [], []
+    lines: list[tuple[int, str]] = []
+    remarks: list[str] = []
     for number, line in enumerate(
         (read_text(path) if content is None else content).splitlines(), 1
     ):

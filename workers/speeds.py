@@ -23,7 +23,7 @@ from pydantic import Field
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.registry import NonNegative, Positive, Registry, Spec
-from offbeat.runtime.tables import Table, natural, read_table, read_text, whole
+from offbeat.runtime.tables import Table, natural, read_table, read_text, wholes
 from offbeat.workers.work import WORK
 
 SPEEDS = Registry("speed law")
@@ -376,19 +376,16 @@ def _trace_rows(path: Path) -> tuple[Sequence[object], list[tuple[int, int, floa
 
 def _table_rows(table: Table) -> tuple[Sequence[object], list[tuple[int, int, float]]]:
     """See ``_trace_rows``."""
-    have = set(table.header or ()) - {""}
+    have = set(table.header) - {""}
     if have not in ({"worker", "seconds"}, *({"worker", "start", e} for e in ("end", "seconds"))):
         raise ConfigError(f"{table.path}: has the columns {', '.join(sorted(have))}; {TAKEN}")
     called = table.column("worker")
-    numbers = [n for n in map(whole, called) if n is not None]
-    names: Sequence[object]
-    if len(numbers) == len(called):
+    names: Sequence[object] = (known := sorted(set(called), key=natural))
+    place = {name: at for at, name in enumerate(known)}
+    workers = [place[name] for name in called]
+    if (numbers := wholes(called)) is not None:
         first = min(numbers, default=0)
         names, workers = range(first, sys.maxsize), [n - first for n in numbers]
-    else:
-        names = sorted(set(called), key=natural)
-        place = {name: at for at, name in enumerate(names)}
-        workers = [place[name] for name in called]
     start = np.array(table.numbers("start") if "start" in have else np.arange(len(called)), float)
     taken = np.array(table.numbers("end" if "end" in have else "seconds"))
     if "end" in have:
