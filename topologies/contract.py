@@ -1,8 +1,8 @@
 """What a topology is: for every round, who listens to whom and with what weight."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import networkx as nx
 import numpy as np
@@ -13,6 +13,7 @@ from offbeat.runtime.registry import Registry, Spec
 from offbeat.runtime.tables import wholes
 
 TOPOLOGIES = Registry("topology")
+T = TypeVar("T")
 KEPT_ROUNDS = 64  # matrices of a cyclic sequence that are kept; of a random one, the last
 
 
@@ -72,31 +73,33 @@ class Topology:
             return self._graph(self._place(k))
         return graph_of(self.matrix(k), self.directed)
 
-    def seats(self, hosts: Sequence[str]) -> list[int]:
-        """The place in ``hosts`` of each node: by name, or in order where nodes are numbers.
+    def seated(self, hosts: Mapping[str, T]) -> list[T]:
+        """What each node has in ``hosts``: by name, whatever their order.
+
+        Where the nodes' names are numbers, or the hosts are counted (n0, n1, ...), it is by order.
 
         Raises:
             ConfigError: the names of nodes and hosts are not the same.
 
-        >>> Topology(2, lambda k: None, names=["Oslo", "Bern"]).seats(["bern", "oslo"])
+        >>> Topology(2, lambda k: None, names=["Oslo", "Bern"]).seated({"bern": 0, "oslo": 1})
         [1, 0]
         """
-        if self.names is None or wholes(self.names) is not None:
-            return list(range(len(hosts)))
-        place = {host.casefold(): at for at, host in enumerate(hosts)}
+        stem = next(iter(hosts), "").removesuffix("0")
+        counted = [*hosts] == [f"{stem}{i}" for i in range(len(hosts))]
+        if self.names is None or counted or wholes(self.names) is not None:
+            return list(hosts.values())
+        of = {host.casefold(): value for host, value in hosts.items()}
         nodes = [name.casefold() for name in self.names]
-        for node in nodes:
-            if node not in place:
-                raise ConfigError(
-                    f'no host is called "{node}", as a node of the graph is{nearest(node, place)}; '
-                    "hosts are its nodes by name"
-                )
-        if extra := sorted(place.keys() - {*nodes}):
-            raise ConfigError(
-                f'no node of the graph is called "{extra[0]}", as a host is'
-                f"{nearest(extra[0], nodes)}; hosts are its nodes by name"
-            )
-        return [place[node] for node in nodes]
+        for ours, theirs, said in (
+            (nodes, of, 'no host is called "{}", as a node of the graph is'),
+            (of, nodes, 'no node of the graph is called "{}", as a host is'),
+        ):
+            for name in ours:
+                if name not in theirs:
+                    raise ConfigError(
+                        f"{said.format(name)}{nearest(name, theirs)}; hosts are nodes by name"
+                    )
+        return [of[node] for node in nodes]
 
     def _place(self, k: int) -> int:
         return k % self.period if self.period else k

@@ -53,9 +53,8 @@ the largest: 1; add edges, or pass allow_disconnected=True
     """
     if not len(graph):
         raise ConfigError("the graph has no nodes")
-    names = [str(node) for node in graph]
-    if names == [str(i) for i in range(len(graph))]:
-        names = None
+    written = [str(node) for node in graph]
+    names = None if written == [str(i) for i in range(len(graph))] else written
     if not _plain(graph):
         graph = _single(graph)
     own = None if _plain(graph) else lambda k: graph
