@@ -217,7 +217,7 @@ def mount(
 
         with telling(form):
             listed = read_hosts(hosts)
-            number, own = listed.node(node)
+            own = listed.node(node)
             found = read(
                 file,
                 {"engine": own_engine(file) or "zmq", "clock": "real"},
@@ -227,6 +227,9 @@ def mount(
                 raise ConfigError(
                     f"{file}: is a comparison of {len(found)} runs; take one at a time"
                 )
+            seats = {one.name: Seat(one.name, one.endpoint) for one in listed.nodes()}
+            topology = found[0].topology
+            placed = topology.seated(seats) if topology else [*seats.values()]
             if suspect_after_s is None:
                 usual = Liveness.suspect_after_s
                 suspect_after_s = getattr(found[0].engine, "suspect_after_s", usual)
@@ -234,8 +237,8 @@ def mount(
                 bind = own.endpoint if folder is None else f"tcp://*:{own.port}"
             reason = PeerProcess(
                 alone(found[0]),
-                [Seat(one.name, one.endpoint) for one in listed.nodes()],
-                number,
+                placed,
+                placed.index(seats[node]),
                 out or Path("runs") / f"{file.stem}-{node}",
                 bind=bind,
                 keys_folder=folder,

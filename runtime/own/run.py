@@ -280,8 +280,10 @@ def _peering(
     if len(experiments) > 1:
         raise ConfigError(f"{file}: is a comparison of {len(experiments)} runs; take one at a time")
     place = Path("runs") / f"{file.stem}-{name}" if folder is None else Path(folder)
-    seats = [Seat(*seat) for seat in hosts.items()]
-    number = [*hosts].index(name)
+    listed = {node: Seat(node, endpoint) for node, endpoint in hosts.items()}
+    topology = experiments[0].topology
+    seats = topology.seated(listed) if topology else [*listed.values()]
+    number = seats.index(listed[name])
     return partial(Peering, alone(experiments[0]), seats, number, place, **options)
 
 

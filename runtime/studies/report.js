@@ -564,7 +564,7 @@ function graph(host, one) {
     out.push(`<path d="${lit.map(line).join("")}" stroke="var(--c1)" fill="none" stroke-width="${one.n > 40 ? 0.9 : 1.6}" stroke-opacity=".8"/>`);
     at.forEach(([x, y], i) => {
       const loss = frame.loss ? frame.loss[i] : null, f = loss > 0 && high > low ? (Math.log(loss) - low) / (high - low) : 0;
-      out.push(`<circle cx="${x.toFixed(1)}" cy="${y.toFixed(1)}" r="${r}" fill="${loss === null ? "var(--c0)" : heat(f)}" stroke="${busy.has(i) ? "var(--c1)" : "var(--card)"}" stroke-width="${busy.has(i) ? 3 : 1}"><title>node ${i}${loss === null ? "" : `: loss ${num(loss)}`}</title></circle>`);
+      out.push(`<circle cx="${x.toFixed(1)}" cy="${y.toFixed(1)}" r="${r}" fill="${loss === null ? "var(--c0)" : heat(f)}" stroke="${busy.has(i) ? "var(--c1)" : "var(--card)"}" stroke-width="${busy.has(i) ? 3 : 1}"><title>node ${esc(one.names[i])}${loss === null ? "" : `: loss ${num(loss)}`}</title></circle>`);
     });
     box.innerHTML = `${out.join("")}</svg>`;
     caption.innerHTML = `<b>${esc(one.name)}</b><br><span class="note">${esc(one.facts)}<br>${esc(frame.said)}${losses.length ? ` <br>${ramp()} loss at the node’s model, ${num(Math.exp(low), 3)} to ${num(Math.exp(high), 3)} (log)` : ""}</span>`;
