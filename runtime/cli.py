@@ -37,7 +37,7 @@ from offbeat.runtime.net import cli as net
 from offbeat.runtime.registry import Spec, told_apart
 from offbeat.runtime.studies.cli import mount
 from offbeat.topologies import TOPOLOGIES, WEIGHTS, facts
-from offbeat.workers.data import BUNDLED
+from offbeat.workers.data import BUNDLED, TAKEN
 from offbeat.workers.partition import PARTITIONS
 from offbeat.workers.speeds import SPEEDS
 from offbeat.workers.tasks import TASKS
@@ -235,7 +235,7 @@ def list_(
     if what == "data":
         for name, about in BUNDLED.items():
             console.print(f"[bold]{name}[/]  {about}", highlight=False)
-        console.print("or the path of a LibSVM (.svm, .gz, .bz2) or .npz file")
+        console.print(f"or {TAKEN}", highlight=False, markup=False)
         return
     if what not in LISTS:
         raise ConfigError(f'cannot list "{what}"{nearest(what, [*LISTS, "data"])}')
