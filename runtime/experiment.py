@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 
 import tomli_w
 
+from offbeat.algorithms.base import completed
 from offbeat.algorithms.gossip import Gossip
+from offbeat.algorithms.gossip.contract import own_gossip
 from offbeat.algorithms.server import ALGORITHMS, Algorithm
 from offbeat.runtime.backends import ENGINES, Backend, Virtual, Zmq, virtual
 from offbeat.runtime.errors import ConfigError, nearest
@@ -224,6 +226,11 @@ NEEDED = {
     "work": ("update",),
     "engine": ("crew",),
 }
+# What an object of a user's own must have.
+WHOLE = {
+    "task": ("workers", "dim", "initial", "gradient", "evaluate"),
+    "work": ("steps", "keep", "update"),
+}
 MODES = ("synchronous", "asynchronous")
 REPLICAS = ("links", "global")
 KEYS = [entry.name for entry in fields(Experiment)]
@@ -396,6 +403,12 @@ def make_part(registry: Registry, given: Any, **extra: Any) -> Any:
         raise ConfigError(
             f"{given!r} is no {registry.kind}; give its name, a table, or an object "
             "(a factory needs its brackets, as in pure())"
+        )
+    if registry is ALGORITHMS:
+        return completed(given, Algorithm) if hasattr(given, "arrive") else own_gossip(given)
+    if lacking := [name for name in WHOLE.get(registry.kind, ()) if not hasattr(given, name)]:
+        raise ConfigError(
+            f"{type(given).__name__} is no {registry.kind}: it has no {' and no '.join(lacking)}"
         )
     return given
 

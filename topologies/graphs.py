@@ -359,7 +359,7 @@ def file(path: str, weights: Weights | None = None, allow_disconnected: bool = F
             raise ConfigError(f"{path}: is W itself; leave weights out")
         try:
             return from_matrix(np.load(place))
-        except (OSError, ValueError) as error:
+        except (OSError, EOFError, ValueError) as error:
             raise ConfigError(f"{path}: {error}") from None
     if place.suffix == ".graphml":
         try:
