@@ -19,6 +19,7 @@ from offbeat.algorithms.server import ALGORITHMS, Algorithm
 from offbeat.runtime.backends import ENGINES, Backend, Virtual, Zmq, virtual
 from offbeat.runtime.errors import ConfigError, nearest
 from offbeat.runtime.network import Network
+from offbeat.runtime.overrides import change
 from offbeat.runtime.registry import (
     MADE_BY_HAND,
     MOST_SEEDS,
@@ -256,48 +257,10 @@ def read(
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: is not TOML: {error}") from None
     try:
-        for key, value in (given or {}).items():
-            put(table, key, value)
-        for override in overrides:
-            apply_override(table, override)
+        change(table, given or {}, overrides)
         return from_table(table, ours=True)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-
-
-def apply_override(table: dict[str, Any], override: str) -> None:
-    """Set ``key.key=value`` in a table; the value is TOML, else text.
-
-    >>> table = {}
-    >>> apply_override(table, "fleet.speeds=lognormal(1.0)")
-    >>> apply_override(table, "algorithm.lr=0.5")
-    >>> table
-    {'fleet': {'speeds': 'lognormal(1.0)'}, 'algorithm': {'lr': 0.5}}
-    """
-    path, equals, text = override.partition("=")
-    if not equals or not path.strip():
-        raise ConfigError(f'cannot read "--set {override}"; write --set key.key=value')
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    put(table, path, value)
-
-
-def put(table: dict[str, Any], path: str, value: Any) -> None:
-    """Set a dotted key, in every table of a list of tables on the way."""
-    *parents, last = (part.strip() for part in path.split("."))
-    places = [table]
-    for parent in parents:
-        inner = [place.setdefault(parent, {}) for place in places]
-        places = [one for item in inner for one in (item if isinstance(item, list) else [item])]
-        if not all(isinstance(place, dict) for place in places):
-            raise ConfigError(
-                f'cannot set {path}: "{parent}" is written as text here; write it as a table, '
-                f'[{parent}] with name = "..."'
-            )
-    for place in places:
-        place[last] = value
 
 
 def from_table(table: Mapping[str, Any], *, ours: bool = False) -> list[Experiment]:
@@ -447,7 +410,7 @@ def with_more(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
                 f'"{override}" would make it another run; only stop.* and {" and ".join(SAVING)} '
                 "can be set when resuming"
             )
-        apply_override(table, override)
+    change(table, {}, overrides)
     stop, record = make_settings(Stop, table["stop"]), make_settings(Record, table["record"])
     return replace(experiment, stop=stop, record=record)
 

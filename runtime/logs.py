@@ -40,6 +40,8 @@ EVENTS = {
     "ended": "the process is done; reason",
     "failed": "the process ends with an error; exit_code",
 }
+FIRST_S = 1.0  # of waiting, until it is said for what,
+REMIND_S = 30.0  # and then every so often
 log = logging.getLogger("offbeat.net")
 _who: dict[str, str | int | None] = {"run": None, "node": None, "incarnation": None}
 

@@ -61,7 +61,7 @@ def show(name: Name, folder: Folder = Path("keys")) -> None:
     typer.echo(keys.show(folder, name))
 
 
-@keyring.command("authorize")
+@keyring.command("authorize", context_settings={"ignore_unknown_options": True})  # keys of "-..."
 def authorize(
     name: Name,
     key: Annotated[str, typer.Argument(help="Its public key, as offbeat keys show prints it.")],
