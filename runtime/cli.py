@@ -146,8 +146,6 @@ def run(
     if file is None:
         table: dict[str, Any] = {}
         change(table, given, overrides or [])
-        if "task" not in table:
-            raise ConfigError("give an experiment's file, or --task, as --task logistic:digits")
         experiments, stem = from_table(table, ours=True), "run"
     else:
         if clash := [key for key in ("task", "algorithm", "topology", "mode") if key in given]:

@@ -50,7 +50,8 @@ class Record:
     Args:
         trace: every arrival (needed for replay and the timeline).
         nodes: the loss at each node's model, of gossip on at most 200 nodes; slower.
-        save_every_s: wall seconds between checkpoints of a run with a folder.
+        save_every_s: wall seconds between checkpoints of a run with a folder; the first comes
+            after a thirtieth of that, and each after twice the time of the one before.
         max_failed_saves: of them in a row, on a full disk for instance, after which the run ends.
     """
 
@@ -275,7 +276,10 @@ def from_table(table: Mapping[str, Any], *, ours: bool = False) -> list[Experime
     for key, (registry, example) in examples.items():
         if key not in table:
             known = ", ".join(registry)
-            mistakes.append(f'[{key}] is missing; for example {key} = "{example}"; known: {known}')
+            mistakes.append(
+                f'[{key}] is missing; for example {key} = "{example}", or --{key} {example} where '
+                f"there is no file; known: {known}"
+            )
 
     def attempt(make: Any, *args: Any, **kwargs: Any) -> Any:
         try:

@@ -36,7 +36,7 @@ EVENTS = {
     "differs": "a neighbour runs another experiment; why",
     "saved": "a checkpoint is on the disk; step",
     "save_failed": "it is not; failed, most (in a row, before the run ends), why",
-    "resumed": "the run goes on from a checkpoint; step, skipped (damaged ones)",
+    "resumed": "the run goes on from a checkpoint; step, skipped (damaged ones), lost (results)",
     "ended": "the process is done; reason",
     "failed": "the process ends with an error; exit_code",
 }

@@ -223,7 +223,8 @@ class PeerProcess:
         self._leaving = self._late = False
         self._limit: float = 0 if watched else experiment.stop.steps or math.inf
         self._saving: Future[None] | None = None
-        self._saves = checkpoint.Attempts(experiment.record.max_failed_saves)
+        record = experiment.record
+        self._saves = checkpoint.Attempts(record.max_failed_saves, record.save_every_s)
         self._evaluating: Future[dict[str, Any]] | None = None
         self._newest: tuple[int, int, float, Any] | None = None  # model that is to be, next
         self._began_s = time.monotonic()
@@ -475,7 +476,7 @@ class PeerProcess:
         if self._hosted is None or self._watched:
             return
         self._keep(self._hosted.report(0.0))
-        if now_s - self._save_s >= self.experiment.record.save_every_s and not self._saving:
+        if now_s - self._save_s >= self._saves.wait_s and not self._saving:
             self._save_s = now_s
             self._hosted.ask(0, "state")
 
