@@ -502,7 +502,11 @@ def _finish(
         if state is not None:
             engine.restore(state)
             text = f"goes on from the checkpoint of step {engine.step}"
-            tell("resumed", text, step=engine.step, skipped=notes or [])
+            if (lost := records.lost) and experiment.real:
+                text += f"; the {lost:,} or more results that came after it are lost"
+            elif lost:
+                text += f"; the {lost:,} or more results that came after it are computed again"
+            tell("resumed", text, step=engine.step, skipped=notes or [], lost=lost)
         elif folder is not None:
             records.begin()
         reason, final = engine.run()

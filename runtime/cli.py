@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,13 +32,15 @@ from offbeat.runtime.errors import (
     StorageError,
     nearest,
 )
-from offbeat.runtime.experiment import Experiment, apply_override, from_table, put, read
-from offbeat.runtime.logs import at_terminal
+from offbeat.runtime.experiment import Experiment, from_table, read
+from offbeat.runtime.logs import at_terminal, telling
 from offbeat.runtime.net import cli as net
+from offbeat.runtime.overrides import change
 from offbeat.runtime.registry import Spec, told_apart
+from offbeat.runtime.strict import StrictGroup
 from offbeat.runtime.studies.cli import mount
 from offbeat.topologies import TOPOLOGIES, WEIGHTS, facts
-from offbeat.workers.data import BUNDLED
+from offbeat.workers.data import BUNDLED, TAKEN
 from offbeat.workers.partition import PARTITIONS
 from offbeat.workers.speeds import SPEEDS
 from offbeat.workers.tasks import TASKS
@@ -60,6 +63,7 @@ LISTS = {
 }
 
 app = typer.Typer(
+    cls=StrictGroup,
     help="Asynchronous and decentralised optimisation on fleets of unequal workers.",
     no_args_is_help=True,
     add_completion=False,
@@ -141,10 +145,7 @@ def run(
     given = {key: value for key, value in named.items() if value is not None}
     if file is None:
         table: dict[str, Any] = {}
-        for key, value in given.items():
-            put(table, key, value)
-        for override in overrides or []:
-            apply_override(table, override)
+        change(table, given, overrides or [])
         experiments, stem = from_table(table, ours=True), "run"
     else:
         if clash := [key for key in ("task", "algorithm", "topology", "mode") if key in given]:
@@ -175,7 +176,9 @@ def resume(
     """Go on with a run that was stopped; it ends as if it had not been."""
     parts = _parts(folder)
     labels = {part.name: part for part in parts} or {folder.name: folder}
-    _go_on(labels, folder, overrides=overrides, engine=engine)
+    served = net.own_engine(folder / "experiment.toml") and engine is None
+    with telling("text") if served else nullcontext():  # it may wait for others
+        _go_on(labels, folder, overrides=overrides, engine=engine)
 
 
 @app.command()
@@ -235,7 +238,7 @@ def list_(
     if what == "data":
         for name, about in BUNDLED.items():
             console.print(f"[bold]{name}[/]  {about}", highlight=False)
-        console.print("or the path of a LibSVM (.svm, .gz, .bz2) or .npz file")
+        _say(f"or {TAKEN}")
         return
     if what not in LISTS:
         raise ConfigError(f'cannot list "{what}"{nearest(what, [*LISTS, "data"])}')

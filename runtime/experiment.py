@@ -12,11 +12,14 @@ from typing import Any, TypeVar
 
 import tomli_w
 
+from offbeat.algorithms.base import completed
 from offbeat.algorithms.gossip import Gossip
+from offbeat.algorithms.gossip.contract import own_gossip
 from offbeat.algorithms.server import ALGORITHMS, Algorithm
 from offbeat.runtime.backends import ENGINES, Backend, Virtual, Zmq, virtual
 from offbeat.runtime.errors import ConfigError, nearest
 from offbeat.runtime.network import Network
+from offbeat.runtime.overrides import change
 from offbeat.runtime.registry import (
     MADE_BY_HAND,
     MOST_SEEDS,
@@ -47,7 +50,8 @@ class Record:
     Args:
         trace: every arrival (needed for replay and the timeline).
         nodes: the loss at each node's model, of gossip on at most 200 nodes; slower.
-        save_every_s: wall seconds between checkpoints of a run with a folder.
+        save_every_s: wall seconds between checkpoints of a run with a folder; the first comes
+            after a thirtieth of that, and each after twice the time of the one before.
         max_failed_saves: of them in a row, on a full disk for instance, after which the run ends.
     """
 
@@ -224,6 +228,11 @@ NEEDED = {
     "work": ("update",),
     "engine": ("crew",),
 }
+# What an object of a user's own must have.
+WHOLE = {
+    "task": ("workers", "dim", "initial", "gradient", "evaluate"),
+    "work": ("steps", "keep", "update"),
+}
 MODES = ("synchronous", "asynchronous")
 REPLICAS = ("links", "global")
 KEYS = [entry.name for entry in fields(Experiment)]
@@ -249,48 +258,10 @@ def read(
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: is not TOML: {error}") from None
     try:
-        for key, value in (given or {}).items():
-            put(table, key, value)
-        for override in overrides:
-            apply_override(table, override)
+        change(table, given or {}, overrides)
         return from_table(table, ours=True)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-
-
-def apply_override(table: dict[str, Any], override: str) -> None:
-    """Set ``key.key=value`` in a table; the value is TOML, else text.
-
-    >>> table = {}
-    >>> apply_override(table, "fleet.speeds=lognormal(1.0)")
-    >>> apply_override(table, "algorithm.lr=0.5")
-    >>> table
-    {'fleet': {'speeds': 'lognormal(1.0)'}, 'algorithm': {'lr': 0.5}}
-    """
-    path, equals, text = override.partition("=")
-    if not equals or not path.strip():
-        raise ConfigError(f'cannot read "--set {override}"; write --set key.key=value')
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    put(table, path, value)
-
-
-def put(table: dict[str, Any], path: str, value: Any) -> None:
-    """Set a dotted key, in every table of a list of tables on the way."""
-    *parents, last = (part.strip() for part in path.split("."))
-    places = [table]
-    for parent in parents:
-        inner = [place.setdefault(parent, {}) for place in places]
-        places = [one for item in inner for one in (item if isinstance(item, list) else [item])]
-        if not all(isinstance(place, dict) for place in places):
-            raise ConfigError(
-                f'cannot set {path}: "{parent}" is written as text here; write it as a table, '
-                f'[{parent}] with name = "..."'
-            )
-    for place in places:
-        place[last] = value
 
 
 def from_table(table: Mapping[str, Any], *, ours: bool = False) -> list[Experiment]:
@@ -305,7 +276,10 @@ def from_table(table: Mapping[str, Any], *, ours: bool = False) -> list[Experime
     for key, (registry, example) in examples.items():
         if key not in table:
             known = ", ".join(registry)
-            mistakes.append(f'[{key}] is missing; for example {key} = "{example}"; known: {known}')
+            mistakes.append(
+                f'[{key}] is missing; for example {key} = "{example}", or --{key} {example} where '
+                f"there is no file; known: {known}"
+            )
 
     def attempt(make: Any, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -397,6 +371,12 @@ def make_part(registry: Registry, given: Any, **extra: Any) -> Any:
             f"{given!r} is no {registry.kind}; give its name, a table, or an object "
             "(a factory needs its brackets, as in pure())"
         )
+    if registry is ALGORITHMS:
+        return completed(given, Algorithm) if hasattr(given, "arrive") else own_gossip(given)
+    if lacking := [name for name in WHOLE.get(registry.kind, ()) if not hasattr(given, name)]:
+        raise ConfigError(
+            f"{type(given).__name__} is no {registry.kind}: it has no {' and no '.join(lacking)}"
+        )
     return given
 
 
@@ -434,7 +414,7 @@ def with_more(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
                 f'"{override}" would make it another run; only stop.* and {" and ".join(SAVING)} '
                 "can be set when resuming"
             )
-        apply_override(table, override)
+    change(table, {}, overrides)
     stop, record = make_settings(Stop, table["stop"]), make_settings(Record, table["record"])
     return replace(experiment, stop=stop, record=record)
 

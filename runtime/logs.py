@@ -36,10 +36,12 @@ EVENTS = {
     "differs": "a neighbour runs another experiment; why",
     "saved": "a checkpoint is on the disk; step",
     "save_failed": "it is not; failed, most (in a row, before the run ends), why",
-    "resumed": "the run goes on from a checkpoint; step, skipped (damaged ones)",
+    "resumed": "the run goes on from a checkpoint; step, skipped (damaged ones), lost (results)",
     "ended": "the process is done; reason",
     "failed": "the process ends with an error; exit_code",
 }
+FIRST_S = 1.0  # of waiting, until it is said for what,
+REMIND_S = 30.0  # and then every so often
 log = logging.getLogger("offbeat.net")
 _who: dict[str, str | int | None] = {"run": None, "node": None, "incarnation": None}
 

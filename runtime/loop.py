@@ -55,7 +55,7 @@ class Loop(ABC):
         stop: when to end.
         evaluate: when to evaluate.
         save: called with the state of the run to write a checkpoint, or None.
-        save_every_s: wall seconds between checkpoints.
+        save_every_s: wall seconds between checkpoints; the first ones are sooner.
         max_failed_saves: with so many in a row the run ends; its first and its last one must not
             fail at all.
         progress: called now and then with the fraction of the run that is done.
@@ -74,8 +74,8 @@ class Loop(ABC):
         progress: Callable[[float], None] | None = None,
     ) -> None:
         self.task, self.records, self.stop, self.evaluate = task, records, stop, evaluate
-        self._save, self._save_every_s, self._progress = save, save_every_s, progress
-        self._saves = Attempts(max_failed_saves)
+        self._save, self._progress = save, progress
+        self._saves = Attempts(max_failed_saves, save_every_s)
         self._started = False
         self._next_step = self._next_s = self._next_gradients = math.inf  # of evaluation
         self._alarm_s = self._next_save_s = self._wall_end_s = math.inf  # wall clock
@@ -145,7 +145,7 @@ class Loop(ABC):
             began_s = time.monotonic()
             self._alarm_s = began_s
             self._wall_end_s = began_s + (self.stop.wall_s or math.inf)
-            self._next_save_s = began_s + self._save_every_s
+            self._next_save_s = began_s + self._saves.wait_s
             self._moved = self.time_s, self.records.arrivals
             reason = self._loop()
             final = self._measured()
@@ -174,7 +174,7 @@ class Loop(ABC):
         if now_s >= self._next_save_s:
             with self._saves.bear():
                 self._checkpoint()
-            self._next_save_s = time.monotonic() + self._save_every_s
+            self._next_save_s = time.monotonic() + self._saves.wait_s
         if self._progress is not None:
             self._progress(self._fraction())
         self._alarm_s = min(self._next_save_s, self._wall_end_s, now_s + PROGRESS_EVERY_S)

@@ -39,16 +39,24 @@ class Growing:
         except OSError as error:
             raise self._unwritable(error) from None
 
-    def cut(self, length: int) -> None:
-        """Go on from there; raises StorageError where it is shorter."""
+    def cut(self, length: int) -> int:
+        """Go on from there; answers how many results came after it.
+
+        Raises:
+            StorageError: it is shorter.
+        """
         self._held.clear()
         if (there := self._file.seek(0, os.SEEK_END)) < length:
             raise StorageError(
                 f"{self.path}: has {there} bytes, but the checkpoint was written at {length}; "
                 "it was cut or replaced, so the run cannot go on from it"
             )
+        with self.path.open("rb") as file:
+            file.seek(length)
+            results = sum(line.startswith(b"[") for line in file)
         self._file.truncate(length)
         self._file.seek(length)
+        return results
 
     def write(self, text: str) -> None:
         """Add ``text``; raises StorageError where too much waits for a disk that takes nothing."""
@@ -113,6 +121,7 @@ class Records:
         self.metrics: list[dict[str, float]] = []
         self.histogram = np.zeros(1, np.int64)  # staleness tau -> arrivals
         self.events: list[dict[str, Any]] = []  # outages
+        self.lost = 0  # results after the checkpoint that was restored
         self._keep = trace
         self._chunks: list[NDArray] = []
         self._files: dict[str, Growing] = {}
@@ -271,8 +280,8 @@ class Records:
         """Cut the files back to where the checkpoint was written."""
         self.flushed, self.histogram = state["flushed"], state["histogram"]
         self.done, self.busy_s, self.events = state["done"], state["busy_s"], state["events"]
-        for name, file in self._files.items():
-            file.cut(state["lengths"].get(name, 0))
+        cut = {n: file.cut(state["lengths"].get(n, 0)) for n, file in self._files.items()}
+        self.lost = cut.get("trace.jsonl", 0)
         if "metrics.jsonl" in self._files:
             self.metrics = read_lines(self._files["metrics.jsonl"].path)
 

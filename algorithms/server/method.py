@@ -4,6 +4,7 @@ Rules are transformations of one update, in the manner of gradient transformatio
 what the one before it answered and returns it changed, or None where nothing is to be applied.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from offbeat.algorithms.base import completed
 from offbeat.algorithms.server.contract import Algorithm, Server, Update
 from offbeat.runtime.errors import ConfigError
 
@@ -27,19 +29,24 @@ class Rule(Protocol):
 
 
 class Plan(Protocol):
-    """Who works next, and when; ``Schedule`` is one, ``Windows`` another."""
+    """Who works next, and when; ``Schedule`` is one, ``Windows`` another.
+
+    One of one's own needs ``start`` and ``arrived``; the rest has plain defaults.
+    """
 
     any_shard: bool = False
     """See ``Algorithm``."""
 
     def check(self, n: int) -> None:
-        """Raise ConfigError where n workers cannot follow it."""
-        ...
+        """Raise ConfigError where n workers cannot follow it; by default any can."""
+        return None
 
+    @abstractmethod
     def start(self, server: Server) -> None:
         """Hand out the first jobs."""
         ...
 
+    @abstractmethod
     def arrived(self, server: Server, update: Update) -> None:
         """One more result is in and has been applied."""
         ...
@@ -49,12 +56,13 @@ class Plan(Protocol):
         return None
 
     def lost(self, server: Server) -> None:
-        """One result will never come."""
-        ...
+        """One result will never come; nothing by default."""
+        return None
 
     def joined(self, server: Server, worker: int, lost: int) -> None:
-        """A worker is back, ``lost`` of whose jobs were lost."""
-        ...
+        """A worker is back, ``lost`` of whose jobs were lost: it gets as many by default."""
+        for _ in range(lost):
+            server.assign(worker)
 
 
 class Order(Protocol):
@@ -170,8 +178,8 @@ class Method(Algorithm):
     """A server method made of a plan and update rules, applied in turn."""
 
     def __init__(self, schedule: Plan, rules: Sequence[Rule]) -> None:
-        self.schedule, self.rules = schedule, list(rules)
-        self.any_shard = schedule.any_shard
+        self.schedule, self.rules = completed(schedule, Plan), list(rules)
+        self.any_shard = self.schedule.any_shard
 
     def check(self, n: int) -> None:
         """See ``Algorithm``."""

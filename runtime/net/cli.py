@@ -61,7 +61,7 @@ def show(name: Name, folder: Folder = Path("keys")) -> None:
     typer.echo(keys.show(folder, name))
 
 
-@keyring.command("authorize")
+@keyring.command("authorize", context_settings={"ignore_unknown_options": True})  # keys of "-..."
 def authorize(
     name: Name,
     key: Annotated[str, typer.Argument(help="Its public key, as offbeat keys show prints it.")],
@@ -170,7 +170,7 @@ def mount(
         name: Annotated[str, typer.Option(help="Of this worker, and of its key.")] = "",
         folder: Keys = None,
         device: Annotated[
-            str, typer.Option(help="Where a torch task computes: cpu, cuda or cuda:0.")
+            str, typer.Option(help="Where a torch task such as lm computes: cpu, cuda:0, ...")
         ] = "cpu",
         max_wait_s: Annotated[
             float | None, typer.Option(help="Without a server for so long, give up.")

@@ -56,8 +56,10 @@ def new(folder: Path, name: str) -> Path:
         raise ConfigError(f"{secret} exists; remove it first, or choose another name") from None
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written ({error.strerror})") from None
-    public, _ = create_certificates(folder, name)
-    return Path(public)
+    while True:
+        public, _ = create_certificates(folder, name)
+        if not show(folder, name).startswith("-"):  # which shells and programs take for an option
+            return Path(public)
 
 
 def show(folder: Path, name: str) -> str:

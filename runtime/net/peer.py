@@ -45,7 +45,7 @@ from offbeat.runtime.errors import (
 )
 from offbeat.runtime.experiment import FILES, Experiment
 from offbeat.runtime.hosted import Hosted, Parcel, Report
-from offbeat.runtime.logs import Note, identify, tell
+from offbeat.runtime.logs import FIRST_S, REMIND_S, Note, identify, tell
 from offbeat.runtime.net import keys, mesh, sockets
 from offbeat.runtime.net import messages as say
 from offbeat.runtime.net.jobs import Liveness
@@ -65,7 +65,6 @@ LEAVE_S = 10.0  # for the node's state, once the process is asked to end
 FAREWELL_S = 0.5  # for the last words to be on their way
 RECONNECT_MS = 100, 1000
 KNOCK_S = 2.0  # after a neighbour has refused this peer's key, before it knocks again
-REMIND_S = 30.0
 MOST_WATCHERS = 16  # whose reports are on their way at a time
 
 
@@ -224,12 +223,13 @@ class PeerProcess:
         self._leaving = self._late = False
         self._limit: float = 0 if watched else experiment.stop.steps or math.inf
         self._saving: Future[None] | None = None
-        self._saves = checkpoint.Attempts(experiment.record.max_failed_saves)
+        record = experiment.record
+        self._saves = checkpoint.Attempts(record.max_failed_saves, record.save_every_s)
         self._evaluating: Future[dict[str, Any]] | None = None
         self._newest: tuple[int, int, float, Any] | None = None  # model that is to be, next
         self._began_s = time.monotonic()
         self._save_s = self._look_s = self._began_s
-        self._remind_s = self._began_s + REMIND_S
+        self._remind_s = self._began_s + FIRST_S
         self._last: dict[str, Any] = {}  # metrics
         self._handshakes = 0
         self._knocks: dict[int, float] = {}  # neighbour -> when to knock again
@@ -476,7 +476,7 @@ class PeerProcess:
         if self._hosted is None or self._watched:
             return
         self._keep(self._hosted.report(0.0))
-        if now_s - self._save_s >= self.experiment.record.save_every_s and not self._saving:
+        if now_s - self._save_s >= self._saves.wait_s and not self._saving:
             self._save_s = now_s
             self._hosted.ask(0, "state")
 

@@ -23,7 +23,7 @@ from offbeat.runtime.checkpoint import write_whole
 from offbeat.runtime.crew import Answer, Back, Crew, Event, Gone, Order
 from offbeat.runtime.errors import ConfigError, CrewError, Fenced, StorageError
 from offbeat.runtime.finite import finite
-from offbeat.runtime.logs import identify, tell
+from offbeat.runtime.logs import FIRST_S, REMIND_S, identify, tell
 from offbeat.runtime.net import keys, shapes, sockets
 from offbeat.runtime.net.hub import SERVER, Hub
 from offbeat.runtime.net.jobs import Liveness
@@ -46,7 +46,6 @@ FIRST = 2**52  # serial of the job that asks for a model; no run has so many
 START_S = 60.0  # for the workers of this machine to be there
 GOODBYE_S = 1.0  # for members to hear that the server stops,
 FAREWELL_S = 60.0  # or that the run is over: one that computes, and lives, hears it afterwards
-REMIND_S = 30.0  # between two sentences that say what is waited for
 
 
 class Claim:
@@ -169,7 +168,7 @@ class ZmqCrew(Crew):
                 self._exporter = Exporter(options.metrics, SERVER)
             now_s = time.monotonic()
             self._tick_s = self._look_s = now_s
-            self._alone_s = self._remind_s = now_s  # since when nobody is here
+            self._alone_s, self._remind_s = now_s, now_s + FIRST_S  # since when nobody is here
             self._most_idle_s = options.most_idle_s
             self._frames: list[Any] = []  # of the message that is being read
             text = f"server {self._claim.incarnation} listens at {self.endpoint}"
@@ -381,15 +380,16 @@ class ZmqCrew(Crew):
     def _await(self, now_s: float) -> None:
         """Say what is waited for, where nobody is here."""
         if self._hub.seats:
-            self._alone_s = self._remind_s = now_s
+            self._alone_s, self._remind_s = now_s, now_s + FIRST_S
             return
         if self._most_idle_s is not None and now_s - self._alone_s > self._most_idle_s:
             raise CrewError(
                 f"no worker has been here for {self._most_idle_s:.0f} s; let some join with "
                 f"offbeat join {self.endpoint}, and go on with the run"
             )
-        if now_s - self._remind_s >= REMIND_S:
-            self._remind_s = now_s
+        coming = self._nursery is not None and now_s - self._alone_s < REMIND_S
+        if now_s >= self._remind_s and not coming:
+            self._remind_s = now_s + REMIND_S
             text = f"waiting for workers; let some join with: offbeat join {self.endpoint}"
             tell("waiting", text, WARNING, here=[])
 

@@ -36,7 +36,8 @@ import tomli_w
 from offbeat.algorithms.gossip import ALGORITHMS
 from offbeat.runtime.checkpoint import write_whole
 from offbeat.runtime.errors import ConfigError, StorageError, nearest
-from offbeat.runtime.experiment import KEYS, apply_override, make_settings, put
+from offbeat.runtime.experiment import KEYS, make_settings
+from offbeat.runtime.overrides import apply_override, once, put
 from offbeat.runtime.registry import (
     AtLeastOne,
     Finite,
@@ -177,6 +178,7 @@ class Study:
         try:
             if quick:
                 _merge(table, _section(table, "quick"))
+            once({}, overrides)
             for override in overrides:
                 _override(table, override)
             return Study(table, build)

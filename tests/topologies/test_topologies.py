@@ -647,6 +647,7 @@ MISTAKES = [
     ("file:bad.txt", 'bad.txt line 2: "1 2 x" has 3 columns, and line 1 has 2'),
     ("file:empty.txt", "has no nodes"),
     ("file:nowhere.npy", "nowhere.npy: .*No such file"),
+    ("file:empty.npy", "empty.npy: No data left"),
     ("file:rows.npy", "rows.npy: mixing matrix: row 0"),
     ("file('rows.npy', weights=lazy)", "rows.npy: is W itself, n x n numbers; leave weights out"),
     ("file:counts.txt", 'where weights are no W, give weights = "metropolis"'),
@@ -667,6 +668,7 @@ def test_mistakes(files, text, said):
     (files / "bad.txt").write_text("0 1\n1 2 x\n")
     (files / "empty.txt").write_text("# nothing\n")
     (files / "counts.txt").write_text("0 1 3\n1 2 7\n")
+    (files / "empty.npy").touch()
     np.save(files / "rows.npy", np.full((2, 2), 0.7))
     (files / "nan.txt").write_text("0 1 nan\n1 2 0.5\n")
     nx.write_graphml(nx.Graph([(0, 1, {"weight": np.nan})]), files / "nan.graphml")
