@@ -22,7 +22,7 @@ from offbeat.runtime import api, cli, plots
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.experiment import from_table
 from offbeat.runtime.records import TRACE_COLUMNS
-from offbeat.runtime.studies import figures, report, study, watch
+from offbeat.runtime.studies import figures, recorded, report, study, watch
 from offbeat.runtime.studies import table as tables
 from offbeat.runtime.studies.scenes import COMMUNICATE, COMPUTE, QUEUE, timeline
 from offbeat.runtime.studies.study import Study
@@ -46,7 +46,7 @@ GOSSIP = {
         "algorithm": ["dsgd(lr=0.01)", "dsgt(lr=0.01)"],
         "topology": ["ring:6", "ring:12", "complete:8", "one-peer-exponential:8"],
     },
-    "target": {"level": 0.5},
+    "target": {"loss": 0.5},
 }
 
 
@@ -272,7 +272,7 @@ def test_graphs_have_their_edges_round_by_round_and_losses_where_recorded(folder
     assert "not recorded" in changing["facts"]
     assert all("loss" not in frame for frame in changing["frames"])
     (ring,) = report.data([folders / "synchronous"])["graphs"]
-    metrics = report.rows(folders / "synchronous" / "metrics.jsonl")
+    metrics = recorded.rows(folders / "synchronous" / "metrics.jsonl")
     assert ring["frames"][-1]["loss"] == pytest.approx(metrics[-1]["node_loss"], rel=1e-3)
     (pairs,) = report.data([folders / "asynchronous"])["graphs"]
     assert {len(frame["active"]) for frame in pairs["frames"]} == {1}
@@ -338,7 +338,7 @@ def test_a_run_that_goes_on_is_shown_as_far_as_it_is(folders, tmp_path):
     path.write_bytes(b"".join(lines[:51]) + lines[51][:20])  # it is just being written
     _, ended = watch.look(tmp_path / "run")
     assert not ended
-    assert watch._fraction(tmp_path / "run", report.rows(path)[-1]) == pytest.approx(0.5)
+    assert watch._fraction(tmp_path / "run", recorded.rows(path)[-1]) == pytest.approx(0.5)
     assert watch.look(whole)[1]
     found = report.data([tmp_path / "run"])
     assert found["runs"][0]["c"]["step"][-1] == 100

@@ -27,14 +27,16 @@ def test_a_trace_predicts_a_run_that_it_was_not_made_of(tmp_path, method):
     """Another seed, so other durations of the same law; also with another method than recorded."""
     record(tmp_path / "recorded", "pure(lr=0.05)", 1)
     record(tmp_path / "other", method, 7)
-    _, _, found = predict(tmp_path / "recorded", [method], loss=LEVEL)
-    _, truth, _ = predict(tmp_path / "other", loss=LEVEL, seeds=1)
+    _, _, found = predict(tmp_path / "recorded", [method], target={"loss": LEVEL})
+    _, truth, _ = predict(tmp_path / "other", target={"loss": LEVEL}, seeds=1)
     assert found[-1].middle == pytest.approx(truth, rel=0.15)
 
 
 def test_more_workers_are_predicted(tmp_path):
     record(tmp_path / "recorded", "pure(lr=0.05)", 1)
-    _, recorded, found = predict(tmp_path / "recorded", workers=["+8", "-4"], loss=LEVEL)
+    _, recorded, found = predict(
+        tmp_path / "recorded", workers=["+8", "-4"], target={"loss": LEVEL}
+    )
     assert [one.workers for one in found] == [8, 16, 4]
     assert found[1].middle < 0.75 * recorded < 1.25 * recorded < found[2].middle
 
@@ -44,7 +46,7 @@ def test_graphs_are_predicted_with_their_messages(tmp_path):
         "least-squares(5)", "dsgt(lr=0.01)", "8 lognormal(0.5) latency_s=1.0", "ring",
         stop={"steps": 400}, folder=tmp_path / "a",
     )  # fmt: skip
-    _, recorded, found = predict(tmp_path / "a", topologies=["complete"], loss=0.01)
+    _, recorded, found = predict(tmp_path / "a", topologies=["complete"], target={"loss": 0.01})
     assert [one.name.endswith(", complete") for one in found] == [False, True]
     assert found[0].middle == pytest.approx(recorded, rel=0.15)
     assert found[1].middle < math.inf
@@ -98,7 +100,7 @@ def test_mistakes_are_told(tmp_path):
         predict(tmp_path / "a")
     offbeat.run("quadratic(3)", "pure", stop={"steps": 50}, folder=tmp_path / "b")
     with pytest.raises(ConfigError, match="did not reach loss -1"):
-        predict(tmp_path / "b", loss=-1.0)
+        predict(tmp_path / "b", target={"loss": -1.0})
     with pytest.raises(ConfigError, match=r"write 16, \+2 or -1"):
         predict(tmp_path / "b", workers=["two"])
     with pytest.raises(ConfigError, match="leaves none"):
