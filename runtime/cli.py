@@ -35,7 +35,7 @@ from offbeat.runtime.experiment import Experiment, apply_override, from_table, p
 from offbeat.runtime.logs import at_terminal
 from offbeat.runtime.metrics import METRICS, said
 from offbeat.runtime.net import cli as net
-from offbeat.runtime.registry import Spec, told_apart
+from offbeat.runtime.plots import called
 from offbeat.runtime.studies.cli import mount
 from offbeat.topologies import TOPOLOGIES, WEIGHTS, facts
 from offbeat.workers.data import BUNDLED
@@ -279,30 +279,9 @@ def _parts(folder: Path) -> list[Path]:
         return []
 
 
-def _labels(experiments: Sequence[Experiment]) -> list[str]:
-    """What each run is called: its method, and what else differs."""
-    columns = [told_apart([_spec(e.algorithm) for e in experiments])]
-    if all(e.topology is not None for e in experiments):
-        columns.append(told_apart([_spec(e.topology) for e in experiments]))
-    columns.append(["asynchronous" if e.asynchronous else "synchronous" for e in experiments])
-    telling = columns[:1] + [column for column in columns[1:] if len(set(column)) > 1]
-    labels: list[str] = []
-    for words in zip(*telling, strict=True):
-        label = " ".join(words)
-        while label in labels:
-            label += "'"
-        labels.append(label)
-    return labels
-
-
-def _spec(part: Any) -> Spec:
-    assert part.spec is not None
-    return part.spec
-
-
 def _prepare_all(experiments: Sequence[Experiment], folder: Path) -> dict[str, Path]:
     """A folder for each run of a comparison, by label."""
-    labels = _labels(experiments)
+    labels = called(experiments)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):

@@ -209,7 +209,9 @@ class Experiment:
         if self.topology is not None:
             gossip = {"replicas": self.replicas, "topology": _part(self.topology)}
             mode = self.mode
-            if mode is None and self.algorithm.spec is None:  # nothing else says it
+            if (
+                mode is None and getattr(self.algorithm, "spec", None) is None
+            ):  # nothing else says it
                 mode = MODES[self.asynchronous]
             gossip |= {"mode": mode} if mode is not None else {}
         return {

@@ -19,7 +19,7 @@ def text(topology: Topology) -> str:
     graph, w = topology.graph(), topology.matrix().tocoo()
     made: dict[str, Any] = {
         "n": topology.n,
-        "directed": topology.directed,
+        "directed": bool(topology.directed),
         "w": list(zip(w.row.tolist(), w.col.tolist(), w.data.tolist(), strict=True)),
         "edges": [[int(i), int(j)] for i, j in graph.edges],
     }

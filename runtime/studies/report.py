@@ -137,6 +137,7 @@ def data(folders: Sequence[Path], live_s: float = 0.0) -> dict[str, Any]:
         "staleness": _staleness(runs, members),
         "against": _against(table, axes, settings, colour, falls),
         "timelines": _timelines(runs),
+        "timelines_of": sum(_traced(run) for run in runs),
         "graphs": _graphs(runs),
         "table": _table(runs, axes, tuned, members, steps),
     }
@@ -419,13 +420,16 @@ def slope(x: Sequence[float], y: Sequence[float]) -> dict[str, Any] | None:
     return {"slope": along, "error": error, "marks": len(x), "x": ends, "y": line}
 
 
+def _traced(run: Run) -> bool:
+    return run.folder is not None and (run.folder / "trace.jsonl").exists()
+
+
 def _timelines(runs: Sequence[Run]) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
     for run in runs:
-        if len(made) == MOST_TIMELINES or run.folder is None:
+        if len(made) == MOST_TIMELINES or run.folder is None or not _traced(run):
             continue
-        path = run.folder / "trace.jsonl"
-        if path.exists() and len(trace := read_trace(path)):
+        if len(trace := read_trace(run.folder / "trace.jsonl")):
             workers = int(run.line["settings"]["fleet"]["workers"])
             gossip = run.line["topology"] is not None
             made.append({"name": tables.name(run.axes), **timeline(trace, workers, gossip)})
@@ -447,7 +451,9 @@ def _graphs(runs: Sequence[Run]) -> list[dict[str, Any]]:
             metrics = [
                 row for row in recorded.rows(run.folder / "metrics.jsonl") if "node_loss" in row
             ]
-        name = f"{tables.name(run.axes)}: {_brief(made.spec)}" if metrics else _brief(made.spec)
+        name, own = _brief(made.spec), made.spec is None or made.spec.name == SAVED
+        if metrics or own:  # a graph of one's own has no name that tells it from others
+            name = f"{tables.name(run.axes)}: {name}"
         if name not in found:
             family = made.spec.name if made.spec is not None else ""
             families[family] = families.get(family, 0) + 1

@@ -18,12 +18,12 @@ from offbeat.topologies import (
     facts,
     from_matrix,
     from_networkx,
+    saved,
     slem,
     spectral_gap,
     weigh,
 )
 from offbeat.topologies.graphs import _paired
-from offbeat.topologies.saved import text
 from offbeat.topologies.sequences import matched
 
 parse = TOPOLOGIES.parse
@@ -90,7 +90,7 @@ def files(tmp_path_factory):
             ring = [(i, (i + 1) % n) for i in range(n if n > 2 else n - 1)]
             (folder / f"ring-{n}.txt").write_text("".join(f"{i} {j}\n" for i, j in ring))
             if n > 1:
-                (folder / f"ring-{n}.json").write_text(text(parse(f"ring:{n}")))
+                (folder / f"ring-{n}.json").write_text(saved.text(parse(f"ring:{n}")))
             timed = "".join(f"{at},{i},{j}\n" for at, (i, j) in enumerate(ring))
             (folder / f"timed-{n}.csv").write_text(timed)
         yield folder
