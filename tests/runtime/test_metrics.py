@@ -5,32 +5,14 @@ import sys
 
 import numpy as np
 import pytest
+from cells import Scored
 
 import offbeat
 from offbeat.runtime import cli, metrics
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.experiment import from_table, read, with_more
-from offbeat.workers.tasks import quadratic
 
 DIGITS = "logistic:digits", "shuffled(lr=0.5)"
-
-
-class Scored:
-    """A quadratic with two scores of its own: one that rises to 1, one that falls to 0."""
-
-    def __init__(self, better):
-        self._task, self.better, self.spec = quadratic(3, workers=4), better, None
-        self.workers, self.dim = 4, self._task.dim
-
-    def initial(self, seed):
-        return self._task.initial(seed)
-
-    def gradient(self, x, worker, draw):
-        return self._task.gradient(x, worker, draw)
-
-    def evaluate(self, x):
-        away = self._task.evaluate(x)["distance2"]
-        return {"loss": away, "auc": 1 / (1 + away), "miss": away / (1 + away)}
 
 
 def test_a_run_ends_when_the_metric_is_there_by_its_direction():

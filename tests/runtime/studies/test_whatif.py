@@ -3,8 +3,10 @@
 import math
 
 import pytest
+from cells import Scored
 
 import offbeat
+from offbeat.algorithms.server.method import Finisher, Method, Schedule, StepSize
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.records import column
 from offbeat.runtime.studies.whatif import predict
@@ -92,6 +94,42 @@ def test_only_a_runs_own_file_says_how_many_steps_its_jobs_have(text, tmp_path):
     (tmp_path / "a" / "experiment.toml").write_text(text)
     with pytest.raises(ConfigError, match=r"experiment\.toml: .* written by the run"):
         recorded_times(tmp_path / "a", 3)
+
+
+def test_a_target_that_rises_is_predicted(tmp_path):
+    record(tmp_path / "a", "pure(lr=0.05)", 1)
+    goal, recorded, found = predict(tmp_path / "a", ["shuffled(lr=0.5)"], target={"accuracy": 0.8})
+    assert (goal.metric, goal.level) == ("accuracy", 0.8)
+    again = offbeat.resume(tmp_path / "a")
+    assert recorded == pytest.approx(again.time_to("accuracy", 0.8))
+    assert found[0].middle == pytest.approx(recorded, rel=0.5)
+    assert found[1].middle < math.inf
+    with pytest.raises(ConfigError, match=r"did not reach accuracy 1\.5; its best is 0\.9"):
+        predict(tmp_path / "a", target={"accuracy": 1.5})
+    with pytest.raises(ConfigError, match='has no metric "distance2"'):
+        predict(tmp_path / "a", target={"distance2": 1.5})
+
+
+def test_what_was_made_in_python_is_predicted_where_it_can_be_made(tmp_path):
+    task = Scored({"auc": "higher"})
+    made = Method(Schedule(Finisher()), [StepSize(0.05)])
+    for name, (of, by) in {
+        "task": (task, "pure(lr=0.05)"),
+        "method": ("quadratic(3)", made),
+    }.items():
+        offbeat.run(of, by, "4 1..4", stop={"steps": 100}, folder=tmp_path / name)
+    with pytest.raises(
+        ConfigError, match=r"python:Scored, was made in Python .*predict\(folder, task="
+    ):
+        predict(tmp_path / "task")
+    _, recorded, found = predict(tmp_path / "task", ["shuffled(lr=0.05)"], task=task)
+    assert [one.recorded for one in found] == [True, False]
+    assert found[0].middle == pytest.approx(recorded, rel=0.3)
+    with pytest.raises(ConfigError, match="its method was made in Python; name others"):
+        predict(tmp_path / "method")
+    _, _, found = predict(tmp_path / "method", ["pure(lr=0.05)", made], target={"loss": 0.05})
+    assert [one.name for one in found] == ["pure(lr=0.05)", "Method"]
+    assert found[0].seconds == found[1].seconds  # the same method, said otherwise
 
 
 def test_mistakes_are_told(tmp_path):
