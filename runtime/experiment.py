@@ -16,6 +16,7 @@ from offbeat.algorithms.base import completed
 from offbeat.algorithms.gossip import Gossip
 from offbeat.algorithms.gossip.contract import own_gossip
 from offbeat.algorithms.server import ALGORITHMS, Algorithm
+from offbeat.runtime import metrics
 from offbeat.runtime.backends import ENGINES, Backend, Virtual, Zmq, virtual
 from offbeat.runtime.errors import ConfigError, nearest
 from offbeat.runtime.network import Network
@@ -29,8 +30,9 @@ from offbeat.runtime.registry import (
     parse_call,
     settings,
 )
-from offbeat.runtime.settings import DEFAULT_STEPS, Evaluate, Stop
+from offbeat.runtime.settings import BOUNDS, DEFAULT_STEPS, Evaluate, Stop
 from offbeat.topologies import TOPOLOGIES, Topology
+from offbeat.topologies.saved import SAVED
 from offbeat.workers.compressed import Compressed
 from offbeat.workers.fleet import Fleet, Outage
 from offbeat.workers.tasks import OWN_FILE, TASKS, Task
@@ -107,8 +109,8 @@ class Experiment:
             )
         self._check_clock()
         self._check_code()
-        if self.stop.loss is not None and self.evaluate == Evaluate():
-            raise ConfigError("stop.loss: the run never evaluates; give evaluate.steps or the like")
+        for metric in self.stop.targets:
+            self._check_target(metric)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed must be a whole number, not {self.seed!r}")
         if not 0 <= self.seed < MOST_SEEDS:
@@ -126,6 +128,16 @@ class Experiment:
                 f"record.nodes is for gossip on at most {MOST_NODES} nodes; remove it"
             )
         self.algorithm.check(self.fleet.workers)
+
+    def _check_target(self, metric: str) -> None:
+        try:
+            metrics.better(metric, metrics.own(self.task), BOUNDS)
+        except ConfigError as error:
+            raise ConfigError(f"stop.{metric}: {error}") from None
+        if self.evaluate == Evaluate():
+            raise ConfigError(
+                f"stop.{metric}: the run never evaluates; give evaluate.steps or the like"
+            )
 
     def _check_code(self) -> None:
         spec = getattr(self.task, "spec", None)
@@ -197,21 +209,28 @@ class Experiment:
 
     def table(self) -> dict[str, Any]:
         """The TOML form, complete; parts made by hand are named, but cannot be read back."""
-        gossip = {}
+        gossip, mine = {}, metrics.own(self.task)
         if self.topology is not None:
             gossip = {"replicas": self.replicas, "topology": _part(self.topology)}
-            gossip |= {"mode": self.mode} if self.mode is not None else {}
+            mode = self.mode
+            if (
+                mode is None and getattr(self.algorithm, "spec", None) is None
+            ):  # nothing else says it
+                mode = MODES[self.asynchronous]
+            gossip |= {"mode": mode} if mode is not None else {}
         return {
             "seed": self.seed,
             "engine": _short(self.engine),
             **({"clock": self.clock} if self.clock is not None else {}),
             **({"pace": self.pace} if self.pace != 1.0 else {}),
             **gossip,
-            "task": _part(self.task),
+            "task": _part(self.task, **({"better": dict(mine)} if mine else {})),
             "algorithm": _part(self.algorithm),
             "fleet": _fleet_table(self.fleet),
             "work": _part(self.work),
-            **{key: _given(getattr(self, key)) for key in ("stop", "evaluate", "record")},
+            "stop": _given(self.stop),
+            "evaluate": _given(self.evaluate),
+            "record": _given(self.record),
         }
 
     def toml(self) -> str:
@@ -251,17 +270,28 @@ def read(
     Raises:
         ConfigError: naming the file, and every mistake in it.
     """
+    table = read_table(path)
+    if "experiment" in table:
+        raise ConfigError(f"{path}: is a study; begin it with: offbeat study {path}")
+    try:
+        change(table, given or {}, overrides)
+        return from_table(table, ours=True)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """What a TOML file says; a graph that lies beside it is named by its whole path."""
     try:
         table = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: is not TOML: {error}") from None
-    try:
-        change(table, given or {}, overrides)
-        return from_table(table, ours=True)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    topology = table.get("topology")
+    if isinstance(topology, dict) and topology.get("name") == SAVED:
+        topology["path"] = str(path.parent.resolve() / str(topology.get("path", "")))
+    return table
 
 
 def from_table(table: Mapping[str, Any], *, ours: bool = False) -> list[Experiment]:
@@ -419,7 +449,7 @@ def with_more(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
     return replace(experiment, stop=stop, record=record)
 
 
-def _part(made: Any) -> dict[str, Any]:
+def _part(made: Any, **facts: Any) -> dict[str, Any]:
     spec = getattr(made, "spec", None)
     if spec is not None and spec.portable():
         table: dict[str, Any] = spec.table()
@@ -430,7 +460,7 @@ def _part(made: Any) -> dict[str, Any]:
             if path.is_file() or any(map(isfile, iglob(str(path), recursive=True))):
                 table[key] = f"{prefix}{path.resolve()}"
         return table
-    return {"name": f"{MADE_BY_HAND}{type(made).__name__}"}
+    return {"name": f"{MADE_BY_HAND}{type(made).__name__}", **facts}
 
 
 def _short(made: Any) -> str | dict[str, Any]:
@@ -440,7 +470,8 @@ def _short(made: Any) -> str | dict[str, Any]:
 
 
 def _given(record: Any) -> dict[str, Any]:
-    return {key: value for key, value in vars(record).items() if value is not None}
+    given = {key: value for key, value in vars(record).items() if value is not None}
+    return given | given.pop("targets", {})  # each by its own name
 
 
 def _fleet_table(fleet: Fleet) -> dict[str, Any]:

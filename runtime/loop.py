@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from offbeat.runtime import metrics
 from offbeat.runtime.checkpoint import Attempts
 from offbeat.runtime.errors import ConfigError, Diverged, nearest
 from offbeat.runtime.records import Records
@@ -81,6 +82,7 @@ class Loop(ABC):
         self._alarm_s = self._next_save_s = self._wall_end_s = math.inf  # wall clock
         self._interrupted = False
         self._moved = 0.0, 0  # time and arrivals when it was last seen that time goes on
+        self._judged: dict[str, float] = {}  # the last row that was compared with the targets
 
     @property
     @abstractmethod
@@ -183,8 +185,8 @@ class Loop(ABC):
     def _reached(self) -> str | None:
         """The stop rule that is met, if any."""
         stop = self.stop
-        if stop.loss is not None and self._level() <= stop.loss:
-            return "target loss"
+        if stop.targets and (metric := self._hit()) is not None:
+            return f"target {metric}"
         if stop.steps is not None and self.step >= stop.steps:
             return "steps"
         if stop.seconds is not None and self.time_s >= stop.seconds:
@@ -193,14 +195,19 @@ class Loop(ABC):
             return "gradients"
         return None
 
-    def _level(self) -> float:
-        """Where the metric is that the run ends by."""
-        row, metric = self.records.metrics[-1], self.stop.metric
-        if metric not in row and metric == "loss":  # nobody has reported one yet
-            return math.inf
-        if metric not in row:
-            raise ConfigError(f'stop: there is no metric "{metric}"{nearest(metric, row)}')
-        return row[metric]
+    def _hit(self) -> str | None:
+        """The target that the last evaluation has reached, if any."""
+        row, own = self.records.metrics[-1], metrics.own(self.task)
+        if row is self._judged:
+            return None
+        self._judged = row
+        for metric, level in self.stop.targets.items():
+            if metric not in row and "loss" in row:  # else nobody has reported one yet
+                known = nearest(metric, metrics.directed(row, own))
+                raise ConfigError(f'stop.{metric}: this run has no metric "{metric}"{known}')
+            if metric in row and metrics.at(row[metric], level, metrics.better(metric, own)):
+                return metric
+        return None
 
     def _fraction(self) -> float:
         parts = [

@@ -1,6 +1,6 @@
 """Who talks to whom: graphs, mixing matrices, time-varying sequences, spectral facts."""
 
-from offbeat.topologies import files, graphs, sequences
+from offbeat.topologies import files, graphs, saved, sequences
 from offbeat.topologies.contract import TOPOLOGIES, Topology
 from offbeat.topologies.graphs import from_matrix, from_networkx
 from offbeat.topologies.spectral import (
@@ -24,6 +24,7 @@ __all__ = [
     "from_matrix",
     "from_networkx",
     "graphs",
+    "saved",
     "sequences",
     "slem",
     "spectral_gap",

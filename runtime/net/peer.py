@@ -117,10 +117,10 @@ def check(experiment: Experiment) -> None:
     stop = experiment.stop
     if not isinstance(experiment.algorithm, Gossip):
         raise ConfigError("a method with a server has no peers; see offbeat serve")
-    if stop.loss is not None or stop.gradients is not None:
+    if unseen := [*stop.targets, *(["gradients"] if stop.gradients is not None else [])]:
         raise ConfigError(
             "peers stop after steps (rounds), seconds or wall_s: none of them sees the others' "
-            "loss; remove stop.loss and stop.gradients, or let offbeat run watch them"
+            f"models; remove stop.{' and stop.'.join(unseen)}, or let offbeat run watch them"
         )
 
 

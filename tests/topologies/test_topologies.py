@@ -18,6 +18,7 @@ from offbeat.topologies import (
     facts,
     from_matrix,
     from_networkx,
+    saved,
     slem,
     spectral_gap,
     weigh,
@@ -57,6 +58,7 @@ TABLE = {
     "geometric": ("geometric({n}, 0.7)", always, True),
     "social": ("social", always, False),
     "equistatic": ("equistatic:{n}", always, True),
+    "saved": ("saved('ring-{n}.json')", lambda n: n > 1, False),
     "file": ("file('ring-{n}.txt')", lambda n: n > 1, False),
     "one-peer-exponential": ("one-peer-exponential:{n}", always, False),
     "hyper-hypercube": (
@@ -87,6 +89,8 @@ def files(tmp_path_factory):
         for n in range(1, 41):
             ring = [(i, (i + 1) % n) for i in range(n if n > 2 else n - 1)]
             (folder / f"ring-{n}.txt").write_text("".join(f"{i} {j}\n" for i, j in ring))
+            if n > 1:
+                (folder / f"ring-{n}.json").write_text(saved.text(parse(f"ring:{n}")))
             timed = "".join(f"{at},{i},{j}\n" for at, (i, j) in enumerate(ring))
             (folder / f"timed-{n}.csv").write_text(timed)
         yield folder

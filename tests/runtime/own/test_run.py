@@ -19,6 +19,7 @@ from offbeat.runtime.net.messages import Welcome
 from offbeat.runtime.net.worker import built
 from offbeat.runtime.own.courier import Courier
 from offbeat.runtime.own.flat import Flat
+from offbeat.runtime.studies import report
 from offbeat.workers.tasks import TASKS
 
 ROUNDS = {"stop": {"steps": 6}, "evaluate": {"steps": 2}, "clock": "real"}
@@ -114,6 +115,10 @@ def test_the_first_loop_brings_the_model(tmp_path):
     }
     np.testing.assert_array_equal(np.concatenate([p.ravel() for p in last.values()]), result.x)
     assert api.checkpointed(folder)["step"] == 3
+    report.write([folder], tmp_path / "page.html", figures=True)  # the first loss is not known
+    (shown,) = report.data([folder])["runs"]
+    assert shown["c"]["loss"][0] is None
+    assert shown["c"]["loss"][-1] == pytest.approx(result.final["loss"], rel=1e-4)
     with pytest.raises(offbeat.ConfigError, match="only training loops that join can compute"):
         api.replay(folder)
 
