@@ -48,9 +48,11 @@ def ours(part: Any) -> bool:
     (True, False)
     """
     kind = part if hasattr(part, "__code__") else type(part)
-    inside = (getattr(part, name, None) for name in ("model", "work"))
-    made_here = kind.__module__.split(".")[0] == "offbeat"
-    return made_here and all(ours(one) for one in inside if one is not None)
+    if str(kind.__module__).split(".")[0] != "offbeat":
+        return False
+    inside = [getattr(part, name, None) for name in ("model", "work", "schedule")]
+    inside += getattr(part, "rules", [])
+    return all(ours(one) for one in inside if one is not None)
 
 
 class Guarded:
@@ -84,6 +86,6 @@ class Guarded:
         return self.task.evaluate(x.copy())
 
 
-def guarded(task: Any) -> Any:
+def guarded(task: Task) -> Task:
     """``task``, guarded where it is a user's own."""
     return task if isinstance(task, Guarded) or ours(task) else Guarded(task)

@@ -229,14 +229,15 @@ def generators(device: Any) -> Iterator[Callable[[int], None]]:
         random.seed(number)
 
     states = [generator.get_state() for generator in ours]
-    numpys, pythons = np.random.get_bit_generator(), random.getstate()
-    np.random.set_bit_generator(_spare())
+    numpys: Any = np.random  # whose types do not know the two
+    before, pythons = numpys.get_bit_generator(), random.getstate()
+    numpys.set_bit_generator(_spare())
     try:
         yield seed
     finally:
         for generator, state in zip(ours, states, strict=True):
             generator.set_state(state)
-        np.random.set_bit_generator(numpys)
+        numpys.set_bit_generator(before)
         random.setstate(pythons)
 
 
