@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.randomness import rng
 from offbeat.workers.tasks.samples import drawn, leaves, mapped
 from offbeat.workers.tasks.scores import Hits, known, said
 
@@ -134,7 +135,9 @@ def _mean(loss: Hits, outputs: Any, targets: Any, value: float) -> None:
 
 def _repeats(task: Any) -> None:
     """See the module: jobs a, a, b, evaluation, b, a, evaluation."""
-    jobs = [(0, 0), (task.workers - 1, 1)]
+    jobs, x = [(0, 0), (task.workers - 1, 1)], task._initial
+    noise = rng(0, "trial").standard_normal(len(x)) * (0.1 * x.std() + 0.01)
+    points = [x, (x + noise).astype(x.dtype)]  # what follows the model shows where it moves
     there = _state(task)
     with task._seeding() as seed:
         few = min(FEW, task._draws.batch) if task._draws.batch != "full" else FEW
@@ -148,7 +151,7 @@ def _repeats(task: Any) -> None:
             inputs, targets = task._samples(rows[:few])
             batch = [leaf.clone() for leaf in leaves([inputs, targets])]
             fetched = drawn()
-            value, gradient = task._one(task.load(task._initial), inputs, targets)
+            value, gradient = task._one(task.load(points[at]), inputs, targets)
             numbers = task._torch.cat([value.reshape(1), gradient])
             return Seen(batch, fetched, numbers, drawn())
 
