@@ -16,7 +16,7 @@ from offbeat.runtime.checkpoint import Attempts
 from offbeat.runtime.errors import ConfigError, Diverged, nearest
 from offbeat.runtime.records import Records
 from offbeat.runtime.settings import Evaluate, Stop
-from offbeat.workers.tasks.contract import Task
+from offbeat.workers.tasks.contract import Task, guarded
 
 PROGRESS_EVERY_S = 0.1
 MOST_AT_ONCE = 1_000_000  # arrivals without virtual time going on
@@ -74,7 +74,7 @@ class Loop(ABC):
         max_failed_saves: int = 1,
         progress: Callable[[float], None] | None = None,
     ) -> None:
-        self.task, self.records, self.stop, self.evaluate = task, records, stop, evaluate
+        self.task, self.records, self.stop, self.evaluate = guarded(task), records, stop, evaluate
         self._save, self._progress = save, progress
         self._saves = Attempts(max_failed_saves, save_every_s)
         self._started = False

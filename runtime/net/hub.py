@@ -382,8 +382,9 @@ class Hub:
             theirs = shapes.read(ready.shapes, self.dim)
         except BadHeader as error:
             return str(error)
-        if self.shapes and ready.shapes != self.shapes:
-            difference = shapes.difference(theirs, shapes.read(self.shapes))
+        known = shapes.read(self.shapes)
+        if known and shapes.bare(theirs) != shapes.bare(known):
+            difference = shapes.difference(theirs, known)
             return f"its model is another than the run's: {difference}"
         self.shapes = ready.shapes
         return ""

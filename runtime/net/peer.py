@@ -57,6 +57,7 @@ from offbeat.runtime.node import Compute, gossip_node
 from offbeat.runtime.records import Records
 from offbeat.runtime.registry import MADE_BY_HAND
 from offbeat.workers.tasks import device as devices
+from offbeat.workers.tasks.contract import guarded
 from offbeat.workers.tasks.external import ELSEWHERE, External
 from offbeat.workers.work import OwnLoop
 
@@ -517,7 +518,7 @@ class PeerProcess:
     def _evaluate(self, k: int, time_s: float, x: Any) -> dict[str, Any]:
         counts = self._report.counts.get(self.me, {})
         row = {"time_s": time_s, "step": k, "gradients": k * self.experiment.work.steps}
-        return row | self.experiment.task.evaluate(x) | {"bytes": counts.get("bytes", 0)}
+        return row | guarded(self.experiment.task).evaluate(x) | {"bytes": counts.get("bytes", 0)}
 
     def _whole(self, answer: Any) -> dict[str, Any]:
         assert self._hosted is not None

@@ -11,7 +11,7 @@ from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import Streams, rng
 from offbeat.runtime.registry import Count
 from offbeat.workers.data import load
-from offbeat.workers.partition import PARTITIONS, Parts
+from offbeat.workers.partition import PARTITIONS, Parts, held_out
 
 Sampling = Literal["replacement", "passes"]
 BatchSize = Count | Literal["full"]
@@ -183,11 +183,7 @@ class Shards:
             features = np.hstack([features, ones]) if dense else hstack([features, ones], "csr")
         test = None
         if holdout:
-            order = rng(seed, "holdout").permutation(len(labels))
-            kept = np.sort(order[round(holdout * len(labels)) :])
-            away = np.sort(order[: round(holdout * len(labels))])
-            if len(away) == 0 or len(kept) == 0:
-                raise ConfigError(f"holdout={holdout} of {len(labels)} samples leaves a side empty")
+            kept, away = held_out(len(labels), holdout, seed)
             test = features[away], labels[away]
             features, labels = features[kept], labels[kept]
             if len(np.unique(labels)) < 2:
