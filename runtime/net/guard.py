@@ -187,21 +187,15 @@ class Guard:
         self, socket: zmq.Socket, address: bytes, frames: Sequence[zmq.Frame], nbytes: int
     ) -> Connection | None:
         """Count a message ``frames`` of ``nbytes``; answers over which connection it came."""
-        one = self._by_address.get(address)
-        if one is None:
-            one = self._first(socket, frames[0])
-            if one is None:
-                return None
-            one.address = address
-            self._by_address[address] = one
-        sealed = self._sealed
-        one.read += nbytes + (2 + sealed) * len(frames)
-        for frame in frames:
-            if len(frame) + sealed > 255:
-                one.read += 7  # its length is written in eight bytes
+        one = self._by_address.get(address) or self._first(socket, address, frames[0])
+        if one is not None:
+            sealed = self._sealed
+            one.read += nbytes + (2 + sealed) * len(frames)
+            if nbytes + sealed > 255:  # the length of such a frame is written in eight bytes
+                one.read += 7 * sum(len(frame) + sealed > 255 for frame in frames)
         return one
 
-    def _first(self, socket: zmq.Socket, frame: zmq.Frame) -> Connection | None:
+    def _first(self, socket: zmq.Socket, address: bytes, frame: zmq.Frame) -> Connection | None:
         """Over which connection ``frame`` came, the first of its address."""
         try:
             number: Any = frame.get(zmq.SRCFD)
@@ -212,7 +206,11 @@ class Guard:
             with self._lock:
                 self._opened(socket, number)
             one = self._table.get((socket, number))
-        return None if one is None or one.address else one
+        if one is None or one.address:
+            return None
+        one.address = address
+        self._by_address[address] = one
+        return one
 
     def drained(self) -> None:
         """Nothing is left to be read."""
@@ -223,7 +221,8 @@ class Guard:
         if blame:
             one.wrong += blame
             if one.wrong >= MOST_WRONG:
-                self.end(one, "too many messages in a row that are of no use")
+                with self._lock:
+                    self._end(one, "too many messages in a row that are of no use")
             return
         one.wrong = 0
         if not one.heard:
@@ -240,10 +239,13 @@ class Guard:
         if len(mine) > MOST_OF_A_KEY:
             self._end(next(iter(mine)), f"{node} has {MOST_OF_A_KEY} others")
 
-    def end(self, one: Connection, why: str) -> None:
-        """Cut a connection."""
+    def cut(self, cuts: list[tuple[bytes, str]]) -> None:
+        """End the connections of ``cuts``: addresses, and why; the list is empty then."""
         with self._lock:
-            self._end(one, why)
+            for address, why in cuts:
+                if (one := self._by_address.get(address)) is not None:
+                    self._end(one, why)
+        cuts.clear()
 
     def heard(self) -> Iterator[tuple[Any, int, int]]:
         """Events of sockets that were to be told: key of socket, event, its value."""

@@ -357,12 +357,10 @@ class PeerProcess:
             node = None if self._gate is None else self._gate.who(whom)
             buffers = [frame.buffer for frame in frames]
             blame = self.mesh.receive(address, node, buffers, now_s)
-            if one is not None:
+            if one is not None and (blame or one.wrong or not one.heard):
                 self._guard.judge(one, node, blame)
-                for whose, why in self.mesh.cuts:
-                    if whose == address:
-                        self._guard.end(one, why)
-            self.mesh.cuts.clear()
+            if self.mesh.cuts:
+                self._guard.cut(self.mesh.cuts)
 
     def _send(self) -> None:
         if self.mesh.incarnation != self._claim.incarnation:

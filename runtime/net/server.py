@@ -349,12 +349,10 @@ class ZmqCrew(Crew):
             blame = hub.receive(address, node, frames, time.monotonic())
             if hub.outbox:
                 self._send()  # acknowledgements keep the other side's window open
-            if one is not None:
+            if one is not None and (blame or one.wrong or not one.heard):
                 guard.judge(one, node, blame)
-                for whose, why in hub.cuts:
-                    if whose == address:
-                        guard.end(one, why)
-            hub.cuts.clear()
+            if hub.cuts:
+                guard.cut(hub.cuts)
         return False
 
     def _send(self) -> None:
