@@ -67,7 +67,12 @@ class Connection:
     def __init__(self, number: int, port: int) -> None:
         """Duplicate descriptor ``number``; raises OSError where it is not, or no more, our own."""
         # A duplicate can be asked, and ended, when the number may be another's already.
-        self.socket = os_socket.socket(fileno=os.dup(number))
+        copy = os.dup(number)
+        try:
+            self.socket = os_socket.socket(fileno=copy)
+        except OSError:  # it is no socket's any more
+            os.close(copy)
+            raise
         try:
             if self.socket.family != os_socket.AF_UNIX and port not in self._ports():
                 raise OSError("the descriptor is another's")
