@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
-from offbeat.runtime.errors import StorageError
+from offbeat.runtime.errors import StorageError, passes
 from offbeat.runtime.logs import tell
 
 FORMAT = "offbeat checkpoint 1"
@@ -85,7 +85,7 @@ class Attempts:
         try:
             yield
         except StorageError as error:
-            self.failed += 1
+            self.failed += not passes(error)
             if self.failed >= self.most:
                 raise
             text = f"failed save {self.failed} of {self.most} in a row, the run goes on: {error}"
