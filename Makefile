@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo test soak lint types clean
+.PHONY: demo test soak hard lint types clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml constraints.txt deploy/packaging.py
@@ -19,11 +19,18 @@ demo: $(VENV)/.installed  ## a fleet with a straggler, then a network; tables, a
 	$(BIN)/offbeat run examples/stragglers.toml --out runs/demo --overwrite
 	$(BIN)/offbeat run examples/gossip.toml --out runs/demo-gossip --overwrite
 
-test: $(VENV)/.installed  ## the fast suite
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not soak"
+FAST := $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not soak"
 
-soak: $(VENV)/.installed  ## the long suite, by hand
+test: $(VENV)/.installed  ## the fast suite
+	$(FAST)
+
+soak: $(VENV)/.installed  ## the long suite, by hand; then the fast one as it is hardest
 	$(BIN)/python -m pytest -q -m soak
+	$(MAKE) hard
+
+hard: $(VENV)/.installed  ## the fast suite in any order, SIGINT ignored, beside two that burn
+	trap '' INT; yes > /dev/null & first=$$!; yes > /dev/null & trap "kill $$first $$!" EXIT; \
+	$(FAST) -p randomly
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ import socket
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ def forked(call: Callable[[], None]) -> int:
         return pid
     try:
         call()
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(0)
 

@@ -135,15 +135,15 @@ class Hosts(NamedTuple):
     server: Host | None = None
 
     def nodes(self) -> list[Node]:
-        """All participants; the place in this list is a gossip node's number."""
+        """All participants, in order; see ``Topology.seated`` for which node of a graph each is."""
         return [node for host in self.hosts for node in host.nodes()]
 
-    def node(self, wanted: str) -> tuple[int, Node]:
-        """A node and its number, by its name."""
+    def node(self, wanted: str) -> Node:
+        """A node, by its name."""
         nodes = self.nodes()
-        for number, node in enumerate(nodes):
+        for node in nodes:
             if node.name == wanted:
-                return number, node
+                return node
         raise ConfigError(f'no node is called "{wanted}"{nearest(wanted, [n.name for n in nodes])}')
 
     def toml(self) -> str:

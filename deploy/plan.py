@@ -173,6 +173,8 @@ def plan(
             f"{file}: the graph has {size} nodes, but {len(names)} are to take part; gossip needs "
             "exactly as many"
         )
+    if peers and own != "ray" and what.topology is not None:
+        names = tuple(what.topology.seated(dict(zip(names, names, strict=True))))
     if len(names) > size:
         raise ConfigError(
             f"{file}: the fleet has {size} workers, so of {len(names)} nodes "

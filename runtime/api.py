@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,15 +11,16 @@ from typing import Any
 
 import networkx as nx
 import numpy as np
+import tomli_w
 from numpy.typing import NDArray
 
 from offbeat.algorithms.gossip import Gossip
 from offbeat.algorithms.server import ALGORITHMS, Algorithm
-from offbeat.runtime import checkpoint
+from offbeat.runtime import checkpoint, metrics
 from offbeat.runtime.backends import ENGINES, Backend
 from offbeat.runtime.crew import Crew
 from offbeat.runtime.engine import Engine
-from offbeat.runtime.errors import ConfigError, StorageError
+from offbeat.runtime.errors import ConfigError, StorageError, nearest
 from offbeat.runtime.experiment import (
     Experiment,
     Record,
@@ -46,18 +48,20 @@ from offbeat.runtime.replayed import (
 from offbeat.runtime.rounds import Rounds
 from offbeat.runtime.settings import DEFAULT_STEPS, Evaluate, Stop
 from offbeat.runtime.virtual import VirtualWorkers
-from offbeat.topologies import TOPOLOGIES, Topology, from_matrix, from_networkx
+from offbeat.topologies import TOPOLOGIES, Topology, from_matrix, from_networkx, saved
+from offbeat.topologies.saved import SAVED
 from offbeat.workers.compressed import Compressed
 from offbeat.workers.fleet import Fleet
 from offbeat.workers.tasks import TASKS, Task
 from offbeat.workers.work import WORK, Work
 
 Progress = Callable[[float], None]
+GRAPH = "graph.json"  # of a graph made in Python
 DRAWN = {"picture.png", "report.html", "report-figures"}
 # What a run folder holds.
 WRITTEN = {
     *("experiment.toml", "metrics.jsonl", "trace.jsonl", "checkpoint", "summary.json"),
-    *("server.json", "server.lock", "shapes.json"),
+    *("server.json", "server.lock", "shapes.json", GRAPH),
     *DRAWN,
 }
 
@@ -68,8 +72,8 @@ class Result:
 
     Args:
         experiment: what was run.
-        reason: why it ended: "steps", "seconds", "gradients", "target loss", "wall time",
-            "interrupted", or "idle" (nothing was left to arrive).
+        reason: why it ended: "steps", "seconds", "gradients", "target loss" (or another metric),
+            "wall time", "interrupted", or "idle" (nothing was left to arrive).
         x: the final model ``[d]``.
         metrics: one row an evaluation: time_s, step, gradients, loss, grad_norm, ...,
             staleness_mean, staleness_max, busy, outstanding.
@@ -115,6 +119,28 @@ class Result:
         if not rows or rows[-1]["gradients"] != self.final["gradients"]:
             rows = [*rows, self.final]
         return np.array([row.get(name, np.nan) for row in rows])
+
+    def time_to(self, metric: str, level: float) -> float:
+        """Seconds of the run until ``metric`` was at ``level`` or better; infinity: it never was.
+
+        Between two evaluations as in a study's table; see ``metrics.reached``.
+
+        Raises:
+            ConfigError: the run has no such metric, or nobody says which way it is better.
+
+        >>> result = run("logistic:digits", "shuffled(lr=0.5)", stop={"steps": 300})
+        >>> 0 < result.time_to("accuracy", 0.5) < result.time_to("accuracy", 0.8) < 30
+        True
+        >>> result.time_to("accuracy", 1.1)
+        inf
+        """
+        own = metrics.own(self.experiment.task)
+        if metric not in self.final:
+            known = nearest(metric, metrics.directed(self.final, own))
+            raise ConfigError(f'the run has no metric "{metric}"{known}')
+        curve = {key: self.column(key).tolist() for key in ("time_s", metric)}
+        found = metrics.reached(curve, metric, level, metrics.better(metric, own))
+        return found.get("time_s", math.inf)
 
     def plot(self, path: str | Path, *others: "Result") -> Path:
         """Write the picture: loss against virtual time and steps, and the workers' timelines.
@@ -195,11 +221,7 @@ def run(
         made_fleet = make_fleet(fleet)
     made_topology = None
     if topology is not None:
-        if isinstance(topology, nx.Graph):
-            topology = from_networkx(topology)
-        elif isinstance(topology, np.ndarray):
-            topology = from_matrix(topology)
-        made_topology = make_part(TOPOLOGIES, topology, n=made_fleet.workers, seed=seed)
+        made_topology = make_part(TOPOLOGIES, _graph(topology), n=made_fleet.workers, seed=seed)
         if fleet is None and isinstance(task, str | Mapping):
             made_fleet = Fleet(workers=made_topology.n)
     made_stop = make_settings(Stop, stop or {"steps": DEFAULT_STEPS})
@@ -224,6 +246,13 @@ def run(
     return execute(experiment, None if folder is None else Path(folder), progress=progress)
 
 
+def _graph(given: Any) -> Any:
+    """A topology of a networkx graph or W ``[n, n]``; whatever else as it is."""
+    if isinstance(given, nx.Graph):
+        return from_networkx(given)
+    return from_matrix(given) if isinstance(given, np.ndarray) else given
+
+
 def execute(
     experiment: Experiment, folder: Path | None = None, *, progress: Progress | None = None
 ) -> Result:
@@ -241,14 +270,24 @@ def prepare(experiment: Experiment, folder: Path) -> None:
             raise ConfigError(f"{folder}: is not empty; give a new folder, or resume the run")
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written ({error.strerror})") from None
-    _write(folder / "experiment.toml", experiment.toml())
+    _record(experiment, folder)
+
+
+def _record(experiment: Experiment, folder: Path) -> None:
+    """Write experiment.toml, and beside it a graph that no text makes."""
+    table, made = experiment.table(), experiment.topology
+    if made is not None and saved.own(made):
+        table["topology"] = {"name": SAVED, "path": GRAPH}
+        _write(folder / GRAPH, saved.text(made))
+    _write(folder / "experiment.toml", tomli_w.dumps(table))
 
 
 def resume(
     folder: str | Path,
     *,
     task: Task | None = None,
-    algorithm: Algorithm | None = None,
+    algorithm: Algorithm | Gossip | None = None,
+    topology: Topology | nx.Graph | NDArray | None = None,
     work: Work | None = None,
     engine: Backend | str | Mapping[str, Any] | None = None,
     overrides: Sequence[str] | None = None,
@@ -261,7 +300,8 @@ def resume(
 
     Args:
         folder: of the run.
-        task, algorithm, work: needed where the run was made with objects that no file can hold.
+        task, algorithm, topology, work: needed where the run was made with objects that no file
+            can hold; a fixed graph is in the folder.
         engine: where gradients are computed from now on; the clock stays what it was.
         overrides: new ends, such as ``["stop.steps=20000"]``.
         changed: go on although settings, or files that they name, are not those of the run.
@@ -273,7 +313,8 @@ def resume(
     """
     folder = Path(folder)
     overrides = [overrides] if isinstance(overrides, str) else list(overrides or [])
-    experiment = with_more(load_experiment(folder, task, algorithm, work, changed), overrides)
+    experiment = load_experiment(folder, task, algorithm, work, topology, changed=changed)
+    experiment = with_more(experiment, overrides)
     if engine is not None:
         clock = "real" if experiment.real else "virtual"
         experiment = replace(experiment, engine=make_part(ENGINES, engine), clock=clock)
@@ -292,7 +333,7 @@ def resume(
             "of a run; bring its folder checkpoint back, or remove these to begin again"
         )
     if overrides or engine is not None or changed:
-        _write(folder / "experiment.toml", experiment.toml())
+        _record(experiment, folder)
     return _finish(_engine(experiment, folder, progress), experiment, folder, state, notes)
 
 
@@ -300,7 +341,8 @@ def replay(
     folder: str | Path,
     *,
     task: Task | None = None,
-    algorithm: Algorithm | None = None,
+    algorithm: Algorithm | Gossip | None = None,
+    topology: Topology | nx.Graph | NDArray | None = None,
     work: Work | None = None,
 ) -> Result:
     """Run a recorded run again, in memory, with its arrivals as its trace has them.
@@ -310,9 +352,9 @@ def replay(
     """
     folder = Path(folder)
     if parts := peers(folder):
-        experiment = load_experiment(parts[0], task, algorithm, work)
+        experiment = load_experiment(parts[0], task, algorithm, work, topology)
         return _replay(experiment, of_peers(parts, experiment.fleet.workers)[0])
-    experiment = load_experiment(folder, task, algorithm, work)
+    experiment = load_experiment(folder, task, algorithm, work, topology)
     if not checkpoint.exist(folder / "checkpoint"):
         raise ConfigError(f"{folder}: has not begun; there is nothing to replay")
     if not (folder / "trace.jsonl").exists():
@@ -360,8 +402,10 @@ def checkpointed(folder: Path) -> dict[str, Any]:
 def load_experiment(
     folder: Path,
     task: Task | None = None,
-    algorithm: Algorithm | None = None,
+    algorithm: Algorithm | Gossip | None = None,
     work: Work | None = None,
+    topology: Topology | nx.Graph | NDArray | None = None,
+    *,
     changed: bool = False,
 ) -> Experiment:
     """The experiment of a run folder; ``changed``: the files that it names may hold other things.
@@ -373,7 +417,7 @@ def load_experiment(
     if not path.exists():
         raise ConfigError(f"{folder}: is no run folder (it has no experiment.toml)")
     check_whole(path)
-    made: dict[str, Any] = {"task": task, "algorithm": algorithm, "work": work}
+    made = {"task": task, "algorithm": algorithm, "work": work, "topology": _graph(topology)}
     made["files"] = {} if changed else None
     return read(path, {key: value for key, value in made.items() if value is not None})[0]
 
@@ -497,7 +541,11 @@ def _finish(
         if state is not None:
             engine.restore(state)
             text = f"goes on from the checkpoint of step {engine.step}"
-            tell("resumed", text, step=engine.step, skipped=notes or [])
+            if (lost := records.lost) and experiment.real:
+                text += f"; the {lost:,} or more results that came after it are lost"
+            elif lost:
+                text += f"; the {lost:,} or more results that came after it are computed again"
+            tell("resumed", text, step=engine.step, skipped=notes or [], lost=lost)
         elif folder is not None:
             records.begin()
         reason, final = engine.run()

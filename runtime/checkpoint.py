@@ -7,6 +7,7 @@ Loading takes the newest whose digest is right and says which it skipped.
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging import ERROR
@@ -18,11 +19,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
-from offbeat.runtime.errors import StorageError
+from offbeat.runtime.errors import StorageError, passes
 from offbeat.runtime.logs import tell
 
 FORMAT = "offbeat checkpoint 1"
 KEPT = 2
+SOONER = 30  # the first wait for a save is so much shorter than the last,
+SHARE = 0.01  # if saves then take no more than this of the time
 PARTIAL = ".partial"
 MARK = "\0array"  # stands for an array in the tree; no field has such a name
 
@@ -61,28 +64,37 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 class Attempts:
-    """Failed saves in a row, of which a run bears so many.
+    """When to save, and failed saves in a row, of which a run bears so many.
+
+    The first wait is short, and each is twice the one before it, up to ``every_s``; a save that
+    takes long is waited for longer.
 
     Args:
-        most: with how many it ends.
+        most: with how many failed saves it ends.
+        every_s: seconds between saves, in the long run.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, every_s: float) -> None:
         self.most, self.failed = most, 0
+        self.every_s, self.wait_s = every_s, every_s / SOONER
 
     @contextmanager
     def bear(self) -> Iterator[None]:
         """Save in this; raises StorageError where it was the last attempt."""
+        began_s = time.monotonic()
         try:
             yield
         except StorageError as error:
-            self.failed += 1
+            self.failed += not passes(error)
             if self.failed >= self.most:
                 raise
             text = f"failed save {self.failed} of {self.most} in a row, the run goes on: {error}"
             tell("save_failed", text, ERROR, failed=self.failed, most=self.most, why=str(error))
         else:
             self.failed = 0
+        finally:
+            took_s = time.monotonic() - began_s
+            self.wait_s = min(self.every_s, max(2 * self.wait_s, took_s / SHARE))
 
 
 def exist(folder: Path) -> bool:

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,13 +32,16 @@ from offbeat.runtime.errors import (
     StorageError,
     nearest,
 )
-from offbeat.runtime.experiment import Experiment, apply_override, from_table, put, read
-from offbeat.runtime.logs import at_terminal
+from offbeat.runtime.experiment import Experiment, from_table, read
+from offbeat.runtime.logs import at_terminal, telling
+from offbeat.runtime.metrics import METRICS, said
 from offbeat.runtime.net import cli as net
-from offbeat.runtime.registry import Spec, told_apart
+from offbeat.runtime.overrides import change
+from offbeat.runtime.plots import called
+from offbeat.runtime.strict import StrictGroup
 from offbeat.runtime.studies.cli import mount
 from offbeat.topologies import TOPOLOGIES, WEIGHTS, facts
-from offbeat.workers.data import BUNDLED
+from offbeat.workers.data import BUNDLED, TAKEN
 from offbeat.workers.partition import PARTITIONS
 from offbeat.workers.speeds import SPEEDS
 from offbeat.workers.tasks import TASKS
@@ -60,6 +64,7 @@ LISTS = {
 }
 
 app = typer.Typer(
+    cls=StrictGroup,
     help="Asynchronous and decentralised optimisation on fleets of unequal workers.",
     no_args_is_help=True,
     add_completion=False,
@@ -141,10 +146,7 @@ def run(
     given = {key: value for key, value in named.items() if value is not None}
     if file is None:
         table: dict[str, Any] = {}
-        for key, value in given.items():
-            put(table, key, value)
-        for override in overrides or []:
-            apply_override(table, override)
+        change(table, given, overrides or [])
         experiments, stem = from_table(table, ours=True), "run"
     else:
         if clash := [key for key in ("task", "algorithm", "topology", "mode") if key in given]:
@@ -178,7 +180,9 @@ def resume(
     """Go on with a run that was stopped; it ends as if it had not been."""
     parts = _parts(folder)
     labels = {part.name: part for part in parts} or {folder.name: folder}
-    _go_on(labels, folder, overrides=overrides, engine=engine, changed=changed)
+    served = net.own_engine(folder / "experiment.toml") and engine is None
+    with telling("text") if served else nullcontext():  # it may wait for others
+        _go_on(labels, folder, overrides=overrides, engine=engine, changed=changed)
 
 
 @app.command()
@@ -238,7 +242,7 @@ def list_(
     if what == "data":
         for name, about in BUNDLED.items():
             console.print(f"[bold]{name}[/]  {about}", highlight=False)
-        console.print("or the path of a LibSVM (.svm, .gz, .bz2) or .npz file")
+        _say(f"or {TAKEN}")
         return
     if what not in LISTS:
         raise ConfigError(f'cannot list "{what}"{nearest(what, [*LISTS, "data"])}')
@@ -281,30 +285,9 @@ def _parts(folder: Path) -> list[Path]:
         return []
 
 
-def _labels(experiments: Sequence[Experiment]) -> list[str]:
-    """What each run is called: its method, and what else differs."""
-    columns = [told_apart([_spec(e.algorithm) for e in experiments])]
-    if all(e.topology is not None for e in experiments):
-        columns.append(told_apart([_spec(e.topology) for e in experiments]))
-    columns.append(["asynchronous" if e.asynchronous else "synchronous" for e in experiments])
-    telling = columns[:1] + [column for column in columns[1:] if len(set(column)) > 1]
-    labels: list[str] = []
-    for words in zip(*telling, strict=True):
-        label = " ".join(words)
-        while label in labels:
-            label += "'"
-        labels.append(label)
-    return labels
-
-
-def _spec(part: Any) -> Spec:
-    assert part.spec is not None
-    return part.spec
-
-
 def _prepare_all(experiments: Sequence[Experiment], folder: Path) -> dict[str, Path]:
     """A folder for each run of a comparison, by label."""
-    labels = _labels(experiments)
+    labels = called(experiments)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
@@ -373,21 +356,6 @@ class _bar:
 
 
 JOBS = ("lost", "reassigned", "cancelled")
-COLUMNS = {
-    "time_s": ("virtual s", "{:,.0f}"),
-    "step": ("steps", "{:,.0f}"),
-    "loss": ("loss", "{:.4g}"),
-    "grad_norm": ("grad norm", "{:.3g}"),
-    "accuracy": ("accuracy", "{:.3f}"),
-    "perplexity": ("perplexity", "{:.3f}"),
-    "distance2": ("distance²", "{:.3g}"),
-    "consensus": ("consensus", "{:.3g}"),
-    "loss_worst": ("farthest node", "{:.4g}"),
-    "bytes": ("MB sent", "{:,.1f}"),
-    "staleness_mean": ("staleness", "{:.1f}"),
-    "staleness_max": ("max", "{:.0f}"),
-    "busy": ("busy", "{:.0%}"),
-}
 
 
 def _report(results: dict[str, api.Result], folder: Path) -> None:
@@ -395,20 +363,18 @@ def _report(results: dict[str, api.Result], folder: Path) -> None:
     from offbeat.runtime.plots import picture
 
     gossip = any(result.experiment.topology is not None for result in results.values())
-    columns = [key for key in COLUMNS if any(key in r.final for r in results.values())]
-    if gossip:
-        columns = [key for key in columns if key not in ("grad_norm", "staleness_max")]
+    left_out = {"gradients"} | ({"grad_norm", "staleness_max"} if gossip else set())
+    columns = [key for key in METRICS if any(key in r.final for r in results.values())]
+    columns = [key for key in columns if key not in left_out]
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("method", no_wrap=True)
     for key in columns:
-        title = "rounds" if gossip and key == "step" else COLUMNS[key][0]
-        if key == "time_s" and all(result.experiment.real for result in results.values()):
-            title = "seconds"
+        title = "rounds" if gossip and key == "step" else METRICS[key].column
+        if key == "time_s" and not all(result.experiment.real for result in results.values()):
+            title = "virtual s"
         table.add_column(title, justify="right", no_wrap=True)
     for label, result in results.items():
-        final = result.final
-        final = {**final, "bytes": final.get("bytes", 0) / 1e6}
-        cells = [COLUMNS[key][1].format(final[key]) if key in final else "" for key in columns]
+        cells = [said(key, result.final[key]) if key in result.final else "" for key in columns]
         table.add_row(label, *cells)
     console.print(table)
     for label, result in results.items():

@@ -21,8 +21,8 @@ from offbeat.runtime.finite import finite
 from offbeat.runtime.memory import keep_freed
 from offbeat.runtime.tensors import fetch, joined
 from offbeat.workers.compressed import SENT, Compressed
-from offbeat.workers.tasks.contract import Task
-from offbeat.workers.work import Gradient, Kept, Work
+from offbeat.workers.tasks.contract import Task, guarded
+from offbeat.workers.work import Gradient, Kept, Work, updated
 
 ALONE_BYTES = 2**20  # models this large are computed one by one
 
@@ -137,7 +137,7 @@ class Runner:
 
     def __init__(self, task: Task, work: Work) -> None:
         keep_freed()
-        self.task, self.work = task, work
+        self.task, self.work = guarded(task), work
         self._kept: dict[int, Kept] = {}  # on the task's device, if that is elsewhere
         self._apart = getattr(task, "apart", False)
 
@@ -200,7 +200,7 @@ def rows(
     elif isinstance(work, Compressed):
         losses, payloads, message = work.coded(task, x, shard, draw, steps, kept)
     else:
-        losses, payloads = work.update(task, x, shard, draw, steps, kept)
+        losses, payloads = updated(work, task, x, shard, draw, steps, kept)
     told = losses.tolist()
     if not (math.isfinite(sum(told)) and finite(payloads)):
         good = np.isfinite(fetch(payloads)).all(axis=1) & np.isfinite(told)

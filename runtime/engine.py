@@ -24,7 +24,7 @@ from offbeat.runtime.memory import keep_freed
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.records import ROWS_HELD, Records
 from offbeat.runtime.virtual import Job, Joined, Left, More, Note, Timer, VirtualWorkers
-from offbeat.workers.tasks.contract import Task
+from offbeat.workers.tasks.contract import Task, ours
 
 
 class ServerState:
@@ -121,6 +121,21 @@ class ServerState:
         return rng(self._seed, purpose, 0, index)
 
 
+class Facade:
+    """A ``ServerState`` as a user's own method sees it: the model is a copy.
+
+    Args:
+        server: all else is its.
+    """
+
+    def __init__(self, server: ServerState) -> None:
+        self._server = server
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._server, name)
+        return found.copy() if name == "x" else found
+
+
 class Engine(Loop):
     """One run of a server method.
 
@@ -142,7 +157,9 @@ class Engine(Loop):
     ) -> None:
         super().__init__(task, records, **around)
         self.algorithm, self.workers = algorithm, workers
-        self.server = ServerState(task.initial(seed), workers, records, seed)
+        self.server = ServerState(self.task.initial(seed), workers, records, seed)
+        self._own = not ours(algorithm)
+        self._facade: Any = Facade(self.server) if self._own else self.server  # for the method
         self._blank = copy.deepcopy(algorithm)  # what a resumed run would fill with the state
         self._lost: dict[int, int] = {}  # worker that is away -> jobs it lost
 
@@ -184,11 +201,12 @@ class Engine(Loop):
         return [job.step for job in self.workers.jobs()]
 
     def _start(self) -> None:
-        self.algorithm.start(self.server)
+        self.algorithm.start(self._facade)
 
     def _loop(self) -> str:
         server, workers, records = self.server, self.workers, self.records
         arrive, rows, clock = self.algorithm.arrive, records.rows, time.monotonic
+        facade, own = self._facade, self._own
         pop = workers.pop
         while True:
             if reason := self._reached():
@@ -202,7 +220,7 @@ class Engine(Loop):
                 event = pop(mark_s)
                 if type(event) is not Job:
                     if isinstance(event, Timer):
-                        self.algorithm.timer(server, event.token)
+                        self.algorithm.timer(facade, event.token)
                         if workers.real:  # else a replay knows
                             rung = {"event": "timer", "token": event.token}
                             records.note({"time_s": workers.now_s} | rung)
@@ -217,7 +235,9 @@ class Engine(Loop):
                     (event.time_s, event.worker, event.number, event.step, server.step,
                      event.start_s, event.end_s)
                 )  # fmt: skip
-                arrive(server, event)
+                if own:
+                    event.x = event.x.copy()  # others may compute at it yet
+                arrive(facade, event)
                 if server.step >= mark_step or len(rows) >= most_rows:
                     break
                 if clock() >= self._alarm_s:
@@ -251,7 +271,7 @@ class Engine(Loop):
         workers, server = self.workers, self.server
         self.records.outage(workers, event)
         if isinstance(event, Joined):
-            self.algorithm.joined(server, event.worker, self._lost.pop(event.worker, 0))
+            self.algorithm.joined(self._facade, event.worker, self._lost.pop(event.worker, 0))
             if not workers.has_job(event.worker) and workers.relieve(event.worker):
                 server.assign(event.worker)
             return
@@ -263,7 +283,7 @@ class Engine(Loop):
                 workers.reassigned += 1
                 self._again(event.worker, job)
             else:
-                self.algorithm.lost(server, event.worker)
+                self.algorithm.lost(self._facade, event.worker)
 
     def _again(self, worker: int, job: Job) -> None:
         """Assign the like of ``job``, with the newest model."""

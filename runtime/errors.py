@@ -1,6 +1,7 @@
 """Errors by whose fault it is, and the sentence that names the remedy."""
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -120,6 +121,19 @@ class CrewError(OffbeatError):
     """The processes that compute are gone, or their code fails."""
 
     exit_code = 5
+
+
+def passes(error: BaseException | None) -> bool:
+    """Whether ``error`` comes of too many open files: nothing is lost, and it can be tried again.
+
+    >>> passes(OSError(24, "Too many open files")), passes(OSError(28, "No space left on device"))
+    (True, False)
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

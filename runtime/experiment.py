@@ -11,12 +11,15 @@ from typing import Any, TypeVar
 
 import tomli_w
 
+from offbeat.algorithms.base import completed
 from offbeat.algorithms.gossip import Gossip
+from offbeat.algorithms.gossip.contract import own_gossip
 from offbeat.algorithms.server import ALGORITHMS, Algorithm
-from offbeat.runtime import files
+from offbeat.runtime import files, metrics
 from offbeat.runtime.backends import ENGINES, Backend, Virtual, Zmq, virtual
 from offbeat.runtime.errors import ConfigError, nearest
 from offbeat.runtime.network import Network
+from offbeat.runtime.overrides import change
 from offbeat.runtime.registry import (
     MADE_BY_HAND,
     MOST_SEEDS,
@@ -27,8 +30,9 @@ from offbeat.runtime.registry import (
     parse_call,
     settings,
 )
-from offbeat.runtime.settings import DEFAULT_STEPS, Evaluate, Stop
-from offbeat.topologies import TOPOLOGIES, Topology
+from offbeat.runtime.settings import BOUNDS, DEFAULT_STEPS, Evaluate, Stop
+from offbeat.topologies import TOPOLOGIES, Topology, saved
+from offbeat.topologies.saved import SAVED
 from offbeat.workers.compressed import Compressed
 from offbeat.workers.fleet import Fleet, Outage
 from offbeat.workers.tasks import OWN_FILE, TASKS, Task
@@ -48,7 +52,8 @@ class Record:
     Args:
         trace: every arrival (needed for replay and the timeline).
         nodes: the loss at each node's model, of gossip on at most 200 nodes; slower.
-        save_every_s: wall seconds between checkpoints of a run with a folder.
+        save_every_s: wall seconds between checkpoints of a run with a folder; the first comes
+            after a thirtieth of that, and each after twice the time of the one before.
         max_failed_saves: of them in a row, on a full disk for instance, after which the run ends.
     """
 
@@ -104,8 +109,8 @@ class Experiment:
             )
         self._check_clock()
         self._check_code()
-        if self.stop.loss is not None and self.evaluate == Evaluate():
-            raise ConfigError("stop.loss: the run never evaluates; give evaluate.steps or the like")
+        for metric in self.stop.targets:
+            self._check_target(metric)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed must be a whole number, not {self.seed!r}")
         if not 0 <= self.seed < MOST_SEEDS:
@@ -123,6 +128,16 @@ class Experiment:
                 f"record.nodes is for gossip on at most {MOST_NODES} nodes; remove it"
             )
         self.algorithm.check(self.fleet.workers)
+
+    def _check_target(self, metric: str) -> None:
+        try:
+            metrics.better(metric, metrics.own(self.task), BOUNDS)
+        except ConfigError as error:
+            raise ConfigError(f"stop.{metric}: {error}") from None
+        if self.evaluate == Evaluate():
+            raise ConfigError(
+                f"stop.{metric}: the run never evaluates; give evaluate.steps or the like"
+            )
 
     def _check_code(self) -> None:
         spec = getattr(self.task, "spec", None)
@@ -194,17 +209,22 @@ class Experiment:
 
     def table(self) -> dict[str, Any]:
         """The TOML form, complete; parts made by hand are named, but cannot be read back."""
-        gossip = {}
+        gossip, mine = {}, metrics.own(self.task)
         if self.topology is not None:
             gossip = {"replicas": self.replicas, "topology": _part(self.topology)}
-            gossip |= {"mode": self.mode} if self.mode is not None else {}
+            mode = self.mode
+            if (
+                mode is None and getattr(self.algorithm, "spec", None) is None
+            ):  # nothing else says it
+                mode = MODES[self.asynchronous]
+            gossip |= {"mode": mode} if mode is not None else {}
         parts = {
             "seed": self.seed,
             "engine": _short(self.engine),
             **({"clock": self.clock} if self.clock is not None else {}),
             **({"pace": self.pace} if self.pace != 1.0 else {}),
             **gossip,
-            "task": _part(self.task),
+            "task": _part(self.task, **({"better": dict(mine)} if mine else {})),
             "algorithm": _part(self.algorithm),
             "fleet": _fleet_table(self.fleet),
             "work": _part(self.work),
@@ -217,11 +237,14 @@ class Experiment:
     def identity(self) -> dict[str, Any]:
         """Dotted key -> value of what makes it this run: not its ends, its saves, its engine."""
         apart = ("stop.", "engine", "files.", *SAVING)
-        table = files.flat(files.rewritten(self.table(), files.content))
-        found = {key: value for key, value in table if not key.startswith(apart)}
+        table = files.rewritten(self.table(), files.content)
+        if self.topology is not None and saved.own(self.topology):
+            table["topology"] = saved.digest(self.topology)
+        flat = files.flat(table)
+        found = {key: value for key, value in flat if not key.startswith(apart)}
         found["clock"] = "real" if self.real else "virtual"
-        made: dict[str, Any] = json.loads(json.dumps(found))  # as a checkpoint has it
-        return made
+        known: dict[str, Any] = json.loads(json.dumps(found))  # as a checkpoint has it
+        return known
 
     def files(self) -> list[Path]:
         """All that it reads."""
@@ -241,6 +264,11 @@ NEEDED = {
     "work": ("update",),
     "engine": ("crew",),
 }
+# What an object of a user's own must have.
+WHOLE = {
+    "task": ("workers", "dim", "initial", "gradient", "evaluate"),
+    "work": ("steps", "keep", "update"),
+}
 MODES = ("synchronous", "asynchronous")
 REPLICAS = ("links", "global")
 KEYS = [entry.name for entry in fields(Experiment)] + ["files"]
@@ -259,55 +287,28 @@ def read(
     Raises:
         ConfigError: naming the file, and every mistake in it.
     """
+    table = read_table(path)
+    if "experiment" in table:
+        raise ConfigError(f"{path}: is a study; begin it with: offbeat study {path}")
+    try:
+        change(table, given or {}, overrides)
+        return from_table(table, ours=True)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """What a TOML file says; a graph that lies beside it is named by its whole path."""
     try:
         table = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: is not TOML: {error}") from None
-    try:
-        for key, value in (given or {}).items():
-            put(table, key, value)
-        for override in overrides:
-            apply_override(table, override)
-        return from_table(table, ours=True)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-
-
-def apply_override(table: dict[str, Any], override: str) -> None:
-    """Set ``key.key=value`` in a table; the value is TOML, else text.
-
-    >>> table = {}
-    >>> apply_override(table, "fleet.speeds=lognormal(1.0)")
-    >>> apply_override(table, "algorithm.lr=0.5")
-    >>> table
-    {'fleet': {'speeds': 'lognormal(1.0)'}, 'algorithm': {'lr': 0.5}}
-    """
-    path, equals, text = override.partition("=")
-    if not equals or not path.strip():
-        raise ConfigError(f'cannot read "--set {override}"; write --set key.key=value')
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    put(table, path, value)
-
-
-def put(table: dict[str, Any], path: str, value: Any) -> None:
-    """Set a dotted key, in every table of a list of tables on the way."""
-    *parents, last = (part.strip() for part in path.split("."))
-    places = [table]
-    for parent in parents:
-        inner = [place.setdefault(parent, {}) for place in places]
-        places = [one for item in inner for one in (item if isinstance(item, list) else [item])]
-        if not all(isinstance(place, dict) for place in places):
-            raise ConfigError(
-                f'cannot set {path}: "{parent}" is written as text here; write it as a table, '
-                f'[{parent}] with name = "..."'
-            )
-    for place in places:
-        place[last] = value
+    topology = table.get("topology")
+    if isinstance(topology, dict) and topology.get("name") == SAVED:
+        topology["path"] = str(path.parent.resolve() / str(topology.get("path", "")))
+    return table
 
 
 def from_table(table: Mapping[str, Any], *, ours: bool = False) -> list[Experiment]:
@@ -322,7 +323,10 @@ def from_table(table: Mapping[str, Any], *, ours: bool = False) -> list[Experime
     for key, (registry, example) in examples.items():
         if key not in table:
             known = ", ".join(registry)
-            mistakes.append(f'[{key}] is missing; for example {key} = "{example}"; known: {known}')
+            mistakes.append(
+                f'[{key}] is missing; for example {key} = "{example}", or --{key} {example} where '
+                f"there is no file; known: {known}"
+            )
 
     files.check(table)
 
@@ -416,6 +420,12 @@ def make_part(registry: Registry, given: Any, **extra: Any) -> Any:
             f"{given!r} is no {registry.kind}; give its name, a table, or an object "
             "(a factory needs its brackets, as in pure())"
         )
+    if registry is ALGORITHMS:
+        return completed(given, Algorithm) if hasattr(given, "arrive") else own_gossip(given)
+    if lacking := [name for name in WHOLE.get(registry.kind, ()) if not hasattr(given, name)]:
+        raise ConfigError(
+            f"{type(given).__name__} is no {registry.kind}: it has no {' and no '.join(lacking)}"
+        )
     return given
 
 
@@ -453,16 +463,16 @@ def with_more(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
                 f'"{override}" would make it another run; only stop.* and {" and ".join(SAVING)} '
                 "can be set when resuming"
             )
-        apply_override(table, override)
+    change(table, {}, overrides)
     stop, record = make_settings(Stop, table["stop"]), make_settings(Record, table["record"])
     return replace(experiment, stop=stop, record=record)
 
 
-def _part(made: Any) -> dict[str, Any]:
+def _part(made: Any, **facts: Any) -> dict[str, Any]:
     spec: Spec | None = getattr(made, "spec", None)
     if spec is not None and spec.portable():
         return spec.table()
-    return {"name": f"{MADE_BY_HAND}{type(made).__name__}"}
+    return {"name": f"{MADE_BY_HAND}{type(made).__name__}", **facts}
 
 
 def _short(made: Any) -> str | dict[str, Any]:
@@ -472,7 +482,8 @@ def _short(made: Any) -> str | dict[str, Any]:
 
 
 def _given(record: Any) -> dict[str, Any]:
-    return {key: value for key, value in vars(record).items() if value is not None}
+    given = {key: value for key, value in vars(record).items() if value is not None}
+    return given | given.pop("targets", {})  # each by its own name
 
 
 def _fleet_table(fleet: Fleet) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from offbeat.runtime.records import Records
 from offbeat.topologies import Topology
 from offbeat.workers.fleet import Fleet, Timing
 from offbeat.workers.tasks.contract import Task
-from offbeat.workers.work import Kept, Work, gradient
+from offbeat.workers.work import Kept, Work, gradient, updated
 
 COUNTS = ("bytes", "messages", "messages_lost")  # of all nodes
 CHUNK = 2**20  # numbers looked at together where all nodes' models are measured
@@ -81,7 +81,7 @@ class GossipLoop(Loop):
         """
         first = [{name: held.copy() for name, held in kept.items()} for _ in points[1:]]
         for x, mine in zip(points, [kept, *first], strict=True):
-            yield self.work.update(self.task, x, node, draw, steps, mine)
+            yield updated(self.work, self.task, x, node, draw, steps, mine)
 
     @abstractmethod
     def _advance(self) -> bool:

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -36,10 +37,14 @@ EVENTS = {
     "differs": "a neighbour runs another experiment; why",
     "saved": "a checkpoint is on the disk; step",
     "save_failed": "it is not; failed, most (in a row, before the run ends), why",
-    "resumed": "the run goes on from a checkpoint; step, skipped (damaged ones)",
+    "resumed": "the run goes on from a checkpoint; step, skipped (damaged ones), lost (results)",
     "ended": "the process is done; reason",
     "failed": "the process ends with an error; exit_code",
 }
+FIRST_S = 1.0  # of waiting, until it is said for what,
+REMIND_S = 30.0  # and then every so often
+OFTEN = {"refused", "rejected", "cut", "key_refused", "raised"}  # what others cause, at any rate
+EVERY_S = 1.0  # between two sentences of such a kind
 log = logging.getLogger("offbeat.net")
 _who: dict[str, str | int | None] = {"run": None, "node": None, "incarnation": None}
 
@@ -62,6 +67,44 @@ def tell(event: str, text: str, level: int = logging.INFO, **fields: Any) -> Non
     """Log the sentence ``text``, which is about ``event``, one of ``EVENTS``."""
     assert event in EVENTS, event
     log.log(level, "%s", text, extra={"event": event, "fields": fields})
+
+
+class Seldom:
+    """Tells the first of each kind at once, and then in one sentence a second how many there were.
+
+    A kind is an event of ``OFTEN``, and its reason; all other events are told as they come.
+    """
+
+    def __init__(self) -> None:
+        # When the next may be told, how many were not, and the last of those.
+        self._held: dict[tuple[str, Any], tuple[float, int, Note]] = {}
+
+    def tell(self, event: str, text: str, level: int = logging.INFO, **fields: Any) -> None:
+        """Tell it now, or count it; see ``tell``."""
+        if event not in OFTEN:
+            tell(event, text, level, **fields)
+            return
+        kind, now_s = (event, fields.get("reason")), time.monotonic()
+        next_s, missed, _ = self._held.get(kind, (now_s, 0, None))
+        note = Note(event, text, fields, level)
+        if now_s < next_s:
+            self._held[kind] = next_s, missed + 1, note
+            return
+        self._held[kind] = now_s + EVERY_S, 0, note
+        if missed:
+            text, fields = f"{text} (and {missed} more like it)", {**fields, "more": missed}
+        tell(event, text, level, **fields)
+
+    def remind(self) -> None:
+        """Tell of those that were counted, where it is time."""
+        now_s = time.monotonic()
+        for kind, (next_s, missed, note) in list(self._held.items()):
+            if now_s < next_s:
+                continue
+            del self._held[kind]
+            if missed:
+                self._held[kind] = now_s, missed - 1, note
+                self.tell(note.event, note.text, note.level, **note.fields)
 
 
 def identify(**who: str | int | None) -> None:
@@ -109,14 +152,23 @@ def telling(form: str) -> Iterator[None]:
     """
     if form not in FORMS:
         raise ConfigError(f'--log: there is no "{form}"{nearest(form, FORMS)}')
-    logging.getLogger("offbeat").setLevel("INFO")
-    if form == "text":
-        yield
-        return
-    as_json()
-    os.environ[FORM] = form
+    ours, root = logging.getLogger("offbeat"), logging.getLogger()
+    level, handlers, said = ours.level, root.handlers[:], os.environ.get(FORM)
+    ours.setLevel("INFO")
     try:
+        if form == "json":
+            root.handlers.clear()  # else they would be closed
+            as_json()
+            os.environ[FORM] = form
         yield
     except OffbeatError as error:
+        if form == "text":
+            raise
         tell("failed", str(error), logging.ERROR, exit_code=error.exit_code)
         raise SystemExit(error.exit_code) from None
+    finally:
+        ours.setLevel(level)
+        root.handlers[:] = handlers
+        os.environ.pop(FORM, None)
+        if said is not None:
+            os.environ[FORM] = said

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from offbeat.runtime import metrics
 from offbeat.runtime.checkpoint import Attempts
 from offbeat.runtime.errors import ConfigError, Diverged, nearest
 from offbeat.runtime.records import Records
 from offbeat.runtime.settings import Evaluate, Stop
-from offbeat.workers.tasks.contract import Task
+from offbeat.workers.tasks.contract import Task, guarded
 
 PROGRESS_EVERY_S = 0.1
 MOST_AT_ONCE = 1_000_000  # arrivals without virtual time going on
@@ -55,7 +56,7 @@ class Loop(ABC):
         stop: when to end.
         evaluate: when to evaluate.
         save: called with the state of the run to write a checkpoint, or None.
-        save_every_s: wall seconds between checkpoints.
+        save_every_s: wall seconds between checkpoints; the first ones are sooner.
         max_failed_saves: with so many in a row the run ends; its first and its last one must not
             fail at all.
         progress: called now and then with the fraction of the run that is done.
@@ -73,14 +74,15 @@ class Loop(ABC):
         max_failed_saves: int = 1,
         progress: Callable[[float], None] | None = None,
     ) -> None:
-        self.task, self.records, self.stop, self.evaluate = task, records, stop, evaluate
-        self._save, self._save_every_s, self._progress = save, save_every_s, progress
-        self._saves = Attempts(max_failed_saves)
+        self.task, self.records, self.stop, self.evaluate = guarded(task), records, stop, evaluate
+        self._save, self._progress = save, progress
+        self._saves = Attempts(max_failed_saves, save_every_s)
         self._started = False
         self._next_step = self._next_s = self._next_gradients = math.inf  # of evaluation
         self._alarm_s = self._next_save_s = self._wall_end_s = math.inf  # wall clock
         self._interrupted = False
         self._moved = 0.0, 0  # time and arrivals when it was last seen that time goes on
+        self._judged: dict[str, float] = {}  # the last row that was compared with the targets
 
     @property
     @abstractmethod
@@ -145,7 +147,7 @@ class Loop(ABC):
             began_s = time.monotonic()
             self._alarm_s = began_s
             self._wall_end_s = began_s + (self.stop.wall_s or math.inf)
-            self._next_save_s = began_s + self._save_every_s
+            self._next_save_s = began_s + self._saves.wait_s
             self._moved = self.time_s, self.records.arrivals
             reason = self._loop()
             final = self._measured()
@@ -174,7 +176,7 @@ class Loop(ABC):
         if now_s >= self._next_save_s:
             with self._saves.bear():
                 self._checkpoint()
-            self._next_save_s = time.monotonic() + self._save_every_s
+            self._next_save_s = time.monotonic() + self._saves.wait_s
         if self._progress is not None:
             self._progress(self._fraction())
         self._alarm_s = min(self._next_save_s, self._wall_end_s, now_s + PROGRESS_EVERY_S)
@@ -183,8 +185,8 @@ class Loop(ABC):
     def _reached(self) -> str | None:
         """The stop rule that is met, if any."""
         stop = self.stop
-        if stop.loss is not None and self._level() <= stop.loss:
-            return "target loss"
+        if stop.targets and (metric := self._hit()) is not None:
+            return f"target {metric}"
         if stop.steps is not None and self.step >= stop.steps:
             return "steps"
         if stop.seconds is not None and self.time_s >= stop.seconds:
@@ -193,14 +195,19 @@ class Loop(ABC):
             return "gradients"
         return None
 
-    def _level(self) -> float:
-        """Where the metric is that the run ends by."""
-        row, metric = self.records.metrics[-1], self.stop.metric
-        if metric not in row and metric == "loss":  # nobody has reported one yet
-            return math.inf
-        if metric not in row:
-            raise ConfigError(f'stop: there is no metric "{metric}"{nearest(metric, row)}')
-        return row[metric]
+    def _hit(self) -> str | None:
+        """The target that the last evaluation has reached, if any."""
+        row, own = self.records.metrics[-1], metrics.own(self.task)
+        if row is self._judged:
+            return None
+        self._judged = row
+        for metric, level in self.stop.targets.items():
+            if metric not in row and "loss" in row:  # else nobody has reported one yet
+                known = nearest(metric, metrics.directed(row, own))
+                raise ConfigError(f'stop.{metric}: this run has no metric "{metric}"{known}')
+            if metric in row and metrics.at(row[metric], level, metrics.better(metric, own)):
+                return metric
+        return None
 
     def _fraction(self) -> float:
         parts = [

@@ -49,6 +49,8 @@ from offbeat.runtime.experiment import Experiment
 from offbeat.runtime.finite import finite
 from offbeat.runtime.network import Network
 from offbeat.runtime.peer import Item, Links, nbytes
+from offbeat.workers.tasks.contract import guarded
+from offbeat.workers.work import updated
 
 MOST_OPENINGS = 2**32  # of one link by one incarnation of a node
 OPEN, OPENING, CLOSED = range(3)
@@ -240,7 +242,8 @@ class GossipNode(ABC):
         """Losses and gradients of ``job``: what a driver computes for ``computed``."""
         e, steps = self.experiment, np.array([self.experiment.work.steps])
         rows, draws = np.array([self.i]), steps * job.number
-        found = [e.work.update(e.task, x[None], rows, draws, steps, {}) for x in job.points]
+        task = guarded(e.task)
+        found = [updated(e.work, task, x[None], rows, draws, steps, {}) for x in job.points]
         losses = [float(loss[0]) for loss, _ in found]
         gradients = tuple(gradient[0] for _, gradient in found)
         return losses, gradients if len(gradients) > 1 else gradients[0]

@@ -1,6 +1,5 @@
 """Pictures: of a run or a comparison (loss, and who worked when), and of a topology."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,14 +9,20 @@ from numpy.typing import NDArray
 
 from offbeat.runtime.errors import ConfigError, StorageError
 from offbeat.runtime.records import column
+from offbeat.runtime.registry import Spec, told_apart
 
 if TYPE_CHECKING:
     from offbeat.runtime.api import Result
+    from offbeat.runtime.experiment import Experiment
     from offbeat.topologies import Topology
 
 # A palette that readers with any colour vision can tell apart (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-DASHES = ("-", "--", ":", "-.")
+DASHES: tuple[Any, ...] = (
+    "-", (0, (4, 1.6)), (0, (1, 1.6)), (0, (6, 1.6, 1, 1.6)), (0, (9, 3)), (0, (2, 1, 2, 3)),
+    (0, (4, 1.2, 1, 1.2, 1, 1.2)), (0, (7, 1.4, 3, 1.4)),
+)  # fmt: skip
+WIDTHS = (1.6, 3.0, 0.8)  # of lines, once the dashes are used up
 # What loss is drawn against: a column, what it is called, and its unit.
 AXES = (("time_s", "virtual seconds", 1), ("step", "server steps", 1))
 GOSSIP_AXES = (
@@ -45,7 +50,7 @@ def picture(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = list(labels or [result.name for result in results])
+    names = list(labels or called([result.experiment for result in results]))
     shown = [r for r in results if len(r.trace)]
     shown = shown[:TIMELINES] if len(shown) <= TIMELINES else []
     rows = (len(shown) + 1) // 2
@@ -59,17 +64,13 @@ def picture(
     for at, (key, label, unit) in enumerate(across):
         axes = parts[0].add_subplot(above[0, at])
         for result, name, line in zip(results, names, lines, strict=True):
-            axes.plot(result.column(key) / unit, result.column("loss"), label=name, lw=1.6, **line)
+            axes.plot(result.column(key) / unit, result.column("loss"), label=name, **line)
         losses = np.concatenate([result.column("loss") for result in results])
         least = losses[np.isfinite(losses)].min(initial=np.inf)
         axes.set_yscale("log" if least > 0 else "linear")
         ends = [result.column(key)[-1] / unit for result in results]
         if max(ends) > UNLIKE * min(ends) > 0:  # else the shortest run is a stub at the edge
-            linear = max(1.0 / unit, min(ends) / UNLIKE)
-            axes.set_xscale("symlog", linthresh=linear)
-            axes.set_xlim(left=0)
-            decades = np.arange(math.ceil(math.log10(linear)), math.log10(max(ends)))
-            axes.set_xticks([0, *10.0**decades])
+            axes.set_xscale("log", nonpositive="mask")  # not from the start, which is at 0
         axes.set(xlabel=_seconds(label, results), ylabel="loss" if at == 0 else "")
         axes.grid(alpha=0.25)
     legend(parts[0], axes)
@@ -86,6 +87,27 @@ def picture(
     finally:
         plt.close(figure)
     return path
+
+
+def called(experiments: Sequence["Experiment"]) -> list[str]:
+    """What each run is called: its method, and what else differs."""
+    columns = [told_apart([_spec(e.algorithm) for e in experiments])]
+    if all(e.topology is not None for e in experiments):
+        columns.append(told_apart([_spec(e.topology) for e in experiments]))
+    columns.append(["asynchronous" if e.asynchronous else "synchronous" for e in experiments])
+    telling = columns[:1] + [column for column in columns[1:] if len(set(column)) > 1]
+    labels: list[str] = []
+    for words in zip(*telling, strict=True):
+        label = " ".join(words)
+        while label in labels:
+            label += "'"
+        labels.append(label)
+    return labels
+
+
+def _spec(part: Any) -> Spec:
+    made: Spec | None = getattr(part, "spec", None)
+    return made or Spec(type(part).__name__, {})
 
 
 def legend(figure: Any, axes: Any) -> None:
@@ -105,13 +127,24 @@ def _lines(results: Sequence["Result"]) -> list[dict[str, Any]]:
     places = [f"{r.experiment.topology and r.experiment.topology.spec} {r.experiment.mode}"
               for r in results]  # fmt: skip
     colours, dashes = list(dict.fromkeys(methods)), list(dict.fromkeys(places))
-    return [
-        {
-            "color": COLOURS[colours.index(method) % len(COLOURS)],
-            "linestyle": DASHES[dashes.index(place) % len(DASHES)],
-        }
-        for method, place in zip(methods, places, strict=True)
-    ]
+    return styles(
+        [(colours.index(m), dashes.index(p)) for m, p in zip(methods, places, strict=True)]
+    )
+
+
+def styles(lines: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+    """How to draw lines by (number of the colour, number of the dash), no two of them alike.
+
+    >>> len({str(style) for style in styles([(c, d) for c in range(16) for d in range(6)])})
+    96
+    """
+    rows = max((dash for _, dash in lines), default=0) + 1
+    made = []
+    for colour, dash in lines:
+        width, at = divmod(dash + rows * (colour // len(COLOURS)), len(DASHES))
+        line = {"color": COLOURS[colour % len(COLOURS)], "linestyle": DASHES[at]}
+        made.append({**line, "linewidth": WIDTHS[width % len(WIDTHS)]})
+    return made
 
 
 def _seconds(label: str, results: Sequence["Result"]) -> str:

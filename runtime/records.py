@@ -46,11 +46,15 @@ class Growing:
         """Raise StorageError where its first bytes are not those of a checkpoint."""
         self._written = checked(self.path, length, digest)
 
-    def cut(self, length: int) -> None:
-        """Go on from there, where it has been checked."""
+    def cut(self, length: int) -> int:
+        """Go on from there, where it was checked; answers how many results came after it."""
         self._held.clear()
+        with self.path.open("rb") as file:
+            file.seek(length)
+            results = sum(line.startswith(b"[") for line in file)
         self._file.truncate(length)
         self._file.seek(length)
+        return results
 
     def write(self, text: str) -> None:
         """Add ``text``; raises StorageError where too much waits for a disk that takes nothing."""
@@ -122,6 +126,7 @@ class Records:
         self.metrics: list[dict[str, float]] = []
         self.histogram = np.zeros(1, np.int64)  # staleness tau -> arrivals
         self.events: list[dict[str, Any]] = []  # outages
+        self.lost = 0  # results after the checkpoint that was restored
         self._keep = trace
         self._chunks: list[NDArray] = []
         self._files: dict[str, Growing] = {}
@@ -285,8 +290,8 @@ class Records:
         lengths, digests = state["lengths"], state.get("digests", {})
         for name, file in self._files.items():
             file.check(lengths.get(name, 0), digests.get(name))
-        for name, file in self._files.items():
-            file.cut(lengths.get(name, 0))
+        cut = {name: file.cut(lengths.get(name, 0)) for name, file in self._files.items()}
+        self.lost = cut.get("trace.jsonl", 0)
         if "metrics.jsonl" in self._files:
             self.metrics = read_lines(self._files["metrics.jsonl"].path)
 

@@ -220,8 +220,8 @@ class Registry:
             raise ConfigError(f'the {self.kind} table needs name = "..."; known: {", ".join(self)}')
         if name.startswith(MADE_BY_HAND):
             raise ConfigError(
-                f'the {self.kind} "{name}" was made in Python and no file can hold it; '
-                f"resume with offbeat.resume(folder, {self.kind}=...)"
+                f'the {self.kind} "{name}" was made in Python and no file can hold it; give it '
+                f"there, as in offbeat.resume(folder, {self.kind}=...)"
             )
         return self._build(name, [], options, extra)
 

@@ -1,8 +1,9 @@
 """Runs again, from their traces: jobs end when they ended, and what gossip heard is heard.
 
-Of a gossip run under a real clock, nodes are given what the trace says they were given.  Every node's inputs are in its trace in their order: messages by sender and serial number, jobs
-that were done, links that went down and up.  A message is what its sender, replayed, has sent.  So
-the nodes compute what they computed, bit for bit, in one process and at any speed.
+Every node's inputs in a gossip run under a real clock are in its trace in their order: messages by
+sender and serial number, jobs that were done, links that went down and up.  A message is what its
+sender, replayed, has sent.  So the nodes compute what they computed, bit for bit, in one process
+and at any speed.
 
 Of a node whose process died, the last inputs are not known.  A synchronous one is given all mail
 there is, since the order does not matter to it; what it did in vain, nobody has heard.

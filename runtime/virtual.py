@@ -22,7 +22,7 @@ from offbeat.algorithms.compression import Message
 from offbeat.runtime.crew import ALONE_BYTES, rows
 from offbeat.workers.compressed import Compressed
 from offbeat.workers.fleet import Fleet, Timing
-from offbeat.workers.tasks.contract import Task
+from offbeat.workers.tasks.contract import Task, guarded
 from offbeat.workers.work import Gradient, Work
 
 STACK_BYTES = 2**22  # models stacked for one batched call
@@ -125,7 +125,7 @@ class VirtualWorkers:
     real = False  # time is virtual
 
     def __init__(self, task: Task, fleet: Fleet, timing: Timing, work: Work, x: NDArray) -> None:
-        self.task, self._plan, self._finish = task, timing.plan, timing.finish
+        self.task, self._plan, self._finish = guarded(task), timing.plan, timing.finish
         n = self.n = fleet.workers
         self.work, self.plain = work, type(work) is Gradient
         self.coded = isinstance(work, Compressed)

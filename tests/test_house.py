@@ -16,6 +16,7 @@ LEAVES = {
     "finite",
     "registry",
     "randomness",
+    "tables",
     "tensors",
 }  # of runtime: every room may import them
 FORBIDDEN = {"ray", "zmq", "time", "random", "asyncio", "threading"}

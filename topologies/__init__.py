@@ -1,6 +1,6 @@
 """Who talks to whom: graphs, mixing matrices, time-varying sequences, spectral facts."""
 
-from offbeat.topologies import graphs, sequences
+from offbeat.topologies import files, graphs, saved, sequences
 from offbeat.topologies.contract import TOPOLOGIES, Topology
 from offbeat.topologies.graphs import from_matrix, from_networkx
 from offbeat.topologies.spectral import (
@@ -20,9 +20,11 @@ __all__ = [
     "consensus_length",
     "effective_gap",
     "facts",
+    "files",
     "from_matrix",
     "from_networkx",
     "graphs",
+    "saved",
     "sequences",
     "slem",
     "spectral_gap",

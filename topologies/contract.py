@@ -1,16 +1,19 @@
 """What a topology is: for every round, who listens to whom and with what weight."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import networkx as nx
 import numpy as np
 from scipy import sparse
 
+from offbeat.runtime.errors import ConfigError, nearest
 from offbeat.runtime.registry import Registry, Spec
+from offbeat.runtime.tables import wholes
 
 TOPOLOGIES = Registry("topology")
+T = TypeVar("T")
 KEPT_ROUNDS = 64  # matrices of a cyclic sequence that are kept; of a random one, the last
 
 
@@ -26,6 +29,7 @@ class Topology:
         graph: round -> its graph; None reads it off the matrix.
         period: rounds after which everything repeats, 1 for a fixed graph, None for never.
         directed: whether W may be asymmetric (its columns sum to 1 all the same).
+        names: what the nodes are called where they come from; None where these are 0..n-1.
     """
 
     spec: Spec | None = None
@@ -38,8 +42,10 @@ class Topology:
         graph: Callable[[int], nx.Graph] | None = None,
         period: int | None = 1,
         directed: bool = False,
+        names: Sequence[str] | None = None,
     ) -> None:
         self.n, self.period, self.directed = n, period, directed
+        self.names = None if names is None else tuple(names)
         self._graph, self._made = graph, matrix
         kept = min(period or 1, KEPT_ROUNDS)
         self._matrix = lru_cache(maxsize=kept)(lambda k: finished(matrix(k)))
@@ -60,12 +66,40 @@ class Topology:
     def graph(self, k: int = 0) -> nx.Graph:
         """The graph of round ``k`` on 0..n-1, without loops; an edge j -> i where i hears j.
 
-        Where positions are known they are the node attribute ``pos``; the names that nodes had
-        in a file or in another graph are the attribute ``label``.
+        Where positions are known they are the node attribute ``pos``; where nodes have names and
+        no attribute ``label``, it is these.
         """
         if self._graph is not None:
             return self._graph(self._place(k))
         return graph_of(self.matrix(k), self.directed)
+
+    def seated(self, hosts: Mapping[str, T]) -> list[T]:
+        """What each node has in ``hosts``: by name, whatever their order.
+
+        Where the nodes' names are numbers, or the hosts are counted (n0, n1, ...), it is by order.
+
+        Raises:
+            ConfigError: the names of nodes and hosts are not the same.
+
+        >>> Topology(2, lambda k: None, names=["Oslo", "Bern"]).seated({"bern": 0, "oslo": 1})
+        [1, 0]
+        """
+        stem = next(iter(hosts), "").removesuffix("0")
+        counted = [*hosts] == [f"{stem}{i}" for i in range(len(hosts))]
+        if self.names is None or counted or wholes(self.names) is not None:
+            return list(hosts.values())
+        of = {host.casefold(): value for host, value in hosts.items()}
+        nodes = [name.casefold() for name in self.names]
+        for ours, theirs, said in (
+            (nodes, of, 'no host is called "{}", as a node of the graph is'),
+            (of, nodes, 'no node of the graph is called "{}", as a host is'),
+        ):
+            for name in ours:
+                if name not in theirs:
+                    raise ConfigError(
+                        f"{said.format(name)}{nearest(name, theirs)}; hosts are nodes by name"
+                    )
+        return [of[node] for node in nodes]
 
     def _place(self, k: int) -> int:
         return k % self.period if self.period else k

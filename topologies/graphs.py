@@ -4,8 +4,7 @@ Whatever networkx can make, ``from_networkx`` takes.
 """
 
 import math
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, TypeVar
 
 import networkx as nx
@@ -16,9 +15,9 @@ from scipy import sparse
 
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import rng
-from offbeat.runtime.registry import Count, File, Natural, Positive, Seed
+from offbeat.runtime.registry import Count, Natural, Positive, Seed
 from offbeat.topologies.contract import TOPOLOGIES, Topology, finished
-from offbeat.topologies.weights import TOLERANCE, Edges, Weights, check, weigh
+from offbeat.topologies.weights import TOLERANCE, Edges, Parallel, Weights, check, weigh
 
 MAX_DRAWS = 100  # of a random graph, until one is connected
 
@@ -31,8 +30,8 @@ def from_networkx(
 ) -> Topology:
     """A fixed topology from any networkx graph.
 
-    Nodes become 0..n-1 in the graph's order (their names stay as the attribute ``label``), loops
-    and parallel edges are dropped.
+    Nodes become 0..n-1 in the graph's order (and keep their names, ``Topology.names``), loops are
+    dropped, and of parallel edges all but one, which must agree in what is their weight.
 
     Args:
         graph: undirected or directed.
@@ -54,13 +53,31 @@ the largest: 1; add edges, or pass allow_disconnected=True
     """
     if not len(graph):
         raise ConfigError("the graph has no nodes")
-    directed = graph.is_directed()
+    written = [str(node) for node in graph]
+    names = None if written == [str(i) for i in range(len(graph))] else written
     if not _plain(graph):
-        kind = nx.DiGraph if directed else nx.Graph
-        graph = kind(nx.convert_node_labels_to_integers(graph, label_attribute="label"))
-        graph.remove_edges_from(list(nx.selfloop_edges(graph)))
+        graph = _single(graph)
     own = None if _plain(graph) else lambda k: graph
-    return _fixed(Edges.of(graph), weights, own, allow_disconnected)
+    return _fixed(Edges.of(graph, names), weights, own, allow_disconnected, names)
+
+
+def _single(graph: nx.Graph) -> nx.Graph:
+    """``graph`` on 0..n-1, without loops and parallel edges."""
+    number = {node: at for at, node in enumerate(graph)}
+    made: nx.Graph = nx.DiGraph() if graph.is_directed() else nx.Graph()
+    for node, facts in graph.nodes.items():
+        made.add_node(number[node], **{"label": node, **facts})
+    for u, v, facts in graph.edges(data=True):
+        i, j = number[u], number[v]
+        if i != j and made.has_edge(i, j):
+            one = made.edges[i, j]
+            for key in one.keys() | facts.keys():
+                if not np.array_equal(one.get(key), facts.get(key)):
+                    first = one[key] if isinstance(one.get(key), Parallel) else (one.get(key),)
+                    one[key] = Parallel((*first, facts.get(key)))
+        elif i != j:
+            made.add_edge(i, j, **facts)
+    return made
 
 
 def _fixed(
@@ -68,12 +85,13 @@ def _fixed(
     weights: Weights,
     graph: Callable[[int], nx.Graph] | None = None,
     allow_disconnected: bool = False,
+    names: Sequence[str] | None = None,
 ) -> Topology:
     """The topology of ``edges``; ``graph`` where a graph says more than they do."""
     matrix = finished(weigh(edges, weights, allow_disconnected=allow_disconnected))
     if graph is None and matrix.nnz - np.count_nonzero(matrix.diagonal()) < edges.hears.nnz:
         graph = lambda k: edges.graph  # noqa: E731 - which has edges without weight
-    return Topology(edges.n, lambda k: matrix, graph=graph, directed=edges.directed)
+    return Topology(edges.n, lambda k: matrix, graph=graph, directed=edges.directed, names=names)
 
 
 def _plain(graph: nx.Graph) -> bool:
@@ -86,15 +104,16 @@ def _plain(graph: nx.Graph) -> bool:
     )
 
 
-def from_matrix(matrix: NDArray | sparse.sparray) -> Topology:
-    """A fixed topology from a doubly stochastic W ``[n, n]``, symmetric or not.
+def from_matrix(matrix: NDArray | sparse.sparray, names: Sequence[str] | None = None) -> Topology:
+    """A fixed topology from a doubly stochastic W ``[n, n]``, symmetric or not, of ``names [n]``.
 
     Raises:
         ConfigError: W is not doubly stochastic; names the worst row.
     """
-    check(matrix)
-    w = sparse.csr_array(matrix, copy=True)
-    return Topology(w.shape[0], lambda k: w, directed=abs(w - w.T).max() > TOLERANCE)
+    check(matrix, names=names)
+    w = sparse.csr_array(matrix, dtype=np.float64, copy=True)
+    directed = abs(w - w.T).max() > TOLERANCE
+    return Topology(w.shape[0], lambda k: w, directed=directed, names=names)
 
 
 @TOPOLOGIES.register("ring")
@@ -282,7 +301,8 @@ def margulis(n: Count, weights: Weights = "metropolis") -> Topology:
     side = math.isqrt(n)
     if side**2 != n:
         raise ConfigError(f"a Margulis graph has m^2 nodes, not {n}; take {side**2}")
-    return from_networkx(nx.margulis_gabber_galil_graph(side), weights)
+    graph = nx.convert_node_labels_to_integers(nx.margulis_gabber_galil_graph(side))
+    return from_networkx(graph, weights)
 
 
 @TOPOLOGIES.register("paley")
@@ -306,7 +326,10 @@ def geometric(
 @TOPOLOGIES.register("social")
 def social(weights: Weights = "metropolis") -> Topology:
     """18 women and the 14 events they went to (Davis, Gardner and Gardner, 1941); 32 nodes."""
-    return from_networkx(nx.davis_southern_women_graph(), weights)
+    graph = nx.davis_southern_women_graph()
+    return from_networkx(
+        nx.convert_node_labels_to_integers(graph, label_attribute="label"), weights
+    )
 
 
 @TOPOLOGIES.register("equistatic")
@@ -344,78 +367,6 @@ def cyclic(n: int, a: int) -> sparse.csr_array:
     """S_a ``[n, n]``: i sends to i + a modulo n."""
     i = np.arange(n)
     return sparse.csr_array((np.ones(n), ((i + a) % n, i)), shape=(n, n))
-
-
-@TOPOLOGIES.register("file")
-def file(path: File, weights: Weights | None = None, allow_disconnected: bool = False) -> Topology:
-    """A graph from GraphML (.graphml), lines "i j" or "i,j,weight" of any names, or W in a .npy.
-
-    Where lines have weights, W[i, j] = W[j, i] are these, ``"attribute(weight)"``, unless
-    ``weights`` names another rule; else the rule is Metropolis-Hastings'.
-    """
-    place = Path(path).expanduser()
-    if place.suffix == ".npy":
-        if weights is not None:
-            raise ConfigError(f"{path}: is W itself; leave weights out")
-        try:
-            return from_matrix(np.load(place))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: {error}") from None
-    if place.suffix == ".graphml":
-        try:
-            graph = nx.read_graphml(place)
-        except (OSError, nx.NetworkXError, SyntaxError, KeyError, ValueError) as error:
-            raise ConfigError(f"{path}: cannot be read as GraphML ({error})") from None
-        weighted = False
-    else:
-        graph, weighted = _edge_list(path)
-    if weights is not None or not weighted:
-        rule = "metropolis" if weights is None else weights
-        return from_networkx(graph, rule, allow_disconnected=allow_disconnected)
-    try:
-        return from_networkx(graph, "attribute", allow_disconnected=allow_disconnected)
-    except ConfigError as error:
-        raise ConfigError(
-            f'{path}: {error}; where its third column is no W, give weights = "metropolis"'
-        ) from None
-
-
-def _edge_list(path: str) -> tuple[nx.Graph, bool]:
-    """The graph, and whether its lines have weights."""
-    weighted = False
-    edges, said = [], dict[frozenset[str], float]()
-    for number, fields in table(path):
-        line = f'{path} line {number}: "{" ".join(fields)[:40]}"'
-        try:
-            i, j, text = (*fields, "1") if len(fields) == 2 else fields
-            if not math.isfinite(weight := float(text)):
-                raise ValueError
-        except ValueError:
-            raise ConfigError(f"{line} is no edge i j [weight]") from None
-        weighted |= len(fields) == 3
-        edges.append((i, j, weight))
-        if said.setdefault(frozenset((i, j)), weight) != weight:
-            raise ConfigError(f"{line} says otherwise than a line before; one weight an edge")
-    names = dict.fromkeys(name for i, j, _ in edges for name in (i, j))
-    graph = nx.Graph()
-    # Numbered nodes keep their order, others come as in the file.
-    graph.add_nodes_from(sorted(names, key=int) if all(map(str.isdecimal, names)) else names)
-    graph.add_weighted_edges_from(edges)
-    return graph, weighted
-
-
-def table(path: str) -> list[tuple[int, list[str]]]:
-    """(line number, fields) of each line, cut at commas or spaces; ``#`` begins a remark.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
-    try:
-        text = Path(path).expanduser().read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
-    rows = (line.partition("#")[0].replace(",", " ").split() for line in text.splitlines())
-    return [(number, fields) for number, fields in enumerate(rows, start=1) if fields]
 
 
 def _connected(

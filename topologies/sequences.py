@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Annotated
 
 import networkx as nx
@@ -14,8 +15,10 @@ from scipy.spatial import cKDTree
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.registry import Count, File, Holds, Positive, Seed
+from offbeat.runtime.tables import read_table, whole, wholes
 from offbeat.topologies.contract import TOPOLOGIES, Topology
-from offbeat.topologies.graphs import Probability, cyclic, drawn_shifts, levels, table
+from offbeat.topologies.files import COLUMNS, ends
+from offbeat.topologies.graphs import Probability, cyclic, drawn_shifts, levels
 from offbeat.topologies.weights import Edges, check_connected, metropolis_pairs, pairwise
 
 Nodes = Sequence[int]
@@ -248,7 +251,7 @@ def dropout(of: Part, p: Probability = 0.1, recompute: bool = False, seed: Seed 
             return metropolis_pairs(whole.n, i, j)
         return pairwise(whole.n, i, j, edges.data[kept])
 
-    return Topology(whole.n, matrix, period=None)
+    return Topology(whole.n, matrix, period=None, names=whole.names)
 
 
 @TOPOLOGIES.register("mobile")
@@ -294,7 +297,10 @@ def b_connected(of: Part, parts: Count = 2, seed: Seed = 0) -> Topology:
     i, j = sparse.triu(whole.matrix(), k=1).nonzero()
     cut = np.array_split(rng(seed, "b-connected").permutation(len(i)), parts)
     return Topology(
-        whole.n, lambda k: metropolis_pairs(whole.n, i[cut[k]], j[cut[k]]), period=parts
+        whole.n,
+        lambda k: metropolis_pairs(whole.n, i[cut[k]], j[cut[k]]),
+        period=parts,
+        names=whole.names,
     )
 
 
@@ -304,6 +310,8 @@ def cycle(of: list[Part], seed: Seed = 0) -> Topology:
     turns = [_made(one, seed) for one in of]
     if len(sizes := {one.n for one in turns}) != 1:
         raise ConfigError(f"a cycle needs topologies of one size, not of {sorted(sizes) or 'none'}")
+    if len(called := {one.names for one in turns} - {None}) > 1:
+        raise ConfigError("a cycle needs the same nodes, in the same order, in all its topologies")
     periods = [one.period for one in turns]
     period = None if None in periods else len(turns) * math.lcm(*(p or 1 for p in periods))
 
@@ -319,43 +327,67 @@ def cycle(of: list[Part], seed: Seed = 0) -> Topology:
         return one.graph(own)
 
     directed = any(one.directed for one in turns)
-    return Topology(turns[0].n, matrix, graph=graph, period=period, directed=directed)
+    return Topology(
+        turns[0].n,
+        matrix,
+        graph=graph,
+        period=period,
+        directed=directed,
+        names=next(iter(called), None),
+    )
+
+
+TIMED = "a line is round,i,j, or what a header says: time, source, target in any order"
 
 
 @TOPOLOGIES.register("timed")
 def timed(file: File, n: Count | None = None, allow_disconnected: bool = False) -> Topology:
     """Undirected edges from a file of lines "round,i,j"; after its last round it starts again.
 
-    Metropolis-Hastings weights of the round's edges.  Without ``n`` the last node is the largest
-    one in the file.
+    Metropolis-Hastings weights of the round's edges.  A header may name the columns, in any order:
+    time, source, target.  Nodes are those in the file, or with ``n`` the numbers 0..n-1.
     """
-    rows = []
-    for number, fields in table(file):
-        try:
-            at, i, j = map(int, fields)
-            if min(at, i, j) < 0 or i == j or (n is not None and max(i, j) >= n):
-                raise ValueError
-        except ValueError:
-            among = "" if n is None else f" among nodes 0..{n - 1}"
-            raise ConfigError(
-                f'{file} line {number}: "{",".join(fields)[:40]}" is no round,i,j{among}'
-            ) from None
-        if at >= MOST_ROUNDS:
-            raise ConfigError(
-                f"{file} line {number}: round {at} is beyond {MOST_ROUNDS:,}; number rounds from 0"
-            )
-        rows.append((at, min(i, j), max(i, j)))
-    edges = np.array(sorted(set(rows))).reshape(-1, 3)
-    if not len(edges):
-        raise ConfigError(f"{file}: has no edges")
-    size = n or int(edges[:, 1:].max()) + 1
+    edges, names = _timed_edges(file, n)
+    size = n or len(names)
+    called = None if n or names == [str(i) for i in range(size)] else names
     if not allow_disconnected:
-        check_connected(Edges(size, *edges[:, 1:].T))
+        check_connected(Edges(size, *edges[:, 1:].T, names=called))
 
     def matrix(k: int) -> sparse.csr_array:
         return metropolis_pairs(size, *edges[edges[:, 0] == k, 1:].T)
 
-    return Topology(size, matrix, period=int(edges[-1, 0]) + 1)
+    return Topology(size, matrix, period=int(edges[-1, 0]) + 1, names=called)
+
+
+def _timed_edges(file: str, n: int | None) -> tuple[NDArray, list[str]]:
+    """(round, i, j) of each edge, ``[m, 3]``, and the names of the file's nodes."""
+    table = read_table(file)
+    if not table.rows:
+        raise ConfigError(f"{file}: has no edges; {TIMED}")
+    words, _ = table.titles(COLUMNS)
+    table = table.named(COLUMNS, TIMED, ("time", "source", "target"))
+    if {*table.header} - {""} != {"time", "source", "target"}:
+        raise ConfigError(f"{file}: has the columns {', '.join(table.header)}; {TIMED}")
+    names, src, dst = ends(table)
+    numbers = wholes(names) or [-1] * len(names)
+    rows = []
+    for at, (word, *edge) in enumerate(zip(table.column("time"), src, dst, strict=True)):
+        t, (i, j) = whole(word), edge if n is None else [numbers[node] for node in edge]
+        if t is None or t < 0 or i == j or (n is not None and not 0 <= min(i, j) <= max(i, j) < n):
+            among = "" if n is None else f" among nodes 0..{n - 1}"
+            raise ConfigError(f"{table.at(at)} is no round,i,j{among}")
+        if t >= MOST_ROUNDS:
+            raise ConfigError(
+                f"{table.at(at)}: round {t} is beyond {MOST_ROUNDS:,}; number rounds from 0"
+            )
+        rows.append((t, min(i, j), max(i, j)))
+    last = wholes(table.column("target"))
+    if not words and last == sorted(last or ()) and rows != sorted(rows, key=itemgetter(0)):
+        raise ConfigError(
+            f"{table.at(0)}: its last column may be the time; name the columns in a header, as "
+            "source,target,time"
+        )
+    return np.array(sorted(set(rows))), names
 
 
 def _made(of: str | Topology, seed: int) -> Topology:

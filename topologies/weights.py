@@ -4,7 +4,7 @@ W[i, j] is the weight with which node i takes node j's vector: x_i <- sum_j W[i,
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -25,6 +25,10 @@ NAMED = 5  # members of a component that an error names
 Weights: TypeAlias = str | np.ndarray | sparse.sparray  # a rule's text, or a matrix
 
 
+class Parallel(tuple):
+    """The values of an attribute in which parallel edges differ."""
+
+
 class Edges:
     """A graph on nodes 0..n-1 as arrays, without loops, each edge once.
 
@@ -33,6 +37,7 @@ class Edges:
         src, dst: ``[m]``, the edges src -> dst, or {src, dst}.
         directed: whether they go one way.
         graph: the same as a networkx graph, where there is one.
+        names: ``[n]``, what errors call the nodes.
     """
 
     def __init__(
@@ -43,8 +48,10 @@ class Edges:
         *,
         directed: bool = False,
         graph: nx.Graph | None = None,
+        names: Sequence[str] | None = None,
     ) -> None:
         self.n, self.directed, self._graph = n, directed, graph
+        self.names: Sequence[object] = range(n) if names is None else names
         src, dst = np.ravel(src).astype(np.int32), np.ravel(dst).astype(np.int32)  # as scipy's own
         if not directed:
             src, dst = np.concatenate([src, dst]), np.concatenate([dst, src])
@@ -56,10 +63,10 @@ class Edges:
         """``[n, n]``: 1 at (i, j) where i hears j."""
 
     @staticmethod
-    def of(graph: nx.Graph) -> "Edges":
+    def of(graph: nx.Graph, names: Sequence[str] | None = None) -> "Edges":
         """The edges of a networkx graph on 0..n-1."""
         src, dst = np.array(list(graph.edges()), int).reshape(-1, 2).T
-        return Edges(len(graph), src, dst, directed=graph.is_directed(), graph=graph)
+        return Edges(len(graph), src, dst, directed=graph.is_directed(), graph=graph, names=names)
 
     @cached_property
     def graph(self) -> nx.Graph:
@@ -109,7 +116,8 @@ def check_connected(edges: Edges) -> None:
     pieces = sorted((np.flatnonzero(of == k).tolist() for k in range(count)), key=len, reverse=True)
     sizes = ", ".join(str(len(piece)) for piece in pieces[:NAMED])
     apart = "; ".join(
-        ", ".join(map(str, piece[:NAMED])) + (", ..." if len(piece) > NAMED else "")
+        ", ".join(str(edges.names[i]) for i in piece[:NAMED])
+        + (", ..." if len(piece) > NAMED else "")
         for piece in pieces[1 : 1 + NAMED]
     )
     more = ", ..." if len(pieces) > NAMED else ""
@@ -124,6 +132,7 @@ def check(
     *,
     symmetric: bool = False,
     graph: nx.Graph | Edges | None = None,
+    names: Sequence[object] | None = None,
 ) -> None:
     """Refuse a matrix that is not doubly stochastic.
 
@@ -131,6 +140,7 @@ def check(
         matrix: W ``[n, n]``.
         symmetric: whether it must equal its transpose.
         graph: where given, weight is allowed on its edges and the diagonal only.
+        names: ``[n]``, what errors call the nodes; the graph's, or numbers.
 
     Raises:
         ConfigError: a sentence with the worst row (or column) and its sum.
@@ -142,12 +152,16 @@ def check(
     offbeat.runtime.errors.ConfigError: mixing matrix: row 1 sums to 0.9; every row and every \
 column must sum to 1
     """
-    w: Any = matrix if sparse.issparse(matrix) else np.asarray(matrix, dtype=np.float64)
+    w: Any = matrix if sparse.issparse(matrix) else np.asarray(matrix)
+    if not np.can_cast(w.dtype, np.float64, "same_kind"):
+        raise ConfigError(f"mixing matrix: it must be of numbers, not of {w.dtype}")
+    w = w.astype(np.float64)
     if w.ndim != 2 or w.shape[0] != w.shape[1] or not w.shape[0]:
         raise ConfigError(f"mixing matrix: it must be n x n, not {list(w.shape)}")
     edges = Edges.of(graph) if isinstance(graph, nx.Graph) else graph
     if edges is not None and edges.n != w.shape[0]:
         raise ConfigError(f"mixing matrix: {list(w.shape)} for {edges.n} nodes")
+    called = names or (range(w.shape[0]) if edges is None else edges.names)
     w = sparse.csr_array(w)
     sums = {"row": w.sum(axis=1), "column": w.sum(axis=0)}
 
@@ -157,8 +171,8 @@ column must sum to 1
         if found.nnz and found.data.max() > 0:
             i, j = (int(place[found.data.argmax()]) for place in found.coords)
             raise ConfigError(
-                f"mixing matrix: row {i} has the weight {w[i, j]:.6g} for node {j}, {what(i, j)} "
-                f"(the row sums to {sums['row'][i]:.6g})"
+                f"mixing matrix: row {called[i]} has the weight {w[i, j]:.6g} for node "
+                f"{called[j]}, {what(i, j)} (the row sums to {sums['row'][i]:.6g})"
             )
 
     bad = w.copy()
@@ -169,8 +183,8 @@ column must sum to 1
         worst = int(np.abs(of - 1).argmax())
         if abs(of[worst] - 1) > TOLERANCE:
             raise ConfigError(
-                f"mixing matrix: {name} {worst} sums to {of[worst]:.10g}; every row and every "
-                "column must sum to 1"
+                f"mixing matrix: {name} {called[worst]} sums to {of[worst]:.10g}; every row and "
+                "every column must sum to 1"
             )
     if symmetric and abs(apart := w - w.T).max() > TOLERANCE:
         refuse(apart, lambda i, j: f"which has {w[j, i]:.6g} for it; here W must be symmetric")
@@ -261,15 +275,17 @@ def attribute(name: str = "weight") -> Rule:
     def rule(edges: Edges) -> sparse.csr_array:
         graph = edges.graph
         for i, j, value in graph.edges(data=name):
+            edge = f"weights: edge {edges.names[i]}, {edges.names[j]} has"
+            if isinstance(value, Parallel):
+                said = " and ".join(map(str, value[:NAMED]))
+                raise ConfigError(f'{edge} {said} as its "{name}"; give one weight an edge')
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not math.isfinite(value):
-                raise ConfigError(
-                    f'weights: edge {i}, {j} has {value!r} as its "{name}", which is no number'
-                )
+                raise ConfigError(f'{edge} {value!r} as its "{name}", which is no number')
         nodes = range(edges.n)
         given = nx.to_scipy_sparse_array(graph, nodelist=nodes, weight=name, dtype=float)
         matrix = with_diagonal(sparse.csr_array(given.T))
-        check(matrix, symmetric=not edges.directed)
+        check(matrix, symmetric=not edges.directed, names=edges.names)
         return matrix
 
     return rule

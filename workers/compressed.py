@@ -28,7 +28,7 @@ from offbeat.runtime.randomness import rng
 from offbeat.runtime.registry import Seed, Spec
 from offbeat.runtime.tensors import fetch, is_tensor, library, load
 from offbeat.workers.tasks.contract import Task
-from offbeat.workers.work import WORK, Kept, OwnLoop, Work
+from offbeat.workers.work import WORK, Kept, OwnLoop, Work, updated
 
 SENT = "sent"  # h among what is kept: the sum of all that was sent
 
@@ -91,7 +91,7 @@ class Compressed:
         there, stays = self.there(task), is_tensor(h)
         if there and not is_tensor(x):
             x = task.load(x)  # type: ignore[attr-defined]
-        losses, updates = self.work.update(task, x, worker, draw, steps, own)
+        losses, updates = updated(self.work, task, x, worker, draw, steps, own)
         losses, updates = fetch(losses), updates if there else fetch(updates)
         if there and h is not None and not stays:
             h = load(h, updates.device)

@@ -23,8 +23,10 @@ class Partition:
 
     spec: object = None
 
-    def __init__(self, divide: Callable[[NDArray, int, np.random.Generator], Parts]) -> None:
-        self._divide = divide
+    def __init__(
+        self, divide: Callable[[NDArray, int, np.random.Generator], Parts], *, labelled: bool = True
+    ) -> None:
+        self._divide, self.labelled = divide, labelled  # whether it looks at labels
 
     def __call__(self, labels: NDArray, workers: int, seed: int) -> Parts:
         """Index arrays, one a worker.
@@ -45,6 +47,28 @@ class Partition:
         return parts
 
 
+def held_out(count: int, fraction: float, seed: int) -> tuple[NDArray, NDArray]:
+    """Which of ``count`` samples are kept, and which fraction is held out, at random; both sorted.
+
+    Raises:
+        ConfigError: a side is empty.
+    """
+    away = round(fraction * count)
+    if fraction and away in (0, count):
+        raise ConfigError(f"holdout={fraction} of {count} samples leaves a side empty")
+    order = rng(seed, "holdout").permutation(count) if fraction else np.arange(count)
+    return np.sort(order[away:]), np.sort(order[:away])
+
+
+def divided(
+    partition: str, kept: NDArray, workers: int, seed: int, labels: Callable[[], NDArray]
+) -> Parts:
+    """The samples ``kept``, divided; ``labels`` answers those of all, where they are looked at."""
+    division = PARTITIONS.parse(partition)
+    known = labels()[kept] if division.labelled else np.zeros(len(kept))
+    return [kept[part] for part in division(known, workers, seed)]
+
+
 def _cut(order: NDArray, workers: int) -> Parts:
     """Equal shares of ``order``: the first ones are one longer where it does not divide."""
     return [np.asarray(part) for part in np.array_split(order, workers)]
@@ -53,13 +77,15 @@ def _cut(order: NDArray, workers: int) -> Parts:
 @PARTITIONS.register("iid")
 def iid() -> Partition:
     """Every worker gets an equal random share."""
-    return Partition(lambda labels, n, rng: _cut(rng.permutation(len(labels)), n))
+    return Partition(lambda labels, n, rng: _cut(rng.permutation(len(labels)), n), labelled=False)
 
 
 @PARTITIONS.register("contiguous")
 def contiguous() -> Partition:
     """Equal blocks of consecutive rows, in file order; the remainder N mod n is left out."""
-    return Partition(lambda labels, n, rng: _cut(np.arange(len(labels) - len(labels) % n), n))
+    return Partition(
+        lambda labels, n, rng: _cut(np.arange(len(labels) - len(labels) % n), n), labelled=False
+    )
 
 
 @PARTITIONS.register("sorted")

@@ -9,9 +9,10 @@ and, for laws that follow the clock, of the second at which it starts.
 import ast
 import json
 import re
+import sys
 import tomllib
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -22,6 +23,7 @@ from pydantic import Field
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.registry import NonNegative, Positive, Reads, Registry, Spec
+from offbeat.runtime.tables import Table, natural, read_table, read_text, wholes
 from offbeat.workers.work import WORK
 
 SPEEDS = Registry("speed law")
@@ -291,7 +293,13 @@ def _traced(path: Path) -> Iterator[Path]:
 
 @SPEEDS.register("trace")
 def trace(file: Annotated[str, Reads(files=_traced)]) -> Law:
-    """Times from a run's folder or trace.jsonl, or CSV "worker,seconds" or "worker,start,end"."""
+    """Times from a run's folder or trace.jsonl, or CSV "worker,seconds" or "worker,start,end".
+
+    A header names the columns, in any order: ``worker``, and ``seconds``, or ``start`` and ``end``
+    or ``duration``.  A worker's jobs are in the order of their starts, where these are given, else
+    of the rows.  Workers are numbered as in the file, from its first number on, or, where they
+    have names, in the order of these.
+    """
     path = Path(file).expanduser()
     return Law(1.0, lambda means, seed: Recorded(recorded_times(path, len(means))))
 
@@ -299,16 +307,22 @@ def trace(file: Annotated[str, Reads(files=_traced)]) -> Law:
 def recorded_times(path: Path, workers: int) -> list[list[float]]:
     """The seconds of a gradient in each worker's jobs, in their order; see ``trace``."""
     path = _trace_file(path)
-    steps = _steps(path.parent / "experiment.toml") if path.suffix == ".jsonl" else 1
+    steps = _steps(path.parent / "experiment.toml") if path.suffix == JSONL else 1
+    names, rows = _trace_rows(path)
+    if isinstance(names, list) and len(names) != workers:
+        raise ConfigError(
+            f"{path}: has times of the {len(names)} workers {', '.join(names[:8])}"
+            f"{', ...' * (len(names) > 8)}, and the fleet has {workers}"
+        )
     times: list[list[float]] = [[] for _ in range(workers)]
-    for line, worker, taken in _trace_rows(path):
+    for line, worker, taken in rows:
         if not 0 <= worker < workers:
-            raise ConfigError(f"{path} line {line}: there is no worker {worker}")
+            raise ConfigError(f"{path} line {line}: there is no worker {names[worker]}")
         if not 0 <= taken < np.inf:
-            raise ConfigError(f"{path} line {line}: {taken} is not a time")
+            raise ConfigError(f"{path} line {line}: {taken:g} is not a time")
         times[worker].append(taken / steps)
     if short := [w for w, mine in enumerate(times) if not mine]:
-        raise ConfigError(f"{path}: has no times for worker {short[0]}")
+        raise ConfigError(f"{path}: has no times for worker {names[short[0]]}")
     if not any(map(any, times)):
         raise ConfigError(f"{path}: all of its times are zero")
     return times
@@ -316,7 +330,12 @@ def recorded_times(path: Path, workers: int) -> list[list[float]]:
 
 def recorded_workers(path: Path) -> int:
     """How many workers a trace has."""
-    return 1 + max((worker for _, worker, _ in _trace_rows(_trace_file(path))), default=0)
+    path = _trace_file(path)
+    names, rows = _trace_rows(path)
+    count = 1 + max((worker for _, worker, _ in rows), default=0)
+    if count > max(1, len(rows)):
+        raise ConfigError(f"{path}: has a worker {names[count - 1]}, but not all before it")
+    return count
 
 
 def _trace_file(path: Path) -> Path:
@@ -335,24 +354,51 @@ class Recorded(Clock):
         return start_s + steps * mine[number % len(mine)]
 
 
-def _trace_rows(path: Path) -> Iterator[tuple[int, int, float]]:
-    """(line number, worker, seconds) of each row."""
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
+JSONL = ".jsonl"
+COLUMNS = {
+    "worker": ("worker", "node", "rank"),
+    "seconds": ("seconds", "duration", "duration_s"),
+    "start": ("start", "start_s"),
+    "end": ("end", "end_s"),
+}
+ORDERS = ("worker", "seconds"), ("worker", "start", "end")  # without a header
+TAKEN = "a trace has worker,seconds or worker,start,end or, below a header, worker,start,duration"
+
+
+def _trace_rows(path: Path) -> tuple[Sequence[object], list[tuple[int, int, float]]]:
+    """What workers are called, and (line number, worker, seconds) of each row, jobs in order."""
+    text = read_text(path)
+    if path.suffix != JSONL:
+        return _table_rows(read_table(path, text).named(COLUMNS, TAKEN, *ORDERS))
+    rows = []
     for number, line in enumerate(text.splitlines(), start=1):
         try:
-            if path.suffix == ".jsonl":
-                row = json.loads(line)
-                if isinstance(row, list) and not isinstance(row[0], str):
-                    yield number, row[1], row[6] - row[5]
-            elif line.strip() and not (number == 1 and line.startswith("worker")):
-                worker, *spans = line.split(",")
-                start_s, end_s = map(float, spans) if len(spans) == 2 else (0.0, float(*spans))
-                yield number, int(worker), end_s - start_s
+            row = json.loads(line)
+            if isinstance(row, list) and not isinstance(row[0], str):
+                rows.append((number, row[1], row[6] - row[5]))
         except (ValueError, IndexError, TypeError):
             raise ConfigError(f'{path} line {number}: "{line[:40]}" is no worker,seconds') from None
+    return range(sys.maxsize), rows
+
+
+def _table_rows(table: Table) -> tuple[Sequence[object], list[tuple[int, int, float]]]:
+    """See ``_trace_rows``."""
+    have = set(table.header) - {""}
+    if have not in ({"worker", "seconds"}, *({"worker", "start", e} for e in ("end", "seconds"))):
+        raise ConfigError(f"{table.path}: has the columns {', '.join(sorted(have))}; {TAKEN}")
+    called = table.column("worker")
+    names: Sequence[object] = (known := sorted(set(called), key=natural))
+    place = {name: at for at, name in enumerate(known)}
+    workers = [place[name] for name in called]
+    if (numbers := wholes(called)) is not None:
+        first = min(numbers, default=0)
+        names, workers = range(first, sys.maxsize), [n - first for n in numbers]
+    start = np.array(table.numbers("start") if "start" in have else np.arange(len(called)), float)
+    taken = np.array(table.numbers("end" if "end" in have else "seconds"))
+    if "end" in have:
+        taken = taken - start
+    order = np.argsort(start, kind="stable").tolist()
+    return names, [(table.lines[at], workers[at], taken.item(at)) for at in order]
 
 
 def _steps(path: Path) -> int:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.registry import Count, Fraction, Natural, NonNegative, Positive, Registry, Spec
 from offbeat.runtime.tensors import dtype_of, fetch, is_tensor, library, load
-from offbeat.workers.tasks.contract import Task
+from offbeat.workers.tasks.contract import Task, ours
 from offbeat.workers.tasks.external import ELSEWHERE
 
 WORK = Registry("work")
@@ -55,6 +55,17 @@ class Work(Protocol):
                 here; changed in place.
         """
         ...
+
+
+def updated(
+    work: Work, task: Task, x: Any, worker: NDArray, draw: NDArray, steps: NDArray, kept: Kept
+) -> tuple[Any, Any]:
+    """``work.update``; what a user's own work is given and answers, nobody else has."""
+    if type(work) is Gradient or ours(work):
+        return work.update(task, x, worker, draw, steps, kept)
+    copied = library(x).asarray(x, copy=True)
+    losses, updates = work.update(task, copied, worker, draw, steps, kept)
+    return losses, library(updates).asarray(updates, copy=True)
 
 
 class Gradient:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from offbeat.algorithms.base import completed
 from offbeat.algorithms.compression.contract import Compressor, error_of, made
 from offbeat.algorithms.compression.identity import Identity
 from offbeat.runtime.errors import ConfigError
@@ -157,3 +158,20 @@ class Gossip(ABC):
     def models(self, node: Node) -> NDArray:
         """What the nodes would answer now, like ``x``."""
         return node.x
+
+
+def own_gossip(given: Any) -> Gossip:
+    """A method that need not be derived from ``Gossip``: it has ``channels``, init, ask and tell.
+
+    Raises:
+        ConfigError: it lacks one of these.
+    """
+    made: Gossip = completed(given, Gossip)
+    if made is not given:
+        if not hasattr(given, "channels"):
+            raise ConfigError(
+                f"{type(given).__name__} has no channels: name what it publishes, as "
+                'channels = {"x": Channel()}'
+            )
+        Gossip.__init__(made, given.channels, getattr(given, "compressor", "identity"))
+    return made

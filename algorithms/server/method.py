@@ -4,15 +4,20 @@ Rules are transformations of one update, in the manner of gradient transformatio
 what the one before it answered and returns it changed, or None where nothing is to be applied.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from offbeat.algorithms.base import completed
 from offbeat.algorithms.server.contract import Algorithm, Server, Update
 from offbeat.runtime.errors import ConfigError
+
+FACTS = tuple(Update.__annotations__)
 
 
 class Rule(Protocol):
@@ -24,19 +29,24 @@ class Rule(Protocol):
 
 
 class Plan(Protocol):
-    """Who works next, and when; ``Schedule`` is one, ``Windows`` another."""
+    """Who works next, and when; ``Schedule`` is one, ``Windows`` another.
+
+    One of one's own needs ``start`` and ``arrived``; the rest has plain defaults.
+    """
 
     any_shard: bool = False
     """See ``Algorithm``."""
 
     def check(self, n: int) -> None:
-        """Raise ConfigError where n workers cannot follow it."""
-        ...
+        """Raise ConfigError where n workers cannot follow it; by default any can."""
+        return None
 
+    @abstractmethod
     def start(self, server: Server) -> None:
         """Hand out the first jobs."""
         ...
 
+    @abstractmethod
     def arrived(self, server: Server, update: Update) -> None:
         """One more result is in and has been applied."""
         ...
@@ -46,12 +56,13 @@ class Plan(Protocol):
         return None
 
     def lost(self, server: Server) -> None:
-        """One result will never come."""
-        ...
+        """One result will never come; nothing by default."""
+        return None
 
     def joined(self, server: Server, worker: int, lost: int) -> None:
-        """A worker is back, ``lost`` of whose jobs were lost."""
-        ...
+        """A worker is back, ``lost`` of whose jobs were lost: it gets as many by default."""
+        for _ in range(lost):
+            server.assign(worker)
 
 
 class Order(Protocol):
@@ -167,8 +178,8 @@ class Method(Algorithm):
     """A server method made of a plan and update rules, applied in turn."""
 
     def __init__(self, schedule: Plan, rules: Sequence[Rule]) -> None:
-        self.schedule, self.rules = schedule, list(rules)
-        self.any_shard = schedule.any_shard
+        self.schedule, self.rules = completed(schedule, Plan), list(rules)
+        self.any_shard = self.schedule.any_shard
 
     def check(self, n: int) -> None:
         """See ``Algorithm``."""
@@ -183,7 +194,7 @@ class Method(Algorithm):
         self._step(server, update, update.payload, self.rules)
         self.schedule.arrived(server, update)
 
-    def _step(self, server: Server, update: Any, g: Any, rules: Sequence[Rule]) -> None:
+    def _step(self, server: Server, update: Update, g: Any, rules: Sequence[Rule]) -> None:
         for rule in rules:
             g = rule(server, update, g)
             if g is None:
@@ -198,8 +209,7 @@ class Method(Algorithm):
         """See ``Algorithm``; a round that waited for this job alone is over."""
         for at, rule in enumerate(self.rules):
             if isinstance(rule, Round) and rule.count and not server.outstanding:
-                # Of a round, no update is left for the rules behind it to look at.
-                self._step(server, None, rule.mean(), self.rules[at + 1 :])
+                self._step(server, rule.last, rule.mean(), self.rules[at + 1 :])
         self.schedule.lost(server)
 
     def joined(self, server: Server, worker: int, lost: int) -> None:
@@ -272,15 +282,21 @@ class Buffer(Rule):
 
 @dataclass
 class Round(Rule):
-    """Nothing until no job is out, then the mean of all that came: one step a barrier."""
+    """Nothing until no job is out, then the mean of all that came: one step a barrier.
+
+    The rules behind it are told of the last update of the round.
+    """
 
     count: int = 0
     total: NDArray | None = None  # [d], sum of the updates so far
+    last: Any = field(default_factory=SimpleNamespace)  # an Update, in fields for checkpoints
 
     def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray | None:
         """See ``Rule``."""
         self.total = g if self.total is None else self.total + g
         self.count += 1
+        # The job that ends the round may be one that is lost.
+        self.last = SimpleNamespace(**{name: getattr(update, name) for name in FACTS})
         return None if server.outstanding else self.mean()
 
     def mean(self) -> NDArray:

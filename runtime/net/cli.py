@@ -61,7 +61,7 @@ def show(name: Name, folder: Folder = Path("keys")) -> None:
     typer.echo(keys.show(folder, name))
 
 
-@keyring.command("authorize")
+@keyring.command("authorize", context_settings={"ignore_unknown_options": True})  # keys of "-..."
 def authorize(
     name: Name,
     key: Annotated[str, typer.Argument(help="Its public key, as offbeat keys show prints it.")],
@@ -174,7 +174,7 @@ def mount(
         name: Annotated[str, typer.Option(help="Of this worker, and of its key.")] = "",
         folder: Keys = None,
         device: Annotated[
-            str, typer.Option(help="Where a torch task computes: cpu, cuda or cuda:0.")
+            str, typer.Option(help="Where a torch task such as lm computes: cpu, cuda:0, ...")
         ] = "cpu",
         max_wait_s: Annotated[
             float | None, typer.Option(help="Without a server for so long, give up.")
@@ -221,7 +221,7 @@ def mount(
 
         with telling(form):
             listed = read_hosts(hosts)
-            number, own = listed.node(node)
+            own = listed.node(node)
             found = read(
                 file,
                 {"engine": own_engine(file) or "zmq", "clock": "real"},
@@ -231,6 +231,9 @@ def mount(
                 raise ConfigError(
                     f"{file}: is a comparison of {len(found)} runs; take one at a time"
                 )
+            seats = {one.name: Seat(one.name, one.endpoint) for one in listed.nodes()}
+            topology = found[0].topology
+            placed = topology.seated(seats) if topology else [*seats.values()]
             if suspect_after_s is None:
                 usual = Liveness.suspect_after_s
                 suspect_after_s = getattr(found[0].engine, "suspect_after_s", usual)
@@ -238,8 +241,8 @@ def mount(
                 bind = own.endpoint if folder is None else f"tcp://*:{own.port}"
             reason = PeerProcess(
                 alone(found[0]),
-                [Seat(one.name, one.endpoint) for one in listed.nodes()],
-                number,
+                placed,
+                placed.index(seats[node]),
                 out or Path("runs") / f"{file.stem}-{node}",
                 bind=bind,
                 keys_folder=folder,

@@ -30,6 +30,7 @@ from offbeat.runtime.logs import Note
 from offbeat.runtime.net import messages as say
 from offbeat.runtime.net import shapes
 from offbeat.runtime.net.jobs import (
+    GRAVE,
     MOST_OFFENCES,
     MOST_STRIKES,
     Jobs,
@@ -121,6 +122,7 @@ class Hub:
         self.dim: int | None = None  # of the model of loops, where workers are such
         self.shapes = ""  # of its parameters; see ``runtime.net.shapes``
         self._rates_s = 0.0  # when rates were measured
+        self._told_s, self._told = -math.inf, say.Status("")  # status
         self.bytes_in = self.bytes_out = 0  # of whole messages
         self._spent_s, self._staleness = 0.0, 0  # of all results
 
@@ -221,16 +223,19 @@ class Hub:
 
     def receive(
         self, address: bytes, node: str | None, frames: Sequence[Buffer], now_s: float
-    ) -> None:
+    ) -> int:
         """A message from ``address``; ``node`` is who it is from, where a key says so.
 
         What is wrong with it is counted under the error's name, and costs who sent it, nobody else.
+        Answers how much it speaks against its connection: 0 where it was of use.
         """
         try:
             message = self._reader.read(frames)
             self._take(address, node, message, now_s)
         except PeerError as error:
             self._offence(address, node, error, now_s)
+            return 1 if isinstance(error, (*HARMLESS, WrongRun)) else GRAVE
+        return 0
 
     def _take(self, address: bytes, node: str | None, message: Message, now_s: float) -> None:
         head = message.head
@@ -247,7 +252,10 @@ class Hub:
         if head.kind == "ask":
             if why := self.roster.quarantined.get(node or ""):
                 raise WrongNode(why)
-            self._post(address, "status", say.Status(json.dumps(self.status(now_s))), 0)
+            if now_s >= self._told_s:  # who asks all the time takes nobody else's
+                self._told_s = now_s + self.liveness.tick_s
+                self._told = say.Status(json.dumps(self.status(now_s)))
+            self._post(address, "status", self._told, 0)
             return
         if head.run != self.run:
             raise BadHeader(f"a {head.kind} of a stranger")
@@ -382,8 +390,9 @@ class Hub:
             theirs = shapes.read(ready.shapes, self.dim)
         except BadHeader as error:
             return str(error)
-        if self.shapes and ready.shapes != self.shapes:
-            difference = shapes.difference(theirs, shapes.read(self.shapes))
+        known = shapes.read(self.shapes)
+        if known and shapes.bare(theirs) != shapes.bare(known):
+            difference = shapes.difference(theirs, known)
             return f"its model is another than the run's: {difference}"
         self.shapes = ready.shapes
         return ""

@@ -14,8 +14,11 @@ from offbeat.runtime.errors import (
     UnknownJob,
     WrongNode,
 )
+from offbeat.runtime.net.link import WINDOW
 
 MOST_OFFENCES = 10  # messages that cannot be right, before a node is cut off
+MOST_WRONG = 2 * WINDOW  # in a row, of what an honest node may have on its way as well
+GRAVE = MOST_WRONG // MOST_OFFENCES  # as many of those are as bad as one that cannot be right
 MOST_STRIKES = 3  # results in a row that are not finite
 RESTARTS_S = 120.0  # the window in which restarts are counted,
 FREE_RESTARTS = 3  # after so many of which a node has to wait,

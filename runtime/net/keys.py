@@ -24,7 +24,7 @@ from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
 from offbeat.runtime.checkpoint import write_whole
-from offbeat.runtime.errors import ConfigError, Refused
+from offbeat.runtime.errors import ConfigError, Refused, passes
 
 log = getLogger("offbeat.net")
 SERVER = "server"  # the name under which workers know the server's key
@@ -56,8 +56,10 @@ def new(folder: Path, name: str) -> Path:
         raise ConfigError(f"{secret} exists; remove it first, or choose another name") from None
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written ({error.strerror})") from None
-    public, _ = create_certificates(folder, name)
-    return Path(public)
+    while True:
+        public, _ = create_certificates(folder, name)
+        if not show(folder, name).startswith("-"):  # which shells and programs take for an option
+            return Path(public)
 
 
 def show(folder: Path, name: str) -> str:
@@ -264,15 +266,22 @@ class Gate:
                 "the thread that checks keys has ended, so nobody new could join; start this "
                 "process again, and it goes on where it was"
             )
-        before = self._thread.names
-        if (listed := _signature(self._folder)) == self._listed:
-            return set()
-        self._listed, now = listed, {}
-        for path in sorted((self._folder / AUTHORIZED).glob("*.key")):
-            try:
-                now[_public(path)] = path.stem
-            except ConfigError as error:  # being written, or removed; a run does not end for it
-                log.warning("%s; nobody comes in under that name", error)
+        before, now = self._thread.names, dict[bytes, str]()
+        try:
+            if (listed := _signature(self._folder)) == self._listed:
+                return set()
+            for path in sorted((self._folder / AUTHORIZED).glob("*.key")):
+                try:
+                    now[_public(path)] = path.stem
+                except ConfigError as error:  # being written, or removed; a run does not end for it
+                    if passes(error):
+                        raise
+                    log.warning("%s; nobody comes in under that name", error)
+        except (ConfigError, OSError) as error:
+            if passes(error):
+                return set()  # the list is as it was; the next look reads it
+            raise
+        self._listed = listed
         self._thread.names = now
         return set(before.values()) - set(now.values()) | {
             name for key, name in before.items() if now.get(key) != name

@@ -42,7 +42,7 @@ from offbeat.runtime.errors import (
 from offbeat.runtime.hosted import Parcel
 from offbeat.runtime.logs import Note
 from offbeat.runtime.net import messages as say
-from offbeat.runtime.net.jobs import MOST_OFFENCES, Liveness
+from offbeat.runtime.net.jobs import GRAVE, MOST_OFFENCES, Liveness
 from offbeat.runtime.net.link import Full, Link
 from offbeat.runtime.net.wire import (
     MOST_ARRAYS,
@@ -68,6 +68,7 @@ RESETS = 2**16  # and each gives a link up less often than that
 MOST_INCARNATIONS = 2**16
 MOST_SAID = 500  # characters of what differs
 LEAST_ENTRIES = 4  # of an item that is no vector of the model
+HARMLESS = (OldIncarnation, WrongRun)  # what honest nodes cause, too
 GATHERING, SAVED, RUNNING, DONE, LEFT = range(5)
 WAIT_S = 600.0  # for neighbours that were never heard, before a run begins without them
 DIFFER_S = 3.0  # for a neighbour of the same run to be heard, where another's run differs
@@ -265,9 +266,13 @@ class Mesh:
 
     # -- What the node does ----------------------------------------------------------------------
 
+    def here(self, now_s: float) -> list[Neighbour]:
+        """The neighbours that hear this peer, and are heard."""
+        return [n for n in self.neighbours.values() if self._mutual(n, now_s)]
+
     def decide(self, now_s: float) -> str | None:
         """How the node is to begin, if it is not ``OVER`` already; None: not yet."""
-        here = [n for n in self.neighbours.values() if self._mutual(n, now_s)]
+        here = self.here(now_s)
         running = [n for n in here if n.standing in (RUNNING, DONE)]
         counted_on = any(n.counts for n in running)
         if running and not counted_on:
@@ -347,18 +352,23 @@ class Mesh:
 
     def receive(
         self, address: bytes, node: str | None, frames: Sequence[Buffer], now_s: float
-    ) -> None:
-        """A message; ``node`` is who it is from, where a key says so."""
+    ) -> int:
+        """A message; ``node`` is who it is from, where a key says so.
+
+        Answers how much it speaks against its connection: 0 where it was of use.
+        """
         try:
             self._take(address, node, self._reader.read(frames), now_s)
         except PeerError as error:
             n = self._by_name.get(node or "") or self.at(address)
             self.offence(address, n, error)
+            return 1 if isinstance(error, HARMLESS) else GRAVE
+        return 0
 
     def offence(self, address: bytes, n: Neighbour | None, error: PeerError) -> None:
         """Something that cannot be right; who keeps saying such things is cut off."""
         self.counts[error.name] += 1
-        if isinstance(error, OldIncarnation | WrongRun):
+        if isinstance(error, HARMLESS):
             return
         who = n.name if n else "somebody"
         fields = {"member": n and n.name, "reason": error.name, "why": str(error)}

@@ -45,9 +45,10 @@ from offbeat.runtime.errors import (
 )
 from offbeat.runtime.experiment import Experiment
 from offbeat.runtime.hosted import Hosted, Parcel, Report
-from offbeat.runtime.logs import Note, identify, tell
+from offbeat.runtime.logs import FIRST_S, REMIND_S, Note, Seldom, identify, tell
 from offbeat.runtime.net import keys, mesh, sockets
 from offbeat.runtime.net import messages as say
+from offbeat.runtime.net.guard import Guard, needs
 from offbeat.runtime.net.jobs import Liveness
 from offbeat.runtime.net.mesh import Mesh
 from offbeat.runtime.net.metrics import Exporter
@@ -57,6 +58,7 @@ from offbeat.runtime.node import Compute, gossip_node
 from offbeat.runtime.records import Records
 from offbeat.runtime.registry import MADE_BY_HAND
 from offbeat.workers.tasks import device as devices
+from offbeat.workers.tasks.contract import guarded
 from offbeat.workers.tasks.external import ELSEWHERE, External
 from offbeat.workers.work import OwnLoop
 
@@ -65,11 +67,11 @@ LEAVE_S = 10.0  # for the node's state, once the process is asked to end
 FAREWELL_S = 0.5  # for the last words to be on their way
 RECONNECT_MS = 100, 1000
 KNOCK_S = 2.0  # after a neighbour has refused this peer's key, before it knocks again
-REMIND_S = 30.0
 COMMON = (
     *("seed", "mode", "replicas", "pace"),
     *("task", "algorithm", "fleet", "topology", "work", "stop"),
 )
+MOST_UNASKED = 2**16  # messages of a neighbour where none are awaited, at a look
 MOST_WATCHERS = 16  # whose reports are on their way at a time
 
 
@@ -111,10 +113,10 @@ def check(experiment: Experiment) -> None:
     stop = experiment.stop
     if not isinstance(experiment.algorithm, Gossip):
         raise ConfigError("a method with a server has no peers; see offbeat serve")
-    if stop.loss is not None or stop.gradients is not None:
+    if unseen := [*stop.targets, *(["gradients"] if stop.gradients is not None else [])]:
         raise ConfigError(
             "peers stop after steps (rounds), seconds or wall_s: none of them sees the others' "
-            "loss; remove stop.loss and stop.gradients, or let offbeat run watch them"
+            f"models; remove stop.{' and stop.'.join(unseen)}, or let offbeat run watch them"
         )
 
 
@@ -185,6 +187,15 @@ class PeerProcess:
         self._side = ThreadPoolExecutor(1)  # evaluates and saves
         self._hosted: Hosted | None = None
         self._exporter: Exporter | None = None
+        spoken = mesh.spoken(x)
+        self._guard = Guard(
+            self._context,
+            needs(spoken),
+            len(node.neighbours),
+            self.liveness.heartbeat_s,
+            keyed=keys_folder is not None,
+        )
+        self._seldom = Seldom()
         self._bytes_in = self._bytes_out = 0  # of whole messages
         self._spent = 0.0, 0  # seconds, jobs
         try:
@@ -193,7 +204,7 @@ class PeerProcess:
             self._state, self._notes = self._saved()
             self.mesh = Mesh(
                 hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), text, me,
-                [seat.name for seat in seats], sorted(node.neighbours), mesh.spoken(x),
+                [seat.name for seat in seats], sorted(node.neighbours), spoken,
                 self.liveness, incarnation=self._claim.incarnation,
                 nonce=random.SystemRandom().randrange(1, mesh.PROCESS),
                 saved=self._state is not None, joins=node.bears, now_s=time.monotonic(),
@@ -218,12 +229,13 @@ class PeerProcess:
         self._leaving = self._late = False
         self._limit: float = 0 if watched else experiment.stop.steps or math.inf
         self._saving: Future[None] | None = None
-        self._saves = checkpoint.Attempts(experiment.record.max_failed_saves)
+        record = experiment.record
+        self._saves = checkpoint.Attempts(record.max_failed_saves, record.save_every_s)
         self._evaluating: Future[dict[str, Any]] | None = None
         self._newest: tuple[int, int, float, Any] | None = None  # model that is to be, next
         self._began_s = time.monotonic()
         self._save_s = self._look_s = self._began_s
-        self._remind_s = self._began_s + REMIND_S
+        self._remind_s = self._began_s + FIRST_S
         self._last: dict[str, Any] = {}  # metrics
         self._handshakes = 0
         self._knocks: dict[int, float] = {}  # neighbour -> when to knock again
@@ -246,13 +258,13 @@ class PeerProcess:
             own = keys.identity(keys_folder, self.seat.name)
             self._gate = keys.Gate(context, keys_folder)
             keys.as_server(self._router, own)
+        self._guard.watch(self._router, 0)
         if descriptor is not None:
             self._router.setsockopt(zmq.USE_FD, descriptor)
         self.endpoint = sockets.bound(self._router, bind)
         if self._gate is not None and own is not None:
             self._gate.self_test(keys.knock(self.endpoint), own.public)
         self._dealers: dict[tuple[int, bool], zmq.Socket] = {}  # whether for beats
-        self._monitors: dict[tuple[int, bool], zmq.Socket] = {}
         for j in self.mesh.neighbours:
             seat = self._seats[j]
             for beats in (False, True):
@@ -265,8 +277,9 @@ class PeerProcess:
                     keys.as_client(dealer, own, keys.public(keys_folder, seat.name))
                 self._dealers[j, beats] = dealer
                 seen = sockets.FAILED if beats else zmq.EVENT_HANDSHAKE_SUCCEEDED
-                self._monitors[j, beats] = dealer.get_monitor_socket(seen)
+                self._guard.watch(dealer, seen, (j, beats))
                 sockets.connected(dealer, seat.endpoint)
+        self._guard.start()
 
     # -- The loop --------------------------------------------------------------------------------
 
@@ -331,16 +344,21 @@ class PeerProcess:
     def _drain(self, now_s: float) -> None:
         for _ in range(AT_ONCE):
             if (message := sockets.receive(self._router)) is None:
+                self._guard.drained()
                 return
             whom, *frames = message
-            self._bytes_in += sockets.size(frames)
+            address, nbytes = whom.bytes, sockets.size(frames)
+            self._bytes_in += nbytes
+            one = self._guard.came(self._router, address, frames, nbytes)
+            if one is not None and one.cut:
+                continue  # what else it had said
             node = None if self._gate is None else self._gate.who(whom)
-            self.mesh.receive(whom.bytes, node, [frame.buffer for frame in frames], now_s)
-            for whose, why in self.mesh.cuts:
-                if whose == whom.bytes and sockets.cut(whom):
-                    peer = str(whom.get("Peer-Address"))
-                    tell("cut", f"a connection is ended: {why}", WARNING, address=peer, why=why)
-            self.mesh.cuts.clear()
+            buffers = [frame.buffer for frame in frames]
+            blame = self.mesh.receive(address, node, buffers, now_s)
+            if one is not None and (blame or one.wrong or not one.heard):
+                self._guard.judge(one, node, blame)
+            if self.mesh.cuts:
+                self._guard.cut(self.mesh.cuts)
 
     def _send(self) -> None:
         if self.mesh.incarnation != self._claim.incarnation:
@@ -375,7 +393,7 @@ class PeerProcess:
         if how is None:
             if now_s >= self._remind_s:
                 self._remind_s = now_s + REMIND_S
-                here = [n.name for n in self.mesh.neighbours.values() if n.knows]
+                here = [n.name for n in self.mesh.here(now_s)]
                 text = f"{self.seat.name} waits for its neighbours; here: {here or 'none'}"
                 tell("waiting", text, WARNING, here=here)
             return
@@ -458,9 +476,14 @@ class PeerProcess:
 
     def _look(self, now_s: float) -> None:
         """What is not urgent: reports, notes, refused handshakes, the checkpoint that is due."""
+        told, name = self._seldom, self.seat.name
         for note in self.mesh.notes:
-            tell(note.event, f"{self.seat.name}: {note.text}", note.level, **note.fields)
+            told.tell(note.event, f"{name}: {note.text}", note.level, **note.fields)
         self.mesh.notes.clear()
+        for address, why in self._guard.ends():
+            text = f"{name}: a connection from {address} is ended: {why}"
+            told.tell("cut", text, WARNING, address=address, why=why)
+        told.remind()
         if now_s >= self._look_s:
             self._look_s = now_s + self.liveness.heartbeat_s
             self._knock(now_s)
@@ -473,7 +496,7 @@ class PeerProcess:
         if self._hosted is None or self._watched:
             return
         self._keep(self._hosted.report(0.0))
-        if now_s - self._save_s >= self.experiment.record.save_every_s and not self._saving:
+        if now_s - self._save_s >= self._saves.wait_s and not self._saving:
             self._save_s = now_s
             self._hosted.ask(0, "state")
 
@@ -514,7 +537,7 @@ class PeerProcess:
     def _evaluate(self, k: int, time_s: float, x: Any) -> dict[str, Any]:
         counts = self._report.counts.get(self.me, {})
         row = {"time_s": time_s, "step": k, "gradients": k * self.experiment.work.steps}
-        return row | self.experiment.task.evaluate(x) | {"bytes": counts.get("bytes", 0)}
+        return row | guarded(self.experiment.task).evaluate(x) | {"bytes": counts.get("bytes", 0)}
 
     def _whole(self, answer: Any) -> dict[str, Any]:
         assert self._hosted is not None
@@ -550,27 +573,30 @@ class PeerProcess:
                 with suppress(zmq.ZMQError):  # where ZeroMQ has given it up altogether
                     self._dealers[j, beats].disconnect(self._seats[j].endpoint)
                 sockets.connected(self._dealers[j, beats], self._seats[j].endpoint)
-        for (j, beats), monitor in self._monitors.items():
+        for dealer in self._dealers.values():
             # A socket that only sends has to be asked: what it was disconnected from stays
             # connected until the end of what could be read is seen.
-            self._dealers[j, beats].getsockopt(zmq.EVENTS)
-            for event, _ in sockets.told(monitor):
-                if not beats:  # TCP loses nothing but with its connection
-                    self.mesh.lost(j, now_s)
-                    continue
-                name = self._seats[j].name
-                self.mesh.counts["handshakes_refused"] += 1
-                if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and self._hosted is None:
-                    raise Refused(
-                        f"{name} does not let {self.seat.name} in: its key is not in the list "
-                        f"there; at {name}, run offbeat keys authorize {self.seat.name} KEY"
-                    )
-                if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:  # after which ZeroMQ does not
-                    self._knocks.setdefault(j, now_s + KNOCK_S)
-                self._handshakes += 1
-                if self._handshakes == 1:
-                    text = f"{self.seat.name}: the handshake with {name} fails; is its key right?"
-                    tell("key_refused", text, WARNING, count=1, neighbour=name)
+            for _ in range(MOST_UNASKED):
+                if sockets.receive(dealer) is None:
+                    break
+        for (j, beats), event, _ in self._guard.heard():
+            if not beats:  # TCP loses nothing but with its connection
+                self.mesh.lost(j, now_s)
+                continue
+            name = self._seats[j].name
+            self.mesh.counts["handshakes_refused"] += 1
+            if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and self._hosted is None:
+                raise Refused(
+                    f"{name} does not let {self.seat.name} in: its key is not in the list "
+                    f"there; at {name}, run offbeat keys authorize {self.seat.name} KEY"
+                )
+            if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:  # after which ZeroMQ does not
+                self._knocks.setdefault(j, now_s + KNOCK_S)
+            self._handshakes += 1
+            if self._handshakes == 1:
+                why = "is its key right?" if self._gate else "does it run with keys? Here are none"
+                text = f"{self.seat.name}: the handshake with {name} fails; {why}"
+                tell("key_refused", text, WARNING, count=1, neighbour=name)
 
     # -- Who asks --------------------------------------------------------------------------------
 
@@ -739,6 +765,7 @@ class PeerProcess:
             self._exporter.close()
         if self._gate is not None:
             self._gate.close()
+        self._guard.close()
         self._context.destroy()
         if hasattr(self, "_wake"):
             os.close(self._wake)

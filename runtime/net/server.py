@@ -21,10 +21,11 @@ import zmq
 from offbeat.runtime import checkpoint
 from offbeat.runtime.checkpoint import write_whole
 from offbeat.runtime.crew import Answer, Back, Crew, Event, Gone, Order
-from offbeat.runtime.errors import ConfigError, CrewError, Fenced, StorageError
+from offbeat.runtime.errors import ConfigError, CrewError, Fenced, StorageError, passes
 from offbeat.runtime.finite import finite
-from offbeat.runtime.logs import identify, tell
+from offbeat.runtime.logs import FIRST_S, REMIND_S, Seldom, identify, tell
 from offbeat.runtime.net import keys, shapes, sockets
+from offbeat.runtime.net.guard import Guard, needs
 from offbeat.runtime.net.hub import SERVER, Hub
 from offbeat.runtime.net.jobs import Liveness
 from offbeat.runtime.net.local import Nursery
@@ -46,7 +47,6 @@ FIRST = 2**52  # serial of the job that asks for a model; no run has so many
 START_S = 60.0  # for the workers of this machine to be there
 GOODBYE_S = 1.0  # for members to hear that the server stops,
 FAREWELL_S = 60.0  # or that the run is over: one that computes, and lives, hears it afterwards
-REMIND_S = 30.0  # between two sentences that say what is waited for
 
 
 class Claim:
@@ -105,11 +105,19 @@ class Claim:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StorageError(f"{self._path}: cannot be read ({error})") from None
 
-    def check(self) -> None:
-        """Raise Fenced if another server has taken the folder over, where locks do not reach."""
+    def check(self, *, surely: bool = True) -> None:
+        """Raise Fenced if another server has taken the folder over, where locks do not reach.
+
+        Unless it has to be known ``surely``, it may be left to the next look.
+        """
         if self.folder is None:
             return
-        now = self._read()
+        try:
+            now = self._read()
+        except StorageError as error:
+            if surely or not passes(error):
+                raise
+            return
         if now is None or now["incarnation"] != self.incarnation:
             raise Fenced(f"{self.folder}: another server has taken this run over; this one ends")
 
@@ -145,10 +153,18 @@ class ZmqCrew(Crew):
         self._nursery: Nursery | None = None
         self._gate: keys.Gate | None = None
         self._exporter: Exporter | None = None
+        self._told = Seldom()
         self._done = False
         self._claim = Claim(folder)
         identify(run=self._claim.run, node=SERVER, incarnation=self._claim.incarnation)
         self._context = zmq.Context()
+        self._guard = Guard(
+            self._context,
+            needs(spoken),
+            experiment.fleet.workers,
+            liveness.heartbeat_s,
+            keyed=folder_of_keys is not None,
+        )
         try:
             self._socket = sockets.limited(self._context, zmq.ROUTER, liveness)
             sockets.patient(self._socket)
@@ -157,10 +173,13 @@ class ZmqCrew(Crew):
                 self._gate = keys.Gate(self._context, folder_of_keys)
                 keys.as_server(self._socket, own)
             self._descriptor = self._socket.fileno()  # to ask for it takes as long as a message
+            self._guard.watch(self._socket, sockets.FAILED)
             self.endpoint = sockets.bound(self._socket, options.bind)
+            self._own_knocks = 0
             if self._gate is not None:
                 self._gate.self_test(keys.knock(self.endpoint), own.public)
-            self._monitor = self._socket.get_monitor_socket(sockets.FAILED)  # from now on
+                self._own_knocks = 1  # of the handshakes that were refused
+            self._guard.start()
             self._hub = Hub(
                 self._claim.run, text, spoken, experiment.fleet.workers,
                 self._claim.incarnation, liveness, version("offbeat"), sockets.PIECE_S,
@@ -169,7 +188,7 @@ class ZmqCrew(Crew):
                 self._exporter = Exporter(options.metrics, SERVER)
             now_s = time.monotonic()
             self._tick_s = self._look_s = now_s
-            self._alone_s = self._remind_s = now_s  # since when nobody is here
+            self._alone_s, self._remind_s = now_s, now_s + FIRST_S  # since when nobody is here
             self._most_idle_s = options.most_idle_s
             self._frames: list[Any] = []  # of the message that is being read
             text = f"server {self._claim.incarnation} listens at {self.endpoint}"
@@ -293,6 +312,7 @@ class ZmqCrew(Crew):
             self._exporter.close()
         if self._gate is not None:
             self._gate.close()
+        self._guard.close()
         self._context.destroy(sockets.LINGER_MS)
         self._claim.close()
 
@@ -312,28 +332,27 @@ class ZmqCrew(Crew):
 
     def _drain(self) -> bool:
         """Read what is there; answers whether that was all."""
-        socket, hub = self._socket, self._hub
+        socket, hub, guard = self._socket, self._hub, self._guard
         for _ in range(AT_ONCE):
             if (address := sockets.sender(socket)) is None:
+                guard.drained()
                 return True
             frames = sockets.receive(socket)
             assert frames is not None  # the address is never alone
-            hub.bytes_in += sockets.size(frames)
+            nbytes = sockets.size(frames)
+            hub.bytes_in += nbytes
+            one = guard.came(socket, address, frames, nbytes)
+            if one is not None and one.cut:
+                continue  # what else it had said
             node = None if self._gate is None else self._gate.who(frames[0])
-            hub.receive(address, node, frames, time.monotonic())
+            blame = hub.receive(address, node, frames, time.monotonic())
             if hub.outbox:
                 self._send()  # acknowledgements keep the other side's window open
+            if one is not None and (blame or one.wrong or not one.heard):
+                guard.judge(one, node, blame)
             if hub.cuts:
-                self._cut(address, frames[0])
+                guard.cut(hub.cuts)
         return False
-
-    def _cut(self, address: bytes, frame: zmq.Frame) -> None:
-        for whose, why in self._hub.cuts:
-            if whose == address and sockets.cut(frame):
-                peer = str(frame.get("Peer-Address"))
-                text = f"a connection from {peer} is ended: {why}"
-                tell("cut", text, WARNING, address=peer, why=why)
-        self._hub.cuts.clear()
 
     def _send(self) -> None:
         hub, socket = self._hub, self._socket
@@ -358,18 +377,17 @@ class ZmqCrew(Crew):
         hub.tick(now_s)
         self._tick_s = now_s + hub.liveness.tick_s
         for note in hub.notes:
-            tell(note.event, note.text, note.level, **note.fields)
+            self._told.tell(note.event, note.text, note.level, **note.fields)
         hub.notes.clear()
+        self._told.remind()
         hub.cuts.clear()
         if now_s < self._look_s:
             return
         self._look_s = now_s + hub.liveness.heartbeat_s
-        if count := len(sockets.told(self._monitor)):
-            hub.counts["handshakes_refused"] += count
-            tell("key_refused", f"{count} handshakes were refused", count=count)
+        self._look_around()
         if self._exporter is not None:
             self._exporter.show(hub.status(now_s))
-        self._claim.check()
+        self._claim.check(surely=False)
         if self._gate is not None:
             for node in self._gate.revoked():
                 tell("key_revoked", f"the key of {node} is not listed any more", member=node)
@@ -378,18 +396,34 @@ class ZmqCrew(Crew):
             self._nursery.check()
         self._await(now_s)
 
+    def _look_around(self) -> None:
+        """What the guard has to tell."""
+        guard = self._guard
+        count = sum(bool(event & sockets.FAILED) for _, event, _ in guard.heard())
+        own = min(count, self._own_knocks)
+        self._own_knocks -= own
+        if count := count - own:
+            self._hub.counts["handshakes_refused"] += count
+            text = f"{count} handshakes were refused"
+            self._told.tell("key_refused", text, count=count)
+        self._hub.counts["cut"] = guard.ended
+        for peer, why in guard.ends():
+            text = f"a connection from {peer} is ended: {why}"
+            self._told.tell("cut", text, WARNING, address=peer, why=why)
+
     def _await(self, now_s: float) -> None:
         """Say what is waited for, where nobody is here."""
         if self._hub.seats:
-            self._alone_s = self._remind_s = now_s
+            self._alone_s, self._remind_s = now_s, now_s + FIRST_S
             return
         if self._most_idle_s is not None and now_s - self._alone_s > self._most_idle_s:
             raise CrewError(
                 f"no worker has been here for {self._most_idle_s:.0f} s; let some join with "
                 f"offbeat join {self.endpoint}, and go on with the run"
             )
-        if now_s - self._remind_s >= REMIND_S:
-            self._remind_s = now_s
+        coming = self._nursery is not None and now_s - self._alone_s < REMIND_S
+        if now_s >= self._remind_s and not coming:
+            self._remind_s = now_s + REMIND_S
             text = f"waiting for workers; let some join with: offbeat join {self.endpoint}"
             tell("waiting", text, WARNING, here=[])
 

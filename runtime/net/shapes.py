@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from offbeat.runtime.errors import BadHeader
+from offbeat.workers.tasks.external import PARALLEL
 
 FILE = "shapes.json"  # in a run's folder
 MOST_RANK = 16
@@ -49,13 +50,20 @@ def read(text: str, dim: int | None = None) -> Shapes:
     return found
 
 
+def bare(shapes: Shapes) -> Shapes:
+    """Without what DataParallel puts before all names: a file does not say who did."""
+    if all(name.startswith(PARALLEL) for name, _ in shapes):
+        return [(name.removeprefix(PARALLEL), shape) for name, shape in shapes]
+    return shapes
+
+
 def difference(here: Shapes, there: Shapes) -> str:
     """In what a model here differs from one there, "" if in nothing.
 
     >>> difference([("a", (3,)), ("b", (2,))], [("a", (4,)), ("c", ())])
     'a is [3] here, [4] there; b [2] is here alone; c [] is there alone'
     """
-    mine, theirs = dict(here), dict(there)
+    mine, theirs = dict(bare(here)), dict(bare(there))
     said = [
         f"{name} is {list(shape)} here, {list(theirs[name])} there"
         for name, shape in mine.items()

@@ -1,8 +1,12 @@
 """ZeroMQ sockets with every limit set, and what their monitors tell."""
 
+import errno
+import fcntl
+import os
 import re
 import socket as os_socket
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,11 +19,8 @@ from offbeat.runtime.net.jobs import Liveness
 from offbeat.runtime.net.link import WINDOW
 
 QUEUED = 2 * WINDOW  # messages to a peer
-# Messages of a peer that nobody reads yet: beats of hours, while a model is evaluated.  At this
-# limit libzmq stops reading, and if the connection then breaks it aborts the process (4.3.5,
-# "Assertion failed: !_io_error").
-UNREAD = 2**16
 MOST_FRAMES = wire.MOST_ARRAYS + 2  # header, arrays, and one that is too many
+ZERO_COPY = 10  # ZMQ_ZERO_COPY_RECV, of a context
 LINGER_MS = 1000
 HANDSHAKE_MS = 3000
 CONNECT_MS = 3000  # then again; the system's own patience doubles each time, up to minutes
@@ -38,11 +39,15 @@ FAILED = (
 
 
 def limited(context: zmq.Context, kind: int, liveness: Liveness) -> zmq.Socket:
-    """A socket that no peer can fill, hold or hang."""
+    """A socket that no peer can hold or hang; what waits unread is for a ``Guard`` to bound.
+
+    With a limit of its own on that, libzmq 4.3.5 can end the process.
+    """
+    context.set(ZERO_COPY, 0)  # else a message of few bytes may hold 18 kB
     made = context.socket(kind)
     made.linger = LINGER_MS
     made.maxmsgsize = max(wire.PIECE_BYTES, wire.MOST_HEADER) + 2**16
-    made.sndhwm, made.rcvhwm = QUEUED, UNREAD
+    made.sndhwm, made.rcvhwm = QUEUED, 0
     made.handshake_ivl = HANDSHAKE_MS
     made.heartbeat_ivl = round(500 * liveness.suspect_after_s)
     made.heartbeat_timeout = made.heartbeat_ttl = round(1000 * liveness.down_after_s)
@@ -88,11 +93,35 @@ def unknown(endpoint: str) -> str:
     return ""
 
 
+@contextmanager
+def _alone(endpoint: str) -> Iterator[None]:
+    """Keep an ``ipc`` path for who has it: ZeroMQ would take it away, and tell nobody.
+
+    Raises:
+        ConfigError: somebody listens there.
+    """
+    path = endpoint.removeprefix("ipc://")
+    if path == endpoint or path.startswith(("@", "*")):
+        yield
+        return
+    with ExitStack() as held:
+        with suppress(OSError):  # where it cannot be locked, the rest is all there is
+            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+            held.callback(os.close, folder)
+            fcntl.flock(folder, fcntl.LOCK_EX)  # of two that begin at once one is first
+        with os_socket.socket(os_socket.AF_UNIX) as knock, suppress(OSError):
+            knock.setblocking(False)
+            if knock.connect_ex(path) in (0, errno.EAGAIN):
+                raise ConfigError(f"{endpoint}: cannot listen there (another process does)")
+        yield
+
+
 def bound(socket: zmq.Socket, endpoint: str) -> str:
     """Bind; answers where, with the port that ``*`` became."""
     _check(endpoint)
     try:
-        socket.bind(endpoint)
+        with _alone(endpoint):
+            socket.bind(endpoint)
     except zmq.ZMQError as error:
         raise ConfigError(f"{endpoint}: cannot listen there ({error.strerror})") from None
     return re.sub(r"\[::ffff:([\d.]+)\]", r"\1", socket.getsockopt_string(zmq.LAST_ENDPOINT))
@@ -155,19 +184,3 @@ def told(monitor: zmq.Socket) -> list[tuple[int, int]]:
         found = recv_monitor_message(monitor)
         events.append((int(found["event"]), int(found["value"])))
     return events
-
-
-def cut(frame: zmq.Frame) -> bool:
-    """End the connection over which ``frame`` came; answers whether that was done.
-
-    ZeroMQ has no call for it, but says which descriptor a message came over.
-    """
-    with suppress(zmq.ZMQError, OSError):
-        number: Any = frame.get(zmq.SRCFD)
-        peer = frame.get("Peer-Address")
-        with os_socket.fromfd(number, os_socket.AF_INET6, os_socket.SOCK_STREAM) as connection:
-            host = str(connection.getpeername()[0]).removeprefix("::ffff:")
-            if host == str(peer).removeprefix("::ffff:"):  # else the descriptor is another's now
-                connection.shutdown(os_socket.SHUT_RDWR)
-                return True
-    return False

@@ -26,7 +26,7 @@ import zmq
 
 from offbeat.runtime.crew import Order, Runner
 from offbeat.runtime.errors import ConfigError, CrewError, OffbeatError, Refused
-from offbeat.runtime.logs import identify, tell
+from offbeat.runtime.logs import FIRST_S, REMIND_S, identify, tell
 from offbeat.runtime.net import keys, sockets
 from offbeat.runtime.net.jobs import Liveness
 from offbeat.runtime.net.messages import Welcome, kinds
@@ -37,7 +37,6 @@ from offbeat.workers.tasks import device as devices
 LEAVE_S = 10.0  # for the job or task at hand, once the process is asked to end
 FAREWELL_S = 2.0  # for the server to hear that it leaves
 MOST_HANDSHAKES = 5  # that fail in a row without a word of why
-REMIND_S = 30.0
 
 
 class Abandoned(BaseException):
@@ -206,7 +205,7 @@ class Worker:
     def _await(self, now_s: float) -> None:
         """Say what is waited for, where there is no server, and give up in the end."""
         if self._waits_s is None:
-            self._waits_s, self._remind_s, self._said = now_s, now_s + REMIND_S, ""
+            self._waits_s, self._remind_s, self._said = now_s, now_s + FIRST_S, ""
         if self._most_wait_s is not None and now_s - self._waits_s > self._most_wait_s:
             raise CrewError(
                 f"no server at {self.endpoint} for {self._most_wait_s:.0f} s{self._lack()}; is it "
@@ -214,7 +213,8 @@ class Worker:
             )
         if now_s >= self._remind_s or self.spoke.last_said != self._said:
             self._remind_s, self._said = now_s + REMIND_S, self.spoke.last_said
-            text = f"waiting for the server at {self.endpoint}{self._lack()}"
+            lack = self._lack() or ": nobody answers there"
+            text = f"waiting for the server at {self.endpoint}{lack}"
             tell("waiting", text, WARNING, here=[])
 
     def _lack(self) -> str:

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from offbeat.runtime.crew import Answer, Order
 from offbeat.runtime.errors import ConfigError, CrewError
-from offbeat.runtime.logs import log
+from offbeat.runtime.logs import FIRST_S, REMIND_S, log
 from offbeat.runtime.net.messages import Welcome, kinds, manifest
-from offbeat.runtime.net.worker import FAREWELL_S, REMIND_S, Worker
-from offbeat.runtime.own.desk import FIRST_S, WAIT_S
+from offbeat.runtime.net.worker import FAREWELL_S, Worker
+from offbeat.runtime.own.desk import WAIT_S
 
 
 class Courier(Worker):

@@ -5,18 +5,15 @@ import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from importlib import import_module
-from logging import getLogger
 from typing import Any, Protocol
 
 from offbeat.runtime.crew import Answer, Order
 from offbeat.runtime.errors import ConfigError, CrewError
+from offbeat.runtime.logs import FIRST_S, REMIND_S, log
 from offbeat.runtime.node import Compute
 from offbeat.runtime.own.flat import Flat
 
-log = getLogger("offbeat.net")
 WAIT_S = 0.5  # a wait is cut short after so long, to look at signals
-FIRST_S = 1.0  # of waiting, after which is said for what,
-REMIND_S = 30.0  # and then every so often
 
 
 def ordered(i: int, job: Compute, steps: int) -> Order:

@@ -15,6 +15,33 @@ from offbeat.workers.tasks.external import External
 DTYPES = ("torch.float32", "torch.float64")
 
 
+def names(module: Any) -> dict[str, str]:
+    """Its parameters' names, without what wrappers add -> with it.
+
+    ``torch.compile`` adds ``_orig_mod``, around the module or any part of it; ``DataParallel`` and
+    ``DistributedDataParallel`` add ``module``.  A part that is called so otherwise stays.
+
+    >>> import torch
+    >>> names(torch.nn.DataParallel(torch.nn.Linear(2, 1)))
+    {'weight': 'module.weight', 'bias': 'module.bias'}
+    """
+    import torch
+
+    parallel = torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel
+    added = {
+        f"{path}.{name}".lstrip(".")
+        for path, part in module.named_modules()
+        for name in part._modules
+        if name == "_orig_mod" or (name == "module" and isinstance(part, parallel))
+    }
+    found = {}
+    for name, _ in module.named_parameters():
+        steps = name.split(".")
+        kept = [s for at, s in enumerate(steps) if ".".join(steps[: at + 1]) not in added]
+        found[".".join(kept)] = name
+    return found
+
+
 class Flat:
     """The trainable parameters of a module, one after the other in order of their names.
 
@@ -36,7 +63,14 @@ class Flat:
         import torch
 
         self._torch, self._bf16 = torch, bf16
-        named = sorted((n, p) for n, p in module.named_parameters() if p.requires_grad)
+        if any(isinstance(p, torch.nn.UninitializedParameter) for p in module.parameters()):
+            raise ConfigError(
+                "the model is lazy, its parameters are not made yet; give it a batch first, "
+                "model(inputs), and make the optimiser then"
+            )
+        all_of_them = dict(module.named_parameters())
+        named = sorted((bare, all_of_them[name]) for bare, name in names(module).items())
+        named = [(name, p) for name, p in named if p.requires_grad]
         if not named:
             raise ConfigError("the model has no trainable parameters")
         for what in ("dtype", "device"):

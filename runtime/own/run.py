@@ -32,7 +32,7 @@ from offbeat.runtime.net import shapes
 from offbeat.runtime.net.messages import MOST_TEXT
 from offbeat.runtime.own.courier import Courier
 from offbeat.runtime.own.desk import HERE, Source, log
-from offbeat.runtime.own.flat import Flat
+from offbeat.runtime.own.flat import Flat, names
 
 PATIENCE_S = 600.0
 _joined: WeakSet[Any] = WeakSet()  # modules that take part in a run now
@@ -280,8 +280,10 @@ def _peering(
     if len(experiments) > 1:
         raise ConfigError(f"{file}: is a comparison of {len(experiments)} runs; take one at a time")
     place = Path("runs") / f"{file.stem}-{name}" if folder is None else Path(folder)
-    seats = [Seat(*seat) for seat in hosts.items()]
-    number = [*hosts].index(name)
+    listed = {node: Seat(node, endpoint) for node, endpoint in hosts.items()}
+    topology = experiments[0].topology
+    seats = topology.seated(listed) if topology else [*listed.values()]
+    number = seats.index(listed[name])
     return partial(Peering, alone(experiments[0]), seats, number, place, **options)
 
 
@@ -312,13 +314,19 @@ def _check(model: Any, optimizers: Sequence[Any]) -> None:
         )
 
 
-def weights(folder: str | Path) -> dict[str, NDArray]:
+def weights(folder: str | Path, model: Any = None) -> dict[str, NDArray]:
     """The parameters in a run folder's newest checkpoint, by name.
 
-        model.load_state_dict({k: torch.from_numpy(v) for k, v in weights(folder).items()},
+        model.load_state_dict({k: torch.from_numpy(v) for k, v in weights(folder, model).items()},
                               strict=False)
 
+    Args:
+        folder: of the run.
+        model: whose names they shall have, for example that of ``torch.compile``; None: those of
+            the module that it, or ``DistributedDataParallel``, was put around.
+
     Raises:
+        ConfigError: the model has other parameters.
         StorageError: no such run, or none of training loops.
     """
     path = Path(folder) / shapes.FILE
@@ -329,4 +337,13 @@ def weights(folder: str | Path) -> dict[str, NDArray]:
     x = checkpoint.read(Path(folder) / "checkpoint")[0]["x"]
     ends = np.cumsum([int(np.prod(shape)) for _, shape in layout])
     pieces = np.split(x, ends[:-1])
-    return {name: part.reshape(s) for (name, s), part in zip(layout, pieces, strict=True)}
+    found = {name: part.reshape(s) for (name, s), part in zip(layout, pieces, strict=True)}
+    if model is None:
+        return found
+    called, layout = names(model), shapes.bare(layout)
+    here = shapes.bare([(n, tuple(model.get_parameter(c).shape)) for n, c in called.items()])
+    full = dict(zip((name for name, _ in here), called.values(), strict=True))
+    known = dict(layout)
+    if said := shapes.difference([one for one in here if one[0] in known], layout):
+        raise ConfigError(f"the model is another than that of the run in {folder}: {said}")
+    return {full[name]: part for name, part in zip(known, found.values(), strict=True)}

@@ -12,17 +12,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from offbeat.runtime import api
+from offbeat.runtime import api, metrics
 from offbeat.runtime.errors import ConfigError, OffbeatError
 from offbeat.runtime.experiment import Experiment, from_table
-from offbeat.topologies import TOPOLOGIES
+from offbeat.topologies import TOPOLOGIES, Topology
 from offbeat.topologies.spectral import WINDOW, effective_gap
 
-# Columns of the metrics that are kept of every run, where it has them.
-KEPT = (
-    *("step", "time_s", "bytes", "gradients", "loss", "grad_norm", "accuracy", "perplexity"),
-    *("distance2", "consensus", "loss_worst"),
-)
 MOST_TAUS = 1000  # of the staleness histogram; the last one stands for all beyond
 VERSION = version("offbeat")  # what the same settings give may change with it
 MOST_GAP = 2000  # nodes up to which gaps are computed in passing
@@ -80,7 +75,8 @@ def _run(job: Job) -> dict[str, Any]:
         result = api.resume(folder)  # the study was interrupted in its midst
     else:
         result = api.execute(experiment, folder)
-    kept = [key for key in KEPT if key in result.final]
+    own = dict(metrics.own(experiment.task))
+    kept = metrics.kept(result.final, own)
     curves = short(np.array([result.column(key) for key in kept]))
     taus = result.histogram.tolist()
     if len(taus) > MOST_TAUS:
@@ -90,7 +86,8 @@ def _run(job: Job) -> dict[str, Any]:
         "final": {k: v for k, v in result.final.items() if isinstance(v, int | float)},
         "curve": dict(zip(kept, curves.tolist(), strict=True)),
         "histogram": taus,
-        "topology": None if experiment.topology is None else topology(experiment),
+        "topology": None if experiment.topology is None else topology(experiment.topology),
+        "better": own,
     }
 
 
@@ -116,14 +113,19 @@ def one(table: dict[str, Any]) -> Experiment:
     return found[0]
 
 
-def topology(experiment: Experiment) -> dict[str, Any]:
-    """``n`` and ``gap`` (None if it was not computed) of an experiment's topology."""
-    made = experiment.topology
-    assert made is not None
+def topology(made: Topology) -> dict[str, Any]:
+    """Its ``n`` and ``gap``, None if that was not computed."""
     gap = None
     if made.spec is not None and made.n <= MOST_GAP:
         gap = _gap(json.dumps(made.spec.table()))
     return {"n": made.n, "gap": gap}
+
+
+def measures(experiment: Experiment) -> list[str]:
+    """The metrics that a run of it has, by a look at its beginning."""
+    task = experiment.task
+    gossip = [] if experiment.topology is None else ["consensus", "loss_worst"]
+    return [*task.evaluate(task.initial(experiment.seed)), *gossip, *metrics.LOADS]
 
 
 @lru_cache(maxsize=256)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.logs import at_terminal
+from offbeat.runtime.overrides import apply_override
 from offbeat.runtime.studies import study as studies
 from offbeat.runtime.studies import table as tables
 
@@ -121,15 +122,18 @@ def whatif(
     workers: Annotated[
         list[str] | None, typer.Option(help="+2: two more; -1: one less; 16: so many.")
     ] = None,
-    loss: Annotated[
-        float | None, typer.Option(help="The target (else what the recorded run came to).")
+    target: Annotated[
+        str | None, typer.Option(help="As accuracy=0.9 (else the loss that the run came to).")
     ] = None,
     seeds: Annotated[int, typer.Option(help="Predictions of each candidate.", min=1)] = 3,
 ) -> None:
     """Predict the time to a target with other methods, graphs or workers from a recorded trace."""
     from offbeat.runtime.studies.whatif import predict, shown
 
-    found = predict(folder, algorithm or [], topology or [], workers or [], loss, seeds)
+    goal: dict[str, Any] = {}
+    if target is not None:
+        apply_override(goal, target)
+    found = predict(folder, algorithm or [], topology or [], workers or [], goal or None, seeds)
     console.print(shown(*found))
 
 

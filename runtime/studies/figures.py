@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from offbeat.runtime.errors import StorageError
-from offbeat.runtime.plots import COLOURS, DASHES, legend
+from offbeat.runtime.metrics import HIGHER
+from offbeat.runtime.plots import COLOURS, legend, styles
 
 MARKS = "os^Dvx+*"
+APART = 3  # places in it between lines of one colour
 DPI = 90
 LONGEST = 60  # settings named on one axis
 LEGEND = 14  # entries
@@ -65,31 +67,31 @@ def _shown(data: dict[str, Any], every: bool = False) -> list[tuple[int, str, di
     axes = [{**axis, "first": None} if every else axis for axis in data["axes"]]
     free = [at for at, a in enumerate(axes) if len(a["values"]) > 1 and a["first"] is None]
     places: dict[tuple[int, ...], int] = {}
-    found = []
+    found, drawn = [], []
     for at, one in enumerate(data["settings"]):
         if any(a["first"] not in (None, v) for a, v in zip(axes, one["at"], strict=True)):
             continue
         colour = one["at"][data["colour"]] if axes else 0
         others = tuple(one["at"][i] for i in free if i != data["colour"])
-        place = places.setdefault(others, len(places)) + colour // len(COLOURS)
+        drawn.append((colour, places.setdefault(others, len(places))))
         name = " · ".join(filter(None, (axes[i]["short"][one["at"][i]] for i in free)))
-        line = {
-            "color": COLOURS[colour % len(COLOURS)],
-            "linestyle": DASHES[place % len(DASHES)],
-        }
-        found.append((at, name or one["name"], line))
-    return found
+        found.append((at, name or one["name"]))
+    return [(*one, line) for one, line in zip(found, styles(drawn), strict=True)]
 
 
 def _fixed(data: dict[str, Any]) -> str:
-    """What the settings that are shown have in common."""
-    return ", ".join(
-        f"{a['label']} {a['values'][a['first']]}" for a in data["axes"] if a["first"] is not None
-    )
+    """What the settings that are shown have in common, and how many they are."""
+    chosen = [a for a in data["axes"] if a["first"] is not None]
+    if not chosen:
+        return ""
+    shown = {setting for setting, _, _ in _shown(data)}
+    runs = sum(run["s"] in shown for run in data["runs"])
+    words = ", ".join(f"{a['label']} {a['values'][a['first']]}" for a in chosen)
+    return f"{words} (of the best setting): {runs} of {len(data['runs'])} runs"
 
 
 def _progress(plt: Any, data: dict[str, Any]) -> Any:
-    if not data["runs"]:
+    if not data["runs"] or not data["y"]:
         return None
     wide = len(data["x"])
     figure, panels = plt.subplots(
@@ -101,18 +103,19 @@ def _progress(plt: Any, data: dict[str, Any]) -> Any:
         for setting, name, line in _shown(data):
             if (found := band(data, setting, x, metric)) is not None:
                 grid, middle, low, high = found
-                axes.plot(grid / unit, middle, label=name, lw=1.6, **line)
+                axes.plot(grid / unit, middle, label=name, **line)
                 if (low < high).any():
                     axes.fill_between(grid / unit, low, high, color=line["color"], alpha=0.15, lw=0)
-        values = [v for run in data["runs"] for v in run["c"].get(metric, [])]
-        axes.set_yscale("log" if min(values) > 0 and metric != "accuracy" else "linear")
+        values = [v for r in data["runs"] for v in r["c"].get(metric, []) if v is not None]
+        falls = columns.get(metric, {}).get("better") != HIGHER
+        axes.set_yscale("log" if falls and min(values, default=0) > 0 else "linear")
         if data["target"] is not None:
             axes.axhline(data["target"]["level"], color="0.5", ls=":", lw=1)
         axes.set_xlabel(columns.get(x, {}).get("label", x))
         axes.grid(alpha=0.25)
     panels[0, 0].set_ylabel(columns.get(metric, {}).get("label", metric))
     if len(_shown(data)) <= LEGEND:
-        legend(figure, panels[0, -1])
+        legend(figure, panels[0, 0])  # where all are: bytes are not counted of every run
     if fixed := _fixed(data):
         figure.suptitle(fixed, fontsize=9)
     return figure
@@ -163,13 +166,14 @@ def _targets(plt: Any, data: dict[str, Any]) -> Any:
 
 def _against(plt: Any, one: dict[str, Any]) -> Any:
     figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
-    for series in one["series"]:
-        at, fit = series["colour"], series["fit"]
-        colour, name = COLOURS[at % len(COLOURS)], series["name"]
+    drawn = styles([(series["colour"], series["dash"] + 1) for series in one["series"]])
+    for series, line in zip(one["series"], drawn, strict=True):
+        fit, name = series["fit"], series["name"]
         if fit is not None:
             name += f": slope {fit['slope']:.2f} ± {fit['error']:.2f}"
-            axes.plot(fit["x"], fit["y"], color=colour, ls="--", lw=1)
-        axes.plot(series["x"], series["y"], MARKS[at % len(MARKS)], color=colour, ms=5, label=name)
+            axes.plot(fit["x"], fit["y"], **{**line, "linewidth": 1})
+        mark = MARKS[(series["colour"] + APART * series["dash"]) % len(MARKS)]
+        axes.plot(series["x"], series["y"], mark, color=line["color"], ms=5, label=name)
     axes.set(xscale="log", yscale="log", xlabel=one["x"], ylabel=one["y"])
     axes.grid(alpha=0.25)
     figure.legend(frameon=False, fontsize=8, loc="outside upper left")
@@ -185,7 +189,7 @@ def _staleness(plt: Any, data: dict[str, Any]) -> Any:
     for one in found:
         name, line = shown[one["s"]]
         label = f"{name} (mean {one['mean']:.3g})"
-        axes.stairs(one["y"][:-1], one["x"], label=label, lw=1.4, **line)
+        axes.stairs(one["y"][:-1], one["x"], label=label, **line)
     axes.set(yscale="log", xlabel="staleness, steps", ylabel="share of results")
     axes.grid(alpha=0.25)
     if len(found) <= LEGEND:
@@ -220,6 +224,8 @@ def _timeline(plt: Any, data: dict[str, Any]) -> Any:
         axes.set_facecolor("#f0f0f0")
         axes.yaxis.get_major_locator().set_params(integer=True)
     panels[-1, 0].set_xlabel("seconds")
+    if (every := data["timelines_of"]) > len(shown):
+        figure.suptitle(f"the first {len(shown)} of {every} runs", fontsize=9)
     panels[0, 0].legend(
         frameon=False, fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1, 1)
     )

@@ -1,6 +1,6 @@
 "use strict";
 let DATA = JSON.parse(document.getElementById("data").textContent);
-const COLOURS = 8, DASHES = ["", "7 4", "2 3", "9 3 2 3", "14 4"], POINTS = 120, MOST_TOLD = 9;
+const COLOURS = 8, DASHES = ["", "7 3", "2 3", "10 3 2 3", "15 5", "4 2 4 6", "7 2 2 2 2 2", "11 2 5 2"], WIDTHS = [1.9, 3.4, 1.1], POINTS = 120, MOST_TOLD = 9;
 const MARKS = ["circle", "square", "up", "diamond", "down", "cross", "plus", "star"];
 const main = document.querySelector("main");
 const state = { hidden: new Set(), filters: {}, logx: false, logy: true, logtau: true, y: null, views: {}, timeline: 0 };
@@ -141,7 +141,7 @@ function chart(host, name, spec) {
     for (const one of shown) out.push(drawn(one, x, y, s));
     for (const fit of s.fits || []) {
       const ends = fit.x.map((v, at) => `${at ? "L" : "M"}${x(v)},${y(fit.y[at])}`).join("");
-      out.push(`<path d="${ends}" fill="none" stroke="${fit.colour}" stroke-width="1.3" stroke-dasharray="5 4"/>`);
+      out.push(`<path d="${ends}" fill="none" stroke="${fit.colour}" stroke-width="1.3" stroke-dasharray="${fit.dash}"/>`);
     }
     out.push(`</g><rect x="${pad.left}" y="${pad.top}" width="${width - pad.left - pad.right}" height="${height - pad.top - pad.bottom}" fill="none" stroke="var(--line)"/>`);
     if (!shown.length) out.push(`<text x="${width / 2}" y="${height / 2}" text-anchor="middle" fill="var(--soft)">${esc(s.empty || "nothing to show")}</text>`);
@@ -264,7 +264,7 @@ function drawn(one, x, y, s) {
     path += one.step && pen ? `H${px}V${py}` : `${pen ? "L" : "M"}${px},${py}`;
     pen = true;
   });
-  return `<g>${title}${out}<path d="${path}" fill="none" ${style} stroke-width="1.9" stroke-linejoin="round" stroke-dasharray="${one.dash || ""}"/></g>`;
+  return `<g>${title}${out}<path d="${path}" fill="none" ${style} stroke-width="${one.wide || 1.9}" stroke-linejoin="round" stroke-dasharray="${one.dash || ""}"/></g>`;
 }
 
 // -- Settings: what is shown, and how ----------------------------------------------------------
@@ -287,7 +287,11 @@ function styled(one) {
     if (!seen.has(key)) seen.set(key, seen.size);
   }
   const c = DATA.axes.length ? one.at[DATA.colour] : 0, place = seen.get(others.map((i) => one.at[i]).join()) || 0;
-  return { colour: colour(c), dash: DASHES[(place + Math.floor(c / COLOURS)) % DASHES.length], mark: MARKS[c % MARKS.length] };
+  return { ...line(c, place, seen.size), mark: MARKS[c % MARKS.length] };
+}
+function line(c, place, places) { // no two alike: colours, then dashes, then widths
+  const at = place + places * Math.floor(c / COLOURS);
+  return { colour: colour(c), dash: DASHES[at % DASHES.length], wide: WIDTHS[Math.floor(at / DASHES.length) % WIDTHS.length] };
 }
 function legend(host, entries) {
   const made = el("div", { class: "legend" });
@@ -296,10 +300,10 @@ function legend(host, entries) {
     made.replaceChildren();
     const all = entries();
     if (all.length < 2) return;
-    for (const { key, name, colour, dash, mark: kind } of all) {
+    for (const { key, name, colour, dash, wide, mark: kind } of all) {
       const pressed = !state.hidden.has(key);
       const button = el("button", { type: "button", "aria-pressed": String(pressed) });
-      button.innerHTML = `<svg width="26" height="12"><line x1="1" x2="25" y1="6" y2="6" stroke="${colour}" stroke-width="2.4" stroke-dasharray="${dash || ""}"/>${kind ? mark(kind, 13, 6, 3.4, `fill="${colour}" stroke="${colour}"`) : ""}</svg><span>${esc(name)}</span>`;
+      button.innerHTML = `<svg width="${(kind ? 12 : 0) + (dash === undefined ? 0 : 36)}" height="12">${kind ? mark(kind, 6, 6, 3.4, `fill="${colour}" stroke="${colour}"`) : ""}${dash === undefined ? "" : `<line x1="${kind ? 13 : 1}" x2="${kind ? 48 : 35}" y1="6" y2="6" stroke="${colour}" stroke-width="${wide || 1.9}" stroke-dasharray="${dash}"/>`}</svg><span>${esc(name)}</span>`;
       button.addEventListener("click", (event) => {
         const others = all.map((one) => one.key).filter((other) => other !== key);
         if (event.detail < 2) state.hidden.has(key) ? state.hidden.delete(key) : state.hidden.add(key);
@@ -313,7 +317,8 @@ function legend(host, entries) {
   redraws.push(draw);
   draw();
 }
-const entriesOfSettings = () => shownSettings().map((one) => ({ key: `s${one.name}`, name: named(one), ...styled(one) }));
+// A legend shows what its chart does: lines without marks, or marks without lines.
+const entriesOfSettings = (without) => () => shownSettings().map((one) => ({ key: `s${one.name}`, name: named(one), ...styled(one), [without]: undefined }));
 function saver(host, name) {
   return el("button", { type: "button", title: "Save the figures of this section", onclick: () => {
     host.querySelectorAll("svg[role=img]").forEach((svg, at) => save(svg, `${name}-${at + 1}`));
@@ -380,7 +385,14 @@ function curves() {
     if (!(axis.key in state.filters)) state.filters[axis.key] = axis.first === null ? null : axis.values[axis.first];
     bar.append(select(axis.label, [["", "all"], ...axis.values.map((v, at) => [String(at), v])], chosen(axis) === null ? "" : String(axis.values.indexOf(chosen(axis))), (value) => { state.filters[axis.key] = value === "" ? null : axis.values[+value]; state.views = {}; redraw(); }));
   });
-  legend(host, entriesOfSettings);
+  const count = el("p", { class: "note" });
+  host.append(count);
+  redraws.push(() => {
+    const shown = new Set(shownSettings().map((one) => DATA.settings.indexOf(one))), runs = DATA.runs.filter((run) => shown.has(run.s)).length;
+    count.textContent = runs < DATA.runs.length ? `Shown: ${runs} of ${DATA.runs.length} runs; “all” above shows more. The page opens where the best setting is.` : "";
+  });
+  redraws[redraws.length - 1]();
+  legend(host, entriesOfSettings("mark"));
   const grid = el("div", { class: "charts" });
   host.append(grid);
   for (const xkey of DATA.x) chart(grid, `curves-${xkey}`, () => ({
@@ -392,7 +404,7 @@ function curves() {
     }),
   }));
 }
-const positive = (key) => DATA.runs.some((run) => (run.c[key] || []).some((v) => v > 0)) && key !== "accuracy";
+const positive = (key) => DATA.runs.some((run) => (run.c[key] || []).some((v) => v > 0)) && (DATA.columns[key] || {}).better !== "higher";
 
 // -- How long to the target, or how low ----------------------------------------------------------
 
@@ -405,7 +417,7 @@ function targets() {
   const host = section("targets", title, "Marks: median over the seeds. Lines: from the least to the greatest.", ...tools);
   host.querySelector(".top").append(saver(host, "targets"));
   const missing = el("p", { class: "note" });
-  legend(host, entriesOfSettings);
+  legend(host, entriesOfSettings("dash"));
   chart(host, "targets", () => {
     const m = measures.find((one) => one.key === state.measure) || measures[0], unit = m.unit || 1;
     const rows = [], never = [];
@@ -417,9 +429,9 @@ function targets() {
       if (!Number.isFinite(mid)) { never.push(named(one)); continue; }
       rows.push({ name: named(one), ...styled(one), mid: mid / unit, lo: Math.min(...finite) / unit, hi: Math.max(...finite) / unit, lost: values.length - finite.length });
     }
-    rows.sort((a, b) => a.mid - b.mid);
+    rows.sort((a, b) => (m.better === "higher" ? b.mid - a.mid : a.mid - b.mid));
     missing.textContent = never.length ? `Not reached in at least half of the runs: ${never.join("; ")}.` : "";
-    const spread = rows.length && rows[0].mid > 0 && rows[rows.length - 1].mid / rows[0].mid > 5;
+    const mids = rows.map((row) => row.mid), least = Math.min(...mids), spread = rows.length && least > 0 && Math.max(...mids) / least > 5;
     return {
       kind: "points", height: 60 + 24 * Math.max(2, rows.length), categories: rows.map((row) => row.name), x: { label: m.label, log: spread, range: spread || !rows.length ? null : [0, 1.05 * Math.max(...rows.map((row) => row.hi))] }, y: { label: "" },
       series: rows.map((row, i) => ({ name: row.name, colour: row.colour, mark: row.mark, x: [row.mid], xlo: [row.lo], xhi: [row.hi], y: [i] })),
@@ -432,9 +444,10 @@ function targets() {
 // -- One number against another, on logarithms ----------------------------------------------------
 
 function against(one) {
-  const host = section(one.id, one.title, "A mark for each setting, median over the seeds; what did not get there has none. Dashed: least squares on the logarithms of the marks.");
+  const host = section(one.id, one.title, "A mark for each setting, median over the seeds; what did not get there has none. Lines: least squares on the logarithms of the marks.");
   host.querySelector(".top").append(saver(host, one.id));
-  const style = (series) => ({ colour: colour(series.colour), mark: MARKS[series.colour % MARKS.length] });
+  const places = Math.max(...one.series.map((series) => series.dash)) + 1;
+  const style = (series) => ({ ...line(series.colour, series.dash + 1, places + 1), mark: MARKS[(series.colour + 3 * series.dash) % MARKS.length] });
   legend(host, () => one.series.map((series) => ({ key: `g${series.name}`, name: series.name + (series.fit ? `: slope ${num(series.fit.slope, 3)} ± ${num(series.fit.error, 2)}` : ""), ...style(series) })));
   chart(host, one.id, () => {
     const shown = one.series.filter((series) => !state.hidden.has(`g${series.name}`));
@@ -452,7 +465,7 @@ function staleness() {
   if (!DATA.staleness.length) return;
   const host = section("staleness", "Staleness", "Steps between the model a result was computed at and its use.", toggle("log y", state.logtau, (on) => { state.logtau = on; redraw(); }));
   host.querySelector(".top").append(saver(host, "staleness"));
-  legend(host, entriesOfSettings);
+  legend(host, entriesOfSettings("mark"));
   chart(host, "staleness", () => ({
     x: { label: "staleness, steps", log: false }, y: { label: "share of results", log: state.logtau },
     series: shownSettings().filter((one) => !hidden(one)).flatMap((one) =>
@@ -508,7 +521,7 @@ function timelines() {
   redraws.push(draw);
   draw();
   const waits = el("div", { class: "scroll" });
-  host.append(el("p", { class: "note" }, "Shown: the first jobs. In the table: shares of all workers’ time in the whole run."), waits);
+  host.append(el("p", { class: "note" }, `Shown: the first jobs${DATA.timelines_of > DATA.timelines.length ? ` of ${DATA.timelines.length} of ${DATA.timelines_of} runs` : ""}. In the table: shares of all workers’ time in the whole run.`), waits);
   waits.append(sheet([["run", 0], ["computes", 1], ["sends", 1], ["waits", 1], ["queued jobs, mean", 1]], DATA.timelines.map((one) => [one.name, ...["compute", "communicate", "wait"].map((k) => `${(100 * one.shares[k]).toFixed(0)}%`), num(one.shares.queue, 3)])));
 }
 
@@ -564,7 +577,7 @@ function graph(host, one) {
     out.push(`<path d="${lit.map(line).join("")}" stroke="var(--c1)" fill="none" stroke-width="${one.n > 40 ? 0.9 : 1.6}" stroke-opacity=".8"/>`);
     at.forEach(([x, y], i) => {
       const loss = frame.loss ? frame.loss[i] : null, f = loss > 0 && high > low ? (Math.log(loss) - low) / (high - low) : 0;
-      out.push(`<circle cx="${x.toFixed(1)}" cy="${y.toFixed(1)}" r="${r}" fill="${loss === null ? "var(--c0)" : heat(f)}" stroke="${busy.has(i) ? "var(--c1)" : "var(--card)"}" stroke-width="${busy.has(i) ? 3 : 1}"><title>node ${i}${loss === null ? "" : `: loss ${num(loss)}`}</title></circle>`);
+      out.push(`<circle cx="${x.toFixed(1)}" cy="${y.toFixed(1)}" r="${r}" fill="${loss === null ? "var(--c0)" : heat(f)}" stroke="${busy.has(i) ? "var(--c1)" : "var(--card)"}" stroke-width="${busy.has(i) ? 3 : 1}"><title>node ${esc(one.names[i])}${loss === null ? "" : `: loss ${num(loss)}`}</title></circle>`);
     });
     box.innerHTML = `${out.join("")}</svg>`;
     caption.innerHTML = `<b>${esc(one.name)}</b><br><span class="note">${esc(one.facts)}<br>${esc(frame.said)}${losses.length ? ` <br>${ramp()} loss at the node’s model, ${num(Math.exp(low), 3)} to ${num(Math.exp(high), 3)} (log)` : ""}</span>`;

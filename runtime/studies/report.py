@@ -8,8 +8,8 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,17 @@ from numpy.typing import NDArray
 
 from offbeat.runtime.checkpoint import write_whole
 from offbeat.runtime.errors import ConfigError, StorageError
-from offbeat.runtime.experiment import make_part
+from offbeat.runtime.metrics import LOWER, METRICS, QUALITIES
 from offbeat.runtime.records import column, read_trace
-from offbeat.runtime.registry import Spec, told_apart
+from offbeat.runtime.registry import Spec
+from offbeat.runtime.studies import judge, recorded
 from offbeat.runtime.studies import study as studies
 from offbeat.runtime.studies import table as tables
-from offbeat.runtime.studies.cell import KEPT, VERSION, topology
+from offbeat.runtime.studies.cell import VERSION
+from offbeat.runtime.studies.recorded import Run, graph
 from offbeat.runtime.studies.scenes import graphs, timeline
 from offbeat.topologies import TOPOLOGIES
+from offbeat.topologies.saved import SAVED
 
 HERE = Path(__file__).parent
 NUMBERS = 400_000  # of all curves; with more runs, fewer points of each
@@ -37,26 +40,6 @@ MOST_LINES = 12  # shown together at first
 MOST_NAMES = 8  # colours
 FIT = 3  # marks from which a line is fitted
 ACROSS = ("step", "time_s", "bytes")
-UPWARDS = ("loss", "grad_norm", "distance2", "accuracy", "perplexity", "consensus", "loss_worst")
-
-
-@dataclass
-class Run:
-    """What is known of one run.
-
-    Args:
-        axes: what tells it from others; the seed is apart.
-        seed: of the run.
-        line: as in a study's file; see ``cell.run``.
-        row: of the table; see ``table.row``.
-        folder: of its records, if it has one.
-    """
-
-    axes: dict[str, Any]
-    seed: int
-    line: dict[str, Any]
-    row: dict[str, Any]
-    folder: Path | None = None
 
 
 def write(folders: Sequence[Path], path: Path, *, figures: bool = False) -> Path:
@@ -107,13 +90,13 @@ def encode(found: dict[str, Any]) -> str:
 def data(folders: Sequence[Path], live_s: float = 0.0) -> dict[str, Any]:
     """What the page shows; with ``live_s``, it asks for newer data every so many seconds."""
     runs: list[Run] = []
-    recorded: list[Run] = []
+    found: list[Run] = []
     notes: list[str] = []
     abouts: list[str] = []
-    target: studies.Target | None = None
+    target: judge.Target | None = None
     tuned: list[str] = []
     for folder in folders:
-        if (folder / studies.FILE).exists():
+        if not folder.is_file() and (folder / studies.FILE).exists():
             study, more, failed = _study(folder, len(folders) > 1)
             runs += more
             notes += failed
@@ -121,17 +104,23 @@ def data(folders: Sequence[Path], live_s: float = 0.0) -> dict[str, Any]:
             target = target or study.target
             tuned += list(study.tune.grid) if study.tune else []
         else:
-            recorded += _runs(folder)
-    _tell_apart(recorded)
-    runs += recorded
+            found += recorded.runs(folder)
+    recorded.tell_apart(found)
+    runs += found
     if not runs and not notes:
         raise ConfigError(f"{folders[0]}: nothing has been recorded yet")
     kinds = {"server steps" if run.line["topology"] is None else "rounds" for run in runs}
     steps = kinds.pop() if len(kinds) == 1 else "steps"
     axes, settings, members = _settings(runs)
     colour = _colour(axes)
-    _first_filters(axes, settings, colour)
-    metric = target.metric if target is not None else "loss"
+    judged = judge.Judge(target)
+    own = {key: way for run in runs for key, way in run.line.get("better", {}).items()}
+    table: dict[int, list[dict[str, Any]]] = {}
+    for run, setting in zip(runs, members, strict=True):
+        table.setdefault(setting, []).append(run.row)
+    marks = {setting: judged.mark(mine, own) for setting, mine in table.items()}
+    _first_filters(axes, settings, colour, marks)
+    falls = judged.metric if judged.better("floor", own) == LOWER else None
     made: dict[str, Any] = {
         "title": ", ".join(folder.resolve().name for folder in folders),
         "about": " ".join(filter(None, abouts)),
@@ -141,19 +130,21 @@ def data(folders: Sequence[Path], live_s: float = 0.0) -> dict[str, Any]:
         "axes": axes,
         "settings": settings,
         "colour": colour,
-        "columns": _columns(steps),
+        "columns": _columns(steps, own),
         "runs": _curves(runs, members, target),
-        "target": None if target is None else {"metric": metric, "level": target.level},
-        "measures": _measures(target, steps),
+        "target": None if target is None else {"metric": target.metric, "level": target.level},
+        "measures": _measures(judged, steps, own),
         "staleness": _staleness(runs, members),
-        "against": _against(runs, axes, settings, members, colour, metric),
+        "against": _against(table, axes, settings, colour, falls),
         "timelines": _timelines(runs),
+        "timelines_of": sum(_traced(run) for run in runs),
         "graphs": _graphs(runs),
         "table": _table(runs, axes, tuned, members, steps),
     }
     present = {key for run in made["runs"] for key in run["c"]}
     made["x"] = [key for key in ACROSS if key in present]
-    made["y"] = [metric] + [key for key in UPWARDS if key in present and key != metric]
+    shown = dict.fromkeys((judged.metric, *QUALITIES, *own))
+    made["y"] = [key for key in shown if key in present]
     return made
 
 
@@ -175,7 +166,7 @@ def _study(folder: Path, several: bool) -> tuple[studies.Study, list[Run], list[
         for key in study.tune.grid if study.tune else ():
             row[key] = axes.pop(key)
         if row["error"]:
-            failed.append(f"{_name(axes)}, seed {cell.seed}: {row['error']}")
+            failed.append(f"{tables.name(axes)}, seed {cell.seed}: {row['error']}")
             continue
         kept = folder / studies.FOLDERS / cell.key
         runs.append(Run(axes, cell.seed, line, row, kept if kept.exists() else None))
@@ -188,92 +179,6 @@ def _study(folder: Path, several: bool) -> tuple[studies.Study, list[Run], list[
     return study, runs, notes
 
 
-def _runs(folder: Path) -> list[Run]:
-    """The runs of a folder, or of a comparison."""
-    try:
-        parts = [folder / line for line in (folder / "runs.txt").read_text().splitlines()]
-    except FileNotFoundError:
-        parts = [folder]
-    runs = []
-    for part in parts:
-        if not (part / "experiment.toml").exists():
-            raise ConfigError(
-                f"{part}: is neither a run (experiment.toml) nor a study (study.toml)"
-            )
-        if not (part / "metrics.jsonl").exists():
-            continue  # of a comparison: its turn has not come
-        if run := _run(part):
-            runs.append(run)
-    return runs
-
-
-def _run(folder: Path) -> Run | None:
-    from offbeat.runtime.api import load_experiment
-
-    experiment = load_experiment(folder, changed=True)  # it shows what was
-    metrics = rows(folder / "metrics.jsonl")
-    if not metrics:
-        return None
-    final, histogram = metrics[-1], [1]
-    if (folder / "summary.json").exists():
-        final = json.loads((folder / "summary.json").read_text())
-        histogram = final["histogram"]
-        if final["gradients"] != metrics[-1]["gradients"]:
-            metrics.append(final)
-    line = {
-        "cell": folder.resolve().name,
-        "settings": experiment.table(),
-        "reason": final.get("reason", "still running"),
-        "final": {key: v for key, v in final.items() if isinstance(v, int | float)},
-        "curve": {key: [row.get(key) for row in metrics] for key in KEPT if key in final},
-        "histogram": histogram,
-        "topology": None if experiment.topology is None else topology(experiment),
-        "asynchronous": experiment.topology is not None and experiment.asynchronous,
-        "wall_s": None,
-    }
-    axes: dict[str, Any] = {"algorithm": experiment.algorithm.spec}
-    axes["topology"] = getattr(experiment.topology, "spec", None)
-    if experiment.topology is not None:
-        axes["mode"] = "asynchronous" if experiment.asynchronous else "synchronous"
-    return Run(axes, experiment.seed, line, tables.row(line, None), folder)
-
-
-def rows(path: Path) -> list[Any]:
-    """The rows of a file that may be growing: a last one that is not whole is left out."""
-    whole = path.read_bytes().rpartition(b"\n")[0]
-    try:
-        return [json.loads(text) for text in whole.splitlines()]
-    except ValueError as error:
-        raise StorageError(f"{path}: cannot be read ({error})") from None
-
-
-def _tell_apart(runs: Sequence[Run]) -> None:
-    """Name recorded runs by method, topology and mode; by their folders where these are the same.
-
-    Runs of the same settings but for the seed stay together.
-    """
-    for key in ("algorithm", "topology"):
-        specs = [run.axes[key] or Spec("", {}) for run in runs]
-        for run, text in zip(runs, told_apart(specs), strict=True):
-            run.axes[key] = text
-    for key in ("topology", "mode"):  # what is the same everywhere tells nothing
-        if len({run.axes.get(key, "") for run in runs}) == 1:
-            for run in runs:
-                run.axes.pop(key, None)
-    settings: dict[str, dict[str, str]] = {}  # what it is called -> its settings -> a folder
-    for run in runs:
-        same = {key: v for key, v in run.line["settings"].items() if key != "seed"}
-        for part in same.values():
-            if isinstance(part, dict):
-                part.pop("seed", None)  # filled in from the run's
-        alike = settings.setdefault(_name(run.axes), {})
-        text = json.dumps(same, sort_keys=True, default=str)
-        run.line["named"] = alike.setdefault(text, run.line["cell"])
-    for run in runs:
-        if len(settings[_name(run.axes)]) > 1:
-            run.axes["run"] = run.line["named"]
-
-
 # -- Settings ------------------------------------------------------------------------------------
 
 
@@ -282,7 +187,12 @@ def _settings(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[dict[str,
     keys = list(dict.fromkeys(key for run in runs for key in run.axes))
     values = {key: list(dict.fromkeys(str(r.axes.get(key, "")) for r in runs)) for key in keys}
     axes = [
-        {"key": key, "label": _label(key), "values": values[key], "short": _short(key, values[key])}
+        {
+            "key": key,
+            "label": _label(key),
+            "values": values[key],
+            "short": tables.shorts(key, values[key]),
+        }
         for key in keys
     ]
     settings: list[dict[str, Any]] = []
@@ -292,25 +202,13 @@ def _settings(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[dict[str,
         at = tuple(values[key].index(str(run.axes.get(key, ""))) for key in keys)
         if at not in places:
             places[at] = len(settings)
-            settings.append({"at": list(at), "name": _name(run.axes)})
+            settings.append({"at": list(at), "name": tables.name(run.axes)})
         members.append(places[at])
     return axes, settings, members
 
 
 def _label(key: str) -> str:
     return "method" if key == "algorithm" else key.removeprefix("fleet.")
-
-
-def _short(key: str, values: Sequence[str]) -> list[str]:
-    """Values as they stand in a legend: numbers say what they are."""
-    last = "n" if key == "fleet.workers" else key.rsplit(".", 1)[-1]
-    said = [f"{last} {v}" if v.replace(".", "").replace("e-", "").isdigit() else v for v in values]
-    return tables.short(said) if len(said) > 1 else said
-
-
-def _name(axes: dict[str, Any]) -> str:
-    shorts = [_short(key, [str(value)])[0] for key, value in axes.items()]
-    return " · ".join(filter(None, shorts)) or "run"
 
 
 def _colour(axes: Sequence[dict[str, Any]]) -> int:
@@ -324,15 +222,19 @@ def _colour(axes: Sequence[dict[str, Any]]) -> int:
 
 
 def _first_filters(
-    axes: Sequence[dict[str, Any]], settings: Sequence[dict[str, Any]], colour: int
+    axes: Sequence[dict[str, Any]],
+    settings: Sequence[dict[str, Any]],
+    colour: int,
+    marks: dict[int, tuple[float, float]],
 ) -> None:
-    """Where there are too many lines, the last axes show one value at first."""
+    """Where there are too many lines, the last axes show at first the value of the best setting."""
     shown = len(settings)
+    best = settings[min(marks, key=marks.__getitem__)]["at"] if marks else []
     for axis in axes:
         axis["first"] = None
     for at in reversed(range(len(axes))):
         if at != colour and shown > MOST_LINES and len(axes[at]["values"]) > 1:
-            axes[at]["first"] = 0
+            axes[at]["first"] = best[at]
             chosen = [a["first"] for a in axes]
             shown = sum(
                 all(c is None or c == v for c, v in zip(chosen, one["at"], strict=True))
@@ -340,29 +242,28 @@ def _first_filters(
             )
 
 
-def _columns(steps: str) -> dict[str, dict[str, Any]]:
-    return {
-        "step": {"label": steps},
-        "time_s": {"label": "seconds"},
-        "bytes": {"label": "megabytes sent", "unit": 1e6},
-        "grad_norm": {"label": "gradient norm"},
-        "distance2": {"label": "squared distance to the optimum"},
-        "consensus": {"label": "distance between the nodes"},
-        "loss_worst": {"label": "loss at the farthest node"},
-    }
+def _columns(steps: str, own: dict[str, str]) -> dict[str, dict[str, Any]]:
+    known = {key: one for key, one in METRICS.items() if key != "step"}
+    said = {key: {"label": m.label, "unit": m.unit, "better": m.better} for key, m in known.items()}
+    more = {key: {"label": key, "unit": 1, "better": way} for key, way in own.items()}
+    return {"step": {"label": steps, "unit": 1, "better": None}, **said, **more}
 
 
-def _measures(target: Any, steps: str) -> list[dict[str, Any]]:
+def _measures(judged: judge.Judge, steps: str, own: dict[str, str]) -> list[dict[str, Any]]:
     """What settings are compared by."""
-    last = target.metric if target is not None else "loss"
+    columns = _columns(steps, own)
     measures: list[dict[str, Any]] = []
-    if target is not None:
-        columns = _columns(steps)
+    if judged.target is not None:
         measures = [
-            {"key": f"{name}_to_target", **columns.get(of, {"label": of})}
+            {"key": f"{name}_to_target", **columns[of], "better": LOWER}
             for name, of in tables.REACHED.items()
         ]
-    return [*measures, {"key": "floor", "label": f"{last}, mean of the last fifth"}]
+    label = f"{_word(judged.metric)}, mean of the last fifth"
+    return [*measures, {"key": "floor", "label": label, "better": judged.better("floor", own)}]
+
+
+def _word(metric: str) -> str:
+    return METRICS[metric].label if metric in METRICS else metric
 
 
 # -- Figures ---------------------------------------------------------------------------------------
@@ -381,11 +282,7 @@ def _curves(runs: Sequence[Run], members: Sequence[int], target: Any) -> list[di
     for run, setting in zip(runs, members, strict=True):
         curve = run.line["curve"]
         kept = _thin(len(curve["step"]), points)
-        c = {
-            key: digits(curve[key][at] for at in kept)
-            for key in (*ACROSS, *UPWARDS)
-            if key in curve
-        }
+        c = {key: digits(curve[key][at] for at in kept) for key in curve}
         t = {key: run.row[key] for key in keys if run.row.get(key) is not None}
         made.append({"s": setting, "seed": run.seed, "c": c, "t": t})
     return made
@@ -424,62 +321,83 @@ def _staleness(runs: Sequence[Run], members: Sequence[int]) -> list[dict[str, An
 
 
 def _against(
-    runs: Sequence[Run],
+    rows: dict[int, list[dict[str, Any]]],
     axes: Sequence[dict[str, Any]],
     settings: Sequence[dict[str, Any]],
-    members: Sequence[int],
     colour: int,
-    metric: str,
+    metric: str | None,
 ) -> list[dict[str, Any]]:
-    """Marks with fitted lines: rounds to the target against the gap, the floor against numbers."""
-    found: dict[int, list[dict[str, Any]]] = {}
-    for run, setting in zip(runs, members, strict=True):
-        found.setdefault(setting, []).append(run.row)
+    """Marks with fitted lines: rounds to the target against the gap, the floor against numbers.
 
-    def marked(x_of: Callable[[int], float | None], key: str) -> list[dict[str, Any]]:
-        series = []
-        for value, name in enumerate(axes[colour]["short"] if axes else ["run"]):
-            marks = []
-            for at, setting in enumerate(settings):
-                rows = found[at]
-                there = [row[key] for row in rows if row.get(key) is not None]
-                middle, x = tables.median([row.get(key) for row in rows]), x_of(at)
-                if (not axes or setting["at"][colour] == value) and middle and x:
-                    marks.append((x, middle, min(there), max(there), setting["name"]))
-            if marks:
-                keys = ("x", "y", "lo", "hi", "labels")
-                drawn = dict(zip(keys, map(list, zip(*marks, strict=True)), strict=True))
-                fit = slope(drawn["x"], drawn["y"])
-                series.append({"name": name, "colour": value, **drawn, "fit": fit})
-        enough = len({x for drawn in series for x in drawn["x"]}) >= FIT
-        return series if enough else []
+    Args:
+        rows: of the table, by setting.
+        axes, settings, colour: see ``data``.
+        metric: what the floor is of, if it is one that falls.
+    """
 
-    def gap(at: int) -> float | None:
-        gaps = [row["gap"] for row in found[at] if row.get("gap")]
+    def gap(setting: int) -> float | None:
+        gaps = [row["gap"] for row in rows[setting] if row.get("gap")]
         return float(np.median(gaps)) if gaps else None
 
     made = []
-    if series := marked(gap, "steps_to_target"):
+    keys = [axis["key"] for axis in axes]
+    graphs = {at for at, key in enumerate(keys) if key.split(".")[0] == "topology"}
+    graphs |= {at for at, key in enumerate(keys) if key == "fleet.workers"}
+    if series := _series(rows, axes, settings, colour, graphs, gap, "steps_to_target"):
         made.append(
             {"id": "gap", "title": "Rounds to the target against the spectral gap",
              "x": "spectral gap", "y": "rounds to the target", "series": series}
         )  # fmt: skip
-    varied = [at for at, axis in enumerate(axes) if len(axis["values"]) > 1]
-    for at in varied:
-        if at == colour or len(varied) > 2:  # else marks of one colour would differ in more
+    for at, axis in enumerate(axes):
+        if metric is None or at == colour or len(axis["values"]) < 2:
             continue
         try:
-            numbers = [float(value) for value in axes[at]["values"]]
+            numbers = [float(value) for value in axis["values"]]
         except ValueError:
             continue
-        label = axes[at]["label"]
-        series = marked(lambda s, at=at, n=numbers: n[settings[s]["at"][at]], "floor")  # type: ignore[misc]
-        if series:
+        x_of = partial(lambda at, numbers, s: numbers[settings[s]["at"][at]], at, numbers)
+        if series := _series(rows, axes, settings, colour, {at}, x_of, "floor"):
             made.append(
-                {"id": f"floor-{at}", "title": f"What is left against {label}", "x": label,
-                 "y": f"{metric}, mean of the last fifth", "series": series}
+                {"id": f"floor-{at}", "title": f"What is left against {axis['label']}",
+                 "x": axis["label"], "y": f"{_word(metric)}, mean of the last fifth",
+                 "series": series}
             )  # fmt: skip
     return made
+
+
+def _series(
+    rows: dict[int, list[dict[str, Any]]],
+    axes: Sequence[dict[str, Any]],
+    settings: Sequence[dict[str, Any]],
+    colour: int,
+    along: set[int],
+    x_of: Callable[[int], float | None],
+    key: str,
+) -> list[dict[str, Any]]:
+    """Lines of settings that differ in nothing but the axes ``along``; none if none has a fit."""
+    others = [at for at in range(len(axes)) if at not in along]
+    free = [at for at in others if len(axes[at]["values"]) > 1]
+    marks: dict[tuple[int, ...], list[tuple[Any, ...]]] = {}
+    for at, setting in enumerate(settings):
+        there = [row[key] for row in rows[at] if row.get(key) is not None]
+        middle, along_x = tables.median([row.get(key) for row in rows[at]]), x_of(at)
+        if middle and along_x:
+            mine = marks.setdefault(tuple(setting["at"][i] for i in others), [])
+            mine.append((along_x, middle, min(there), max(there), setting["name"]))
+    series: list[dict[str, Any]] = []
+    dashes: dict[tuple[int, ...], int] = {}
+    for place, line in sorted(marks.items()):
+        value = dict(zip(others, place, strict=True))
+        name = " · ".join(filter(None, (axes[i]["short"][value[i]] for i in free)))
+        rest = tuple(value[i] for i in free if i != colour)
+        x, y, lo, hi, labels = map(list, zip(*line, strict=True))
+        series.append(
+            {"name": name or "run", "colour": value.get(colour, 0), "x": x, "y": y, "lo": lo,
+             "hi": hi, "labels": labels, "fit": slope(x, y),
+             "dash": dashes.setdefault(rest, len(dashes))}
+        )  # fmt: skip
+    enough = any(len(set(drawn["x"])) >= FIT for drawn in series)
+    return series if enough and len(series) <= MOST_LINES else []
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> dict[str, Any] | None:
@@ -502,16 +420,19 @@ def slope(x: Sequence[float], y: Sequence[float]) -> dict[str, Any] | None:
     return {"slope": along, "error": error, "marks": len(x), "x": ends, "y": line}
 
 
+def _traced(run: Run) -> bool:
+    return run.folder is not None and (run.folder / "trace.jsonl").exists()
+
+
 def _timelines(runs: Sequence[Run]) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
     for run in runs:
-        if len(made) == MOST_TIMELINES or run.folder is None:
+        if len(made) == MOST_TIMELINES or run.folder is None or not _traced(run):
             continue
-        path = run.folder / "trace.jsonl"
-        if path.exists() and len(trace := read_trace(path)):
+        if len(trace := read_trace(run.folder / "trace.jsonl")):
             workers = int(run.line["settings"]["fleet"]["workers"])
             gossip = run.line["topology"] is not None
-            made.append({"name": _name(run.axes), **timeline(trace, workers, gossip)})
+            made.append({"name": tables.name(run.axes), **timeline(trace, workers, gossip)})
     return made
 
 
@@ -521,15 +442,18 @@ def _graphs(runs: Sequence[Run]) -> list[dict[str, Any]]:
     families: dict[str, int] = {}
     for run in sorted(runs, key=lambda run: abs((run.line["topology"] or {}).get("n", 0) - LIKED)):
         settings = run.line["settings"]
-        if run.line["topology"] is None:
+        facts = run.line["topology"]
+        made = None if facts is None else graph(settings["topology"], facts["n"], run.seed)
+        if made is None:
             continue
-        made = make_part(
-            TOPOLOGIES, settings["topology"], n=run.line["topology"]["n"], seed=run.seed
-        )
         metrics: list[dict[str, Any]] = []
         if run.folder is not None and settings.get("record", {}).get("nodes"):
-            metrics = [row for row in rows(run.folder / "metrics.jsonl") if "node_loss" in row]
-        name = f"{_name(run.axes)}: {_brief(made.spec)}" if metrics else _brief(made.spec)
+            metrics = [
+                row for row in recorded.rows(run.folder / "metrics.jsonl") if "node_loss" in row
+            ]
+        name, own = _brief(made.spec), made.spec is None or made.spec.name == SAVED
+        if metrics or own:  # a graph of one's own has no name that tells it from others
+            name = f"{tables.name(run.axes)}: {name}"
         if name not in found:
             family = made.spec.name if made.spec is not None else ""
             families[family] = families.get(family, 0) + 1
@@ -545,13 +469,13 @@ def _graphs(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return drawn
 
 
-def _brief(spec: Spec | None) -> str:
+def _brief(made: Spec | None) -> str:
     """A topology's text without what it need not say."""
-    if spec is None:
-        return "topology"
-    usual = inspect.signature(TOPOLOGIES[spec.name]).parameters
-    options = {k: v for k, v in spec.options.items() if k not in usual or v != usual[k].default}
-    return str(Spec(spec.name, options))
+    if made is None or made.name == SAVED:
+        return "graph"
+    usual = inspect.signature(TOPOLOGIES[made.name]).parameters
+    options = {k: v for k, v in made.options.items() if k not in usual or v != usual[k].default}
+    return str(Spec(made.name, options))
 
 
 def _table(
@@ -562,13 +486,16 @@ def _table(
     steps: str,
 ) -> dict[str, Any]:
     """Medians over the seeds, a row for each setting."""
-    keys = [key for key in (*TOLD, *tables.FINAL) if any(key in run.row for run in runs)]
+    own = dict.fromkeys(key for run in runs for key in run.line.get("better", {}))
+    told = dict.fromkeys((*TOLD, *tables.final_columns(own)))
+    keys = [key for key in told if any(key in run.row for run in runs)]
     groups: dict[int, list[Run]] = {}
     for run, setting in zip(runs, members, strict=True):
         groups.setdefault(setting, []).append(run)
     columns: list[tuple[str, int]] = [(axis["label"], 0) for axis in axes]
     columns += [(key, 1) for key in tuned] + [("seeds", 1)]
-    columns += [({**_LABELS, "step": steps}.get(key, key), 1) for key in keys]
+    labels = {key: one.column for key, one in METRICS.items()} | _LABELS | {"step": steps}
+    columns += [(labels.get(key, key), 1) for key in keys]
     rows = []
     for mine in groups.values():
         medians: list[float | None] = []
@@ -585,13 +512,6 @@ def _table(
 
 TOLD = ("gap", *(f"{name}_to_target" for name in tables.REACHED), "floor")
 _LABELS = {
-    "time_s": "seconds",
-    "bytes": "MB sent",
-    "grad_norm": "gradient norm",
-    "distance2": "distance²",
-    "loss_worst": "farthest node",
-    "staleness_mean": "staleness",
-    "staleness_max": "most",
     "steps_to_target": "steps to target",
     "seconds_to_target": "s to target",
     "gradients_to_target": "gradients to target",

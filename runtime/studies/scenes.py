@@ -95,9 +95,9 @@ def graphs(
     n = topology.n
     if n > NODES:
         return None
-    length = topology.period or ROUNDS
+    length, names = topology.period or ROUNDS, topology.names or list(range(n))
     if trace is not None and len(trace):
-        frames, used = _events(trace[:ARRIVALS], metrics), [0]
+        frames, used = _events(trace[:ARRIVALS], metrics, names), [0]
     elif metrics:
         rows = [
             metrics[at] for at in np.unique(np.linspace(0, len(metrics) - 1, FRAMES).astype(int))
@@ -127,6 +127,7 @@ def graphs(
         told += "; the nodes' losses were not recorded (record.nodes = true)"
     return {
         "n": n,
+        "names": names,
         "at": _places(topology),
         "directed": topology.directed,
         "rounds": rounds,
@@ -136,12 +137,14 @@ def graphs(
     }
 
 
-def _events(trace: NDArray, metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _events(
+    trace: NDArray, metrics: Sequence[dict[str, Any]], names: Sequence[Any]
+) -> list[dict[str, Any]]:
     """A frame for each job that ends: its node turns to its neighbours."""
     measured_s = [row["time_s"] for row in metrics]
     frames = []
     for time_s, worker, job in trace[:, :3].tolist():
-        said = f"{time_s:,.6g} s: node {worker:.0f} ends its job {job:.0f}"
+        said = f"{time_s:,.6g} s: node {names[int(worker)]} ends its job {job:.0f}"
         frame: dict[str, Any] = {"edges": 0, "active": [int(worker)], "said": said}
         if metrics:
             at = max(0, int(np.searchsorted(measured_s, time_s, "right")) - 1)

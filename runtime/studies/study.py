@@ -5,7 +5,7 @@
     [[zip]]                   # keys whose values go together, one with one
     seeds = 3                 # or a list
     [tune]                    # keys and candidates: each setting takes its own best
-    [target]                  # a level of a metric: how long until there?
+    [target]                  # a metric and its level: how long until there?
     [limits]                  # of one cell
     [quick]                   # dotted keys of this file with smaller values, for --quick
     [files]                   # written by a study: what was in the files that it reads
@@ -21,7 +21,6 @@ import inspect
 import json
 import math
 import os
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from copy import deepcopy
@@ -38,10 +37,10 @@ from offbeat.algorithms.gossip import ALGORITHMS
 from offbeat.runtime import files
 from offbeat.runtime.checkpoint import write_whole
 from offbeat.runtime.errors import ConfigError, StorageError, nearest
-from offbeat.runtime.experiment import KEYS, apply_override, make_settings, put
+from offbeat.runtime.experiment import KEYS, make_settings, read_table
+from offbeat.runtime.overrides import apply_override, once, put
 from offbeat.runtime.registry import (
     AtLeastOne,
-    Finite,
     Positive,
     Reads,
     Registry,
@@ -49,8 +48,7 @@ from offbeat.runtime.registry import (
     parse_call,
     settings,
 )
-from offbeat.runtime.studies import cell, pool
-from offbeat.runtime.studies.table import row
+from offbeat.runtime.studies import cell, judge, pool
 from offbeat.topologies import TOPOLOGIES
 from offbeat.workers.tasks import TASKS
 from offbeat.workers.work import WORK
@@ -79,21 +77,12 @@ Done = dict[str, Line]  # by cell
 
 
 @settings
-class Target:
-    """How long a run takes until ``metric`` is at ``level`` or below."""
-
-    metric: str = "loss"
-    level: Finite
-
-
-@settings
 class Tune:
     """Every setting takes the best of the same candidates, after the same work.
 
     Args:
         grid: dotted keys and candidates; several keys are combined.
-        by: a column of the table that shall be small; where None: the steps to the target, then
-            the floor of its metric.
+        by: see ``Judge``.
         seeds: of the runs that decide, by their mean; the study's first where None.
         halving: where given, successive halving: all candidates run a short time, the best
             1/halving of them halving times as long, and so on.  Else all run in full.
@@ -157,12 +146,13 @@ class Study:
             raise ConfigError(f"zip must be tables, as [[zip]], not {groups!r}")
         self.zipped = [_lists(group, "zip") for group in groups]
         self.seeds = _seeds(table.get("seeds", [0]))
-        self.target = make_settings(Target, table["target"]) if "target" in table else None
+        self.target = judge.target(table["target"]) if "target" in table else None
         self.tune = None
         if "tune" in table:
             tune = dict(_section(table, "tune"))
             tune["grid"] = _lists(tune.get("grid", {}), "tune.grid")
             self.tune = Tune(**tune)
+        self.judge = judge.Judge(self.target, self.tune.by if self.tune else None)
         self.limits = make_settings(Limits, table.get("limits", {}))
         groups = self._check()
         if build:
@@ -173,16 +163,14 @@ class Study:
         path: Path, overrides: Sequence[str] = (), quick: bool = False, build: bool = True
     ) -> "Study":
         """A study from its file; ``quick`` applies its [quick] section, then the overrides."""
-        try:
-            table = tomllib.loads(path.read_text())
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read ({error})") from None
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path}: is not TOML: {error}") from None
+        table = read_table(path)
+        if "task" in table and "experiment" not in table:
+            raise ConfigError(f"{path}: is an experiment; begin it with: offbeat run {path}")
         table.setdefault("name", path.stem)
         try:
             if quick:
                 _merge(table, _section(table, "quick"))
+            once({}, overrides)
             for override in overrides:
                 _override(table, override)
             return Study(table, build)
@@ -215,9 +203,9 @@ class Study:
                 chosen = {key: values[place] for key, values in group.items()}
                 axes = [*first[:at], chosen, *first[at + 1 :], *tuned]
                 if at == 0 or place:
-                    cell.one(self._cell(_merged(axes), self.seeds[0]).table)
+                    self.judge.check(cell.one(self._cell(_merged(axes), self.seeds[0]).table))
         if not groups:
-            cell.one(self._cell(_merged(tuned), self.seeds[0]).table)
+            self.judge.check(cell.one(self._cell(_merged(tuned), self.seeds[0]).table))
 
     def settings(self) -> list[dict[str, Any]]:
         """Every combination of the axes; what differs in nothing but the seed is one."""
@@ -290,7 +278,7 @@ class Study:
                 cells = [self._cell(axes | values, seed, share) for seed in seeds]
                 missing += [one for one in cells if one.key not in done]
                 if not missing:
-                    scores.append(self._score([done[one.key] for one in cells]))
+                    scores.append(self.judge.score([done[one.key] for one in cells]))
             if missing:
                 return missing, None
             order = sorted(range(len(candidates)), key=scores.__getitem__)
@@ -307,20 +295,6 @@ class Study:
             return [1.0]
         rungs = int(math.log(len(self._candidates())) / math.log(eta) + 1e-9)
         return [eta ** (at - rungs) for at in range(rungs + 1)]
-
-    def _score(self, lines: Sequence[Line]) -> tuple[float, float]:
-        """What tuning makes small; infinite where a run failed."""
-        assert self.tune is not None
-        rows = [row(line, self.target) for line in lines]
-        if any(one["error"] for one in rows):
-            return math.inf, math.inf
-        if self.tune.by is not None:
-            if self.tune.by not in rows[0]:
-                known = nearest(self.tune.by, rows[0])
-                raise ConfigError(f'tune.by: the table has no column "{self.tune.by}"{known}')
-            return _mean([one[self.tune.by] for one in rows]), 0.0
-        to_target = _mean([one.get("steps_to_target") for one in rows]) if self.target else 0.0
-        return to_target, _mean([one["floor"] for one in rows])
 
     def edge(self, axes: Mapping[str, Any]) -> bool:
         """Whether the value chosen for any tuned key is the first or last of its candidates."""
@@ -379,10 +353,6 @@ def _seeds(given: Any) -> list[int]:
 
 def _merged(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {key: value for table in tables for key, value in table.items()}
-
-
-def _mean(values: Sequence[float | None]) -> float:
-    return sum(math.inf if value is None else value for value in values) / len(values)
 
 
 def _written_out(part: str, given: Any) -> Any:
@@ -525,11 +495,14 @@ def run(
         done = read_cells(folder)
         if retry:
             done = {key: line for key, line in done.items() if "error" not in line}
-        checked = False
+        looked = False
         while True:
             missing, wanted = study.plan(done)
             source = dict(study.source) | {"files": study.files}
             write_whole(folder / FILE, tomli_w.dumps(source).encode())
+            if not looked:
+                study.judge.look([one.table for one in missing])
+                looked = True
             if not missing:
                 return [(one, done[one.key]) for one in wanted]
             work = [_job(study, one, folder, folders) for one in missing]
@@ -545,9 +518,6 @@ def run(
                     line = cell.decode(text)
                     done[line["cell"]] = line
                     failed += "error" in line
-                    if not checked and "error" not in line:
-                        row(line, study.target)  # a target that is no metric is told now
-                        checked = True
                     progress(count, len(work), failed)
     finally:
         file.close()

@@ -1,21 +1,17 @@
 """The tidy table of a study: one row a cell, settings first, then what came of it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from offbeat.runtime import metrics
 from offbeat.runtime.errors import ConfigError, StorageError, nearest
 from offbeat.runtime.registry import Spec
 
-TAIL = 0.2  # of the evaluations: the floor is their mean
 REACHED = {"steps": "step", "seconds": "time_s", "gradients": "gradients", "bytes": "bytes"}
-FINAL = (
-    *("step", "time_s", "gradients", "bytes", "loss", "grad_norm", "accuracy", "perplexity"),
-    *("distance2", "consensus", "loss_worst", "staleness_mean", "staleness_max", "busy"),
-)
 
 
 def row(line: dict[str, Any], target: Any) -> dict[str, Any]:
@@ -29,44 +25,23 @@ def row(line: dict[str, Any], target: Any) -> dict[str, Any]:
     made: dict[str, Any] = {"cell": line["cell"], "error": line.get("error")}
     if made["error"]:
         return made
-    curve, final = line["curve"], line["final"]
-    if metric not in curve:
+    curve, final, own = line["curve"], line["final"], line.get("better", {})
+    if target is not None and metric not in curve:
         raise ConfigError(f'target: runs have no metric "{metric}"{nearest(metric, curve)}')
     if line["topology"] is not None:
         made |= {"n": line["topology"]["n"], "gap": line["topology"]["gap"]}
     if target is not None:
-        made |= {f"{name}_to_target": None for name, of in REACHED.items() if of in curve}
-        made |= reached(curve, metric, target.level)
-    made |= {key: final[key] for key in FINAL if key in final}
-    values = np.array(curve[metric], float)  # null, of what was not finite, is nan
-    floor = float(values[-max(1, math.ceil(TAIL * len(values))) :].mean())
+        found = metrics.reached(curve, metric, target.level, metrics.better(metric, own))
+        made |= {f"{name}_to_target": found.get(of) for name, of in REACHED.items() if of in curve}
+    made |= {key: final[key] for key in final_columns(own) if key in final}
+    floor = metrics.tail(curve[metric]) if metric in curve else math.nan
     made["floor"] = floor if math.isfinite(floor) else None
     return made | {"reason": line["reason"], "wall_s": line["wall_s"]}
 
 
-def reached(curve: dict[str, list[float]], metric: str, level: float) -> dict[str, float]:
-    """Steps, seconds, gradients and bytes at which ``metric`` first was at ``level``.
-
-    Between two evaluations it is taken to fall geometrically (linearly where it is not positive).
-    """
-    values = np.array(curve[metric], float)
-    below = np.flatnonzero(values <= level)
-    if not len(below):
-        return {}
-    at = int(below[0])
-    fraction = 1.0
-    if at and np.isfinite(values[at - 1]):
-        before, after, aim = float(values[at - 1]), float(values[at]), level
-        if after > 0 and aim > 0:
-            before, after, aim = math.log(before), math.log(after), math.log(aim)
-        fraction = (before - aim) / (before - after)
-    found = {}
-    for name, column in REACHED.items():
-        if column in curve:
-            x = curve[column]
-            start = x[at - 1] if at else x[0]
-            found[f"{name}_to_target"] = start + fraction * (x[at] - start)
-    return found
+def final_columns(own: Iterable[str]) -> list[str]:
+    """What a row has of the end of a run, where it is known; ``own``: metrics of its task."""
+    return [*metrics.COSTS, *metrics.QUALITIES, *own, *metrics.LOADS]
 
 
 def text(key: str, value: Any) -> Any:
@@ -87,6 +62,19 @@ def short(values: Sequence[str]) -> list[str]:
     """
     names = [value.partition("(")[0] for value in values]
     return names if len({*names}) == len({*values}) else list(values)
+
+
+def shorts(key: str, values: Sequence[str]) -> list[str]:
+    """Values of axis ``key`` as they stand in a legend: numbers say what they are."""
+    last = "n" if key == "fleet.workers" else key.rsplit(".", 1)[-1]
+    said = [f"{last} {v}" if v.replace(".", "").replace("e-", "").isdigit() else v for v in values]
+    return short(said) if len(said) > 1 else said
+
+
+def name(axes: Mapping[str, Any]) -> str:
+    """What a setting is called."""
+    words = [shorts(key, [str(value)])[0] for key, value in axes.items()]
+    return " · ".join(filter(None, words)) or "run"
 
 
 def rows(study: Any, cells: Sequence[tuple[Any, dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -14,16 +14,16 @@ from rich.table import Table
 from rich.text import Text
 
 from offbeat.runtime.errors import ConfigError, OffbeatError
-from offbeat.runtime.studies import report
+from offbeat.runtime.experiment import read_table
+from offbeat.runtime.metrics import METRICS, said
+from offbeat.runtime.studies import recorded, report
 from offbeat.runtime.studies import study as studies
+from offbeat.runtime.studies.table import REACHED
 
 BARS = "▁▂▃▄▅▆▇█"
 SPARKS = 40  # evaluations in a sparkline
 HOST = "127.0.0.1"  # who is on this machine, and nobody else
-SHOWN = {
-    "time_s": "seconds", "step": "steps", "loss": "loss", "accuracy": "accuracy",
-    "consensus": "consensus", "bytes": "MB sent", "staleness_mean": "staleness", "busy": "busy",
-}  # fmt: skip
+SHOWN = ("time_s", "step", "loss", "accuracy", "consensus", "bytes", "staleness_mean", "busy")
 
 
 def follow(folder: Path, every_s: float, console: Console) -> None:
@@ -46,53 +46,36 @@ def look(folder: Path) -> tuple[Group, bool]:
     Raises:
         ConfigError: the folder holds no job.
     """
-    if (folder / studies.FILE).exists():
+    if not folder.is_file() and (folder / studies.FILE).exists():
         return _study(folder)
-    try:
-        parts = [folder / line for line in (folder / "runs.txt").read_text().splitlines()]
-    except FileNotFoundError:
-        parts = [folder]
+    parts = recorded.parts(folder)
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("run", no_wrap=True)
     table.add_column("done", justify="right")
     rows = []
     for part in parts:
-        if not (part / "experiment.toml").exists():
-            raise ConfigError(
-                f"{part}: is neither a run (experiment.toml) nor a study (study.toml)"
-            )
         path = part / "metrics.jsonl"
-        rows.append(report.rows(path) if path.exists() else [])
+        rows.append(recorded.rows(path) if path.exists() else [])
     keys = [key for key in SHOWN if any(row and key in row[-1] for row in rows)]
     for key in keys:
-        table.add_column(SHOWN[key], justify="right", no_wrap=True)
+        table.add_column(METRICS[key].column, justify="right", no_wrap=True)
     table.add_column("loss so far", no_wrap=True)
     ended = True
     for part, metrics in zip(parts, rows, strict=True):
         whole = (part / "summary.json").exists()
         ended = ended and whole
         last = metrics[-1] if metrics else {}
-        cells = [_said(key, last[key]) if key in last else "" for key in keys]
+        cells = [said(key, last[key]) if key in last else "" for key in keys]
         fraction = 1.0 if whole else _fraction(part, last)
         line = sparkline([row["loss"] for row in metrics if "loss" in row])
         table.add_row(part.name, f"{fraction:.0%}", *cells, line)
     return Group(table), ended
 
 
-def _said(key: str, value: float) -> str:
-    if key == "bytes":
-        return f"{value / 1e6:,.1f}"
-    if key in ("busy", "accuracy"):
-        return f"{value:.1%}"
-    return f"{value:,.0f}" if key in ("step", "time_s") else f"{value:.4g}"
-
-
 def _fraction(folder: Path, last: dict[str, Any]) -> float:
     """How much of a run is done, by whichever of its ends is nearest."""
-    from offbeat.runtime.api import load_experiment
-
-    stop = load_experiment(folder, changed=True).stop
-    ends = {"step": stop.steps, "time_s": stop.seconds, "gradients": stop.gradients}
+    stop = read_table(folder / "experiment.toml")["stop"]
+    ends = {of: stop.get(key) for key, of in REACHED.items()}
     return min(1.0, max((last.get(key, 0) / end for key, end in ends.items() if end), default=0.0))
 
 

@@ -4,9 +4,13 @@ import re
 
 import deploying
 import pytest
+from typer.testing import CliRunner
 
 from offbeat.deploy.hosts import MOST_HOSTS, read_hosts
+from offbeat.deploy.plan import plan
+from offbeat.runtime.cli import app
 from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.own.run import _peering
 
 
 @pytest.fixture
@@ -27,9 +31,41 @@ def test_nodes_are_the_slots_of_hosts_in_order(hosts):
     ]
     assert read.serving().name == "head"
     assert [host.remote for host in read.hosts] == ["10.0.0.1", "ops@gpu1", "fd00::3"]
-    assert read.node("cpu1") == (2, read.nodes()[2])
+    assert read.node("cpu1") == read.nodes()[2]
     with pytest.raises(ConfigError, match='no node is called "gpu1-2"; did you mean "gpu1-'):
         read.node("gpu1-2")
+
+
+def test_hosts_are_the_nodes_of_a_graph_by_name(hosts, tmp_path, monkeypatch):
+    cities = tmp_path / "cities.csv"
+    cities.write_text("oslo,bern\nbern,rome\n")
+    text = deploying.PEERS.replace('topology = "ring"', f"topology = \"file('{cities}')\"")
+    file = tmp_path / "experiment.toml"
+    file.write_text(text)
+    row = '[[hosts]]\nname = "{0}"\naddress = "{0}"\n'
+    listed = hosts("".join(map(row.format, ["bern", "oslo", "rome"])))
+    assert plan(file, nodes=listed).participants == ("oslo", "bern", "rome")
+    assert plan(file, nodes=3).participants == ("n0", "n1", "n2")  # machines made for the run
+    seen = []
+
+    class Peer:
+        def __init__(self, experiment, seats, me, *rest, **options):
+            seen.append(([seat.name for seat in seats], me))
+
+        def run(self):
+            return "steps"
+
+    monkeypatch.setattr("offbeat.runtime.net.peer.PeerProcess", Peer)
+    words = ["peer", str(file), "--hosts", str(tmp_path / "hosts.toml"), "--node"]
+    assert CliRunner().invoke(app, [*words, "bern"]).exit_code == 0
+    assert seen == [(["oslo", "bern", "rome"], 1)]
+    hosts("".join(map(row.format, ["bern", "oslo", "paris"])))
+    done = CliRunner().invoke(app, [*words, "bern"])
+    assert 'no host is called "rome", as a node of the graph is' in str(done.exception)
+    monkeypatch.setattr("offbeat.runtime.own.peering.Peering", Peer)
+    ears = {name: f"tcp://127.0.0.1:{port}" for port, name in enumerate(["bern", "oslo", "rome"])}
+    _peering(file, ears, "rome", tmp_path, {"bind": "", "keys_folder": None})(None)
+    assert seen[1] == (["oslo", "bern", "rome"], 2)
 
 
 ONE = '[[hosts]]\nname = "a"\naddress = "10.0.0.1"\n'

@@ -168,7 +168,7 @@ MISTAKES = [
     (["topology", "ring:16", "--seed", "3"], "--seed: ring("),
     (["topology", "star:9", "--weights", "uniform"], "take metropolis"),
     (["topology", "ring:16", "--out", "a.nonsense"], "nonsense"),
-    (["run"], "[task] is missing"),
+    (["run"], '[task] is missing; for example task = "logistic:digits", or --task logistic:digits'),
     (["run"], "[algorithm] is missing"),  # all mistakes at once
     (["run", "--task", "logistc:digits", "--algorithm", "pure"], 'did you mean "logistic"'),
     (["run", "--task", "logistic:digit", "--algorithm", "pure"], 'did you mean "digits"'),
@@ -198,6 +198,60 @@ MISTAKES = [
     (["replay", "nothing"], "is no run folder"),
     (["list", "algorithm"], 'did you mean "algorithms"'),
 ]  # fmt: skip
+
+
+TWICE = [
+    ("run --task quadratic --algorithm pure --seed 1 --seed 2", "--seed is given"),
+    ("run --task quadratic --task quadratic --algorithm pure", "--task is given"),
+    ("run --task quadratic --algorithm pure --steps 5 --set stop.steps=9", "stop.steps is set"),
+    ("run a.toml --set seed=1 --set seed=2", "seed is set"),
+    ("run a.toml --seed 1 --set seed=2", "seed is set"),
+    ("resume runs/run-001 --engine virtual --engine virtual", "--engine is given"),
+    ("resume run --set stop.steps=70 --set stop.steps=80", "stop.steps is set"),
+    ("topology ring:4 --rounds 2 --rounds 3", "--rounds is given"),
+    ("study s.toml --jobs 1 -j 2", "--jobs is given"),
+    ("study s.toml --set grid.seed=[1] --set grid.seed=[2]", "grid.seed is set"),
+    ("serve a.toml --out a --out b", "--out is given"),
+    ("serve a.toml --max-failed-saves 2 --set record.max_failed_saves=3", "saves is set"),
+    ("join tcp://127.0.0.1:1 --name a --name b", "--name is given"),
+    ("keys new a --keys a --keys b", "--keys is given"),
+    ("deploy ssh a.toml --nodes a --nodes b", "--nodes is given"),
+]
+
+
+@pytest.mark.parametrize(("line", "said"), TWICE)
+def test_what_counts_once_is_given_once(offbeat_, tmp_path, line, said):
+    (tmp_path / "a.toml").write_text('task = "quadratic"\nalgorithm = "pure"\n')
+    (tmp_path / "s.toml").write_text('task = "quadratic"\nalgorithm = "pure"\n[grid]\nseed = [1]\n')
+    if line.startswith("resume run "):
+        offbeat.run("quadratic", "pure", "2", stop={"steps": 60}, folder=tmp_path / "run")
+    code, _, err = offbeat_(*line.split())
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{said} more than once; only one counts" in err
+
+
+def test_what_may_be_given_often_still_can(offbeat_):
+    words = "run --task quadratic --algorithm pure --algorithm sgd --set stop.steps=5 --set seed=3"
+    code, out, err = offbeat_(*words.split(), "--overwrite", "--overwrite", "--out", "run")
+    assert code == 0, err
+    assert "sgd" in out
+
+
+def test_a_file_that_ends_too_soon_in_a_users_code_is_no_abort(offbeat_, tmp_path, monkeypatch):
+    def torn(*parts, **more):
+        raise EOFError("no data left")
+
+    monkeypatch.setattr(cli, "_go_on", torn)
+    with pytest.raises(RuntimeError, match="ended too soon: no data left"):
+        offbeat_("run", "--task", "quadratic", "--algorithm", "pure")
+
+
+@pytest.mark.parametrize("start", ["-", "--", "-k"])
+def test_a_key_may_begin_with_a_dash(offbeat_, tmp_path, start):
+    key = start + "a" * (-len(start) % 5) + "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H"
+    code, _, err = offbeat_("keys", "authorize", "w1", key, "--keys", "keys")
+    assert code == 0, err
+    assert f'public-key = "{key}"' in (tmp_path / "keys/authorized/w1.key").read_text()
 
 
 @pytest.mark.parametrize(("words", "said"), MISTAKES)

@@ -18,6 +18,7 @@ from offbeat.topologies import (
     facts,
     from_matrix,
     from_networkx,
+    saved,
     slem,
     spectral_gap,
     weigh,
@@ -57,6 +58,7 @@ TABLE = {
     "geometric": ("geometric({n}, 0.7)", always, True),
     "social": ("social", always, False),
     "equistatic": ("equistatic:{n}", always, True),
+    "saved": ("saved('ring-{n}.json')", lambda n: n > 1, False),
     "file": ("file('ring-{n}.txt')", lambda n: n > 1, False),
     "one-peer-exponential": ("one-peer-exponential:{n}", always, False),
     "hyper-hypercube": (
@@ -87,6 +89,8 @@ def files(tmp_path_factory):
         for n in range(1, 41):
             ring = [(i, (i + 1) % n) for i in range(n if n > 2 else n - 1)]
             (folder / f"ring-{n}.txt").write_text("".join(f"{i} {j}\n" for i, j in ring))
+            if n > 1:
+                (folder / f"ring-{n}.json").write_text(saved.text(parse(f"ring:{n}")))
             timed = "".join(f"{at},{i},{j}\n" for at, (i, j) in enumerate(ring))
             (folder / f"timed-{n}.csv").write_text(timed)
         yield folder
@@ -487,7 +491,7 @@ def test_timed_edges_come_when_the_file_says(files):
 
 
 def test_files(files):
-    (files / "a.txt").write_text("ann bob 0.25\nbob,cid,0.5  # comment\n")
+    (files / "a.txt").write_text("ann bob 0.25\nbob cid 0.5  # comment\n")
     topology = parse("file('a.txt', weights=attribute)")
     np.testing.assert_array_equal(
         dense(topology), [[0.75, 0.25, 0], [0.25, 0.25, 0.5], [0, 0.5, 0.5]]
@@ -643,20 +647,21 @@ MISTAKES = [
     ("cycle([ring(4), ring(5)])", "one size, not of \\[4, 5\\]"),
     ("cycle([])", "one size, not of none"),
     ("file:nowhere.txt", "nowhere.txt: cannot be read"),
-    ("file:nowhere.graphml", "nowhere.graphml: cannot be read as GraphML"),
-    ("file:bad.txt", 'bad.txt line 2: "1 2 x" is no edge'),
+    ("file:nowhere.graphml", "nowhere.graphml: cannot be read .*No such file"),
+    ("file:bad.txt", 'bad.txt line 2: "1 2 x" has 3 columns, and line 1 has 2'),
     ("file:empty.txt", "has no nodes"),
     ("file:nowhere.npy", "nowhere.npy: .*No such file"),
+    ("file:empty.npy", "empty.npy: No data left"),
     ("file:rows.npy", "rows.npy: mixing matrix: row 0"),
-    ("file('rows.npy', weights=lazy)", "rows.npy: is W itself; leave weights out"),
-    ("file:counts.txt", 'where its third column is no W, give weights = "metropolis"'),
-    ("file:nan.txt", 'nan.txt line 1: "0 1 nan" is no edge'),
+    ("file('rows.npy', weights=lazy)", "rows.npy: is W itself, n x n numbers; leave weights out"),
+    ("file:counts.txt", 'where weights are no W, give weights = "metropolis"'),
+    ("file:nan.txt", 'nan.txt line 1: "0 1 nan": its weight "nan" is no number'),
     ("file('nan.graphml', weights=attribute)", 'edge 0, 1 has nan as its "weight"'),
-    ("file:twice.txt", 'twice.txt line 3: "1 0 0.1" says otherwise than a line before'),
-    ("timed:epoch.csv", "epoch.csv line 1: round 1763800000 is beyond"),
+    ("file:twice.txt", 'twice.txt: weights: edge 0, 1 has 0.5 and 0.1 as its "weight"; give one'),
+    ("timed:epoch.csv", 'epoch.csv line 1: "1763800000,0,1": round 1763800000 is beyond'),
     ("file:apart.txt", "2 components, of 2, 2 nodes; cut off from the largest: 2, 3"),
     ("timed:nowhere.csv", "cannot be read"),
-    ("timed:bad.txt", 'bad.txt line 1: "0,1" is no round,i,j'),
+    ("timed:apart.txt", 'line 1: "0 1" has 2 columns and no header; a line is round,i,j'),
     ("timed('timed-9.csv', n=5)", '"4,4,5" is no round,i,j among nodes 0..4'),
     ("timed:empty.txt", "has no edges"),
 ]
@@ -667,6 +672,7 @@ def test_mistakes(files, text, said):
     (files / "bad.txt").write_text("0 1\n1 2 x\n")
     (files / "empty.txt").write_text("# nothing\n")
     (files / "counts.txt").write_text("0 1 3\n1 2 7\n")
+    (files / "empty.npy").touch()
     np.save(files / "rows.npy", np.full((2, 2), 0.7))
     (files / "nan.txt").write_text("0 1 nan\n1 2 0.5\n")
     nx.write_graphml(nx.Graph([(0, 1, {"weight": np.nan})]), files / "nan.graphml")

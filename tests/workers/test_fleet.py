@@ -1,5 +1,7 @@
 """Speed laws and fleets: means, addresses, windows, links, text forms."""
 
+import gzip
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -9,7 +11,7 @@ import offbeat
 from offbeat import ConfigError, Fleet, Outage
 from offbeat.algorithms.server import pure
 from offbeat.runtime.records import column
-from offbeat.workers.speeds import SPEEDS, parse
+from offbeat.workers.speeds import SPEEDS, parse, recorded_times
 from offbeat.workers.tasks import quadratic
 
 
@@ -107,6 +109,52 @@ def test_a_trace_file_is_cycled_and_checked(tmp_path):
         Fleet(workers=1, speeds=f'trace("{path}")')
     with pytest.raises(ConfigError, match="cannot be read"):
         Fleet(workers=1, speeds='trace("/nowhere")')
+
+
+TRACES = [
+    ("worker,start,duration\n0,5,6\n", [[6.0]]),
+    ("# worker,start,duration\n0,5,6\n", [[6.0]]),
+    ("0,5,6\n", [[1.0]]),
+    ('\ufeff"Worker","Start","End"\n0,5,6\n', [[1.0]]),
+    ("end;worker;start\n6,5;1;5,0\n3;1;0\n8;2;0\n", [[3.0, 1.5], [8.0]]),
+    ("duration\tworker\n1\tw10\n3\tw2\n4\tw10\n", [[3.0], [1.0, 4.0]]),
+    ("rank seconds\n4.0 1e-1\n3.0 2\n", [[2.0], [0.1]]),
+    (",worker,seconds\n0,3,1\n1,4,2\n", [[1.0], [2.0]]),  # as pandas writes it
+]
+
+
+@pytest.mark.parametrize(("text", "times"), TRACES)
+def test_a_trace_says_by_its_header_what_its_columns_are(tmp_path, text, times):
+    path = tmp_path / "times.csv"
+    path.write_text(text)
+    assert recorded_times(path, len(times)) == times
+    packed = tmp_path / "times.csv.gz"
+    packed.write_bytes(gzip.compress(text.encode()))
+    assert Fleet.parse(f"trace:{packed}").workers == len(times)
+    assert recorded_times(packed, len(times)) == times
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("worker,when,seconds\n0,1,2\n", 'unknown column "when"; a trace has worker,seconds or'),
+        ("worker,end\n0,1\n", "has the columns end, worker; a trace has"),
+        ("0,1,2,3\n", 'line 1: "0,1,2,3" has 4 columns and no header; a trace has'),
+        ("0;1.5;2,5\n", 'numbers have commas as in "2,5"; write a point in all of them'),
+        ("0 1,5\n", '"1,5" may be one number or two'),
+        ("0,1\n1;2\n", 'line 1: "0,1" has no semicolon, and other lines are cut at one'),
+        ("0,1\n1,2,3\n", 'line 2: "1,2,3" has 3 columns, and line 1 has 2'),
+        ("worker,seconds\n0,fast\n", 'line 2: "0,fast": its seconds "fast" is no number'),
+        ("0,5,3\n", "line 1: -2 is not a time"),
+        ("a,1\nb,2\nc,3\n", "has times of the 3 workers a, b, c, and the fleet has 2"),
+        ("3,1\n5,2\n", "line 2: there is no worker 5"),
+    ],
+)
+def test_a_trace_that_could_be_read_in_two_ways_is_refused(tmp_path, text, said):
+    path = tmp_path / "times.csv"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        Fleet(workers=2, speeds=f"trace({str(path)!r})")
 
 
 def test_a_run_can_be_the_trace_of_another(tmp_path):

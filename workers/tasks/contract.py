@@ -1,7 +1,8 @@
 """The contract of a task."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.runtime.registry import Registry, Spec
@@ -35,3 +36,56 @@ class Task(Protocol):
     def evaluate(self, x: NDArray) -> dict[str, float]:
         """Facts about the full objective at ``x [d]``: loss, grad_norm, accuracy, ..."""
         ...
+
+
+def ours(part: Any) -> bool:
+    """Whether no code of a user's is in ``part``, which may change whatever memory it is given.
+
+    numpy's read-only flag does not stop it: torch computes on the same memory without heed to it.
+
+    >>> from offbeat.workers.tasks import quadratic
+    >>> ours(quadratic(3)), ours(lambda x: x)
+    (True, False)
+    """
+    kind = part if hasattr(part, "__code__") else type(part)
+    if str(kind.__module__).split(".")[0] != "offbeat":
+        return False
+    inside = [getattr(part, name, None) for name in ("model", "work", "schedule")]
+    inside += getattr(part, "rules", [])
+    return all(ours(one) for one in inside if one is not None)
+
+
+class Guarded:
+    """A task of a user's own: what it is given and what it answers, nobody else has.
+
+    All else is the task's.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "task":  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.task, name)
+
+    def initial(self, seed: int) -> NDArray:
+        """See ``Task``."""
+        return np.array(self.task.initial(seed))
+
+    def gradient(self, x: Any, worker: NDArray, draw: NDArray) -> tuple[Any, Any]:
+        """See ``Task``."""
+        copied = x.copy() if isinstance(x, np.ndarray) else x.clone()
+        losses, gradients = self.task.gradient(copied, worker, draw)
+        if isinstance(gradients, np.ndarray):
+            return np.array(losses), np.array(gradients)
+        return losses.clone(), gradients.clone()
+
+    def evaluate(self, x: NDArray) -> dict[str, float]:
+        """See ``Task``."""
+        return self.task.evaluate(x.copy())
+
+
+def guarded(task: Task) -> Task:
+    """``task``, guarded where it is a user's own."""
+    return task if isinstance(task, Guarded) or ours(task) else Guarded(task)

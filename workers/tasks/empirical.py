@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.runtime.registry import Spec
-from offbeat.workers.tasks.shards import Shards
+from offbeat.workers.tasks.shards import Features, Inputs, Shards
 
 
 class Model(Protocol):
@@ -21,12 +21,12 @@ class Model(Protocol):
     labelled: bool
     """Whether it wants labels beside the inputs."""
 
-    def inputs(self, features: NDArray, labels: NDArray) -> NDArray:
-        """What it wants to be given in place of the features ``[N, f]``: ``[N, f]``."""
+    def inputs(self, features: Features, labels: NDArray) -> Features:
+        """What it wants to be given in place of the features ``[N, f]``, which it may change."""
         ...
 
     def gradient(
-        self, x: NDArray, a: NDArray, y: NDArray | None, c: NDArray
+        self, x: NDArray, a: Inputs, y: NDArray | None, c: NDArray
     ) -> tuple[NDArray, NDArray]:
         """Losses ``[k]`` and gradients ``[k, d]`` of sum_b c_b loss(x_j; a_jb, y_jb).
 
@@ -34,7 +34,7 @@ class Model(Protocol):
         """
         ...
 
-    def hits(self, x: NDArray, a: NDArray, y: NDArray) -> NDArray:
+    def hits(self, x: NDArray, a: Features, y: NDArray) -> NDArray:
         """Whether x ``[d]`` classifies each sample rightly, ``[N]``; ``a [N, f]`` are inputs."""
         ...
 
@@ -89,8 +89,7 @@ class EmpiricalRisk:
     def evaluate(self, x: NDArray) -> dict[str, float]:
         """loss and grad_norm of f; accuracy, on held-out samples where there are any."""
         one, s = x[None], self.shards
-        y = s.labels[None] if self.model.labelled else None
-        losses, gradients = self.model.gradient(one, s.features[None], y, self._weights)
+        losses, gradients = self.model.gradient(one, *s.all(), self._weights)
         losses = self._regularise(one, losses, gradients)
         right = self.model.hits(x, *(s.test or (s.features, s.labels)))
         return {

@@ -143,7 +143,7 @@ class LanguageModel(TorchTask):
         self._train, self._held, self._span = (part.to(self.device) for part in text)
         return self
 
-    def _labels(self) -> NDArray:
+    def _classes(self, given: Any) -> NDArray:
         return np.arange(len(self._data)) * 10 // len(self._data)
 
     def _samples(self, rows: NDArray) -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ from offbeat.runtime.registry import Count, Finite, Fraction, NonNegative, Seed
 from offbeat.workers.data import Data
 from offbeat.workers.tasks.contract import TASKS
 from offbeat.workers.tasks.empirical import EmpiricalRisk, cross_entropy
-from offbeat.workers.tasks.shards import BatchSize, DType, Sampling, Shards
+from offbeat.workers.tasks.shards import BatchSize, DType, Features, Inputs, Sampling, Shards
 
 
 class Binary:
@@ -26,13 +26,18 @@ class Binary:
         """``start`` in every coordinate."""
         return np.full(self.dim, self.start)
 
-    def inputs(self, features: NDArray, labels: NDArray) -> NDArray:
+    def inputs(self, features: Features, labels: NDArray) -> Features:
         """-y a."""
         self._zero = np.zeros((), features.dtype)
-        return features * (1 - 2 * labels).astype(features.dtype)[:, None]
+        sign = (1 - 2 * labels).astype(features.dtype)
+        if isinstance(features, np.ndarray):
+            features *= sign[:, None]
+        else:
+            features.data *= np.repeat(sign, np.diff(features.indptr))
+        return features
 
     def gradient(
-        self, x: NDArray, a: NDArray, y: NDArray | None, c: NDArray
+        self, x: NDArray, a: Inputs, y: NDArray | None, c: NDArray
     ) -> tuple[NDArray, NDArray]:
         """See ``Model``."""
         u = np.matvec(a, x)  # minus the margin
@@ -41,7 +46,7 @@ class Binary:
         p *= c
         return losses, np.vecmat(p, a)
 
-    def hits(self, x: NDArray, a: NDArray, y: NDArray) -> NDArray:
+    def hits(self, x: NDArray, a: Features, y: NDArray) -> NDArray:
         """See ``Model``; a sample on the boundary is missed."""
         return a @ x < 0
 
@@ -59,19 +64,19 @@ class Multinomial:
         """``start`` in every coordinate."""
         return np.full(self.dim, self.start)
 
-    def inputs(self, features: NDArray, labels: NDArray) -> NDArray:
+    def inputs(self, features: Features, labels: NDArray) -> Features:
         """The features."""
         return features
 
     def gradient(
-        self, x: NDArray, a: NDArray, y: NDArray | None, c: NDArray
+        self, x: NDArray, a: Inputs, y: NDArray | None, c: NDArray
     ) -> tuple[NDArray, NDArray]:
         """See ``Model``."""
         logits = np.matmul(a, x.reshape(-1, *self.shape))
         losses, residual = cross_entropy(logits, y, c)
         return losses, np.matmul(a.transpose(0, 2, 1), residual).reshape(x.shape)
 
-    def hits(self, x: NDArray, a: NDArray, y: NDArray) -> NDArray:
+    def hits(self, x: NDArray, a: Features, y: NDArray) -> NDArray:
         """See ``Model``."""
         return (a @ x.reshape(self.shape)).argmax(axis=1) == y
 
@@ -80,6 +85,7 @@ class Multinomial:
 def logistic(
     data: Data = "digits",
     *,
+    target: str | None = None,
     workers: Count = 10,
     partition: str = "iid",
     batch: BatchSize = 32,
@@ -95,7 +101,9 @@ def logistic(
     """Logistic regression: binary for two classes, multinomial for more.
 
     Args:
-        data: a bundled data set or a file; see ``offbeat list data``.
+        data: a bundled data set or a file; see ``offbeat list data``.  Large sparse files stay
+            sparse.
+        target: the column of a .csv that holds the labels.
         workers: n.
         partition: iid, contiguous, sorted, classes(c) or dirichlet(alpha).
         batch: samples a gradient, or "full".
@@ -117,6 +125,8 @@ def logistic(
         intercept=intercept,
         dtype=dtype,
         seed=seed,
+        target=target,
+        sparse=True,
     )
     if shards.classes == 2:
         return EmpiricalRisk(shards, Binary(shards.width, start), l2=l2, nonconvex=nonconvex)

@@ -96,6 +96,7 @@ class MLP:
 def mlp(
     data: Data = "digits",
     *,
+    target: str | None = None,
     workers: Count = 10,
     hidden: list[Count] = [64],  # noqa: B006 - never changed
     activation: Literal["relu", "tanh"] = "relu",
@@ -125,6 +126,7 @@ def mlp(
         holdout=holdout,
         dtype=dtype,
         seed=seed,
+        target=target,
     )
     model = MLP([shards.width, *hidden, shards.classes], activation)
     return EmpiricalRisk(shards, model, l2=l2, nonconvex=nonconvex)

@@ -1,20 +1,23 @@
 """A data set divided among workers, and the samples behind each of their jobs."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array, hstack
 
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import Streams, rng
 from offbeat.runtime.registry import Count
 from offbeat.workers.data import load
-from offbeat.workers.partition import PARTITIONS, Parts
+from offbeat.workers.partition import PARTITIONS, Parts, held_out
 
 Sampling = Literal["replacement", "passes"]
 BatchSize = Count | Literal["full"]
 DType = Literal["float32", "float64"]
+Features = Any  # [N, f], an array or csr_array
+Inputs = Any  # [k, B, f], an array or SparseRows
 
 GATHER_BYTES = 2**21  # rows gathered at a time; larger gains nothing and leaves the cache
 FEW = 16  # up to so many jobs, a worker's next draws are taken from a block made ahead
@@ -85,11 +88,45 @@ class Draws:
         return found
 
 
+class SparseRows:
+    """Sparse inputs ``[k, B, f]`` of k jobs: one matrix with a block a job on its diagonal.
+
+    What ``matvec``, ``vecmat`` and ``matmul`` sum of a row does not depend on the other jobs.
+    """
+
+    def __init__(self, blocks: csr_array, shape: tuple[int, int, int]) -> None:
+        self.blocks, self.shape = blocks, shape
+
+    @classmethod
+    def of(cls, rows: csr_array, k: int) -> "SparseRows":
+        """``rows [k B, f]`` of k jobs, one after the other."""
+        count, width = rows.shape
+        if k > 1:
+            per_job = np.diff(rows.indptr[:: count // k])
+            indices = rows.indices + np.repeat(np.arange(k) * width, per_job)
+            rows = csr_array((rows.data, indices, rows.indptr), shape=(count, k * width))
+        return cls(rows, (k, count // k, width))
+
+    def transpose(self, *axes: int) -> "SparseRows":
+        """``[k, f, B]``."""
+        assert axes == (0, 2, 1)
+        k, rows, columns = self.shape
+        return SparseRows(self.blocks.T, (k, columns, rows))
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, a: Any, b: Any) -> Any:
+        """Products with as many arrays ``[k, ...]``, as those of dense rows."""
+        if ufunc is np.vecmat:
+            a, b = b.transpose(0, 2, 1), a
+        k, rows, columns = a.shape
+        product = a.blocks @ b.reshape(k * columns, *b.shape[2:])
+        return product.reshape(k, rows, *b.shape[2:])
+
+
 class Shards:
     """Features and labels, a worker's rows side by side.
 
     Args:
-        features: ``[N, f]``.
+        features: ``[N, f]``, an array or CSR.
         labels: ``[N]``, classes 0..C-1.
         parts: row indices of each worker.
         batch, sampling, seed: see ``Draws``.
@@ -99,18 +136,19 @@ class Shards:
 
     def __init__(
         self,
-        features: NDArray,
+        features: Features,
         labels: NDArray,
         parts: Parts,
         *,
         batch: BatchSize = 32,
         sampling: Sampling = "replacement",
         seed: int = 0,
-        test: tuple[NDArray, NDArray] | None = None,
+        test: tuple[Features, NDArray] | None = None,
         classes: int | None = None,
     ) -> None:
         order = np.concatenate(parts)
-        self.features = np.ascontiguousarray(features[order])
+        dense = isinstance(features, np.ndarray)
+        self.features = np.ascontiguousarray(features[order]) if dense else features[order]
         self.labels = labels[order]
         self.workers, self.width = len(parts), features.shape[1]
         self.classes = classes or int(labels.max()) + 1
@@ -118,7 +156,7 @@ class Shards:
         self.test = test
         self.most = 1  # jobs whose samples are gathered at a time
         if batch != "full":
-            self.most = max(1, GATHER_BYTES // (batch * self.width * self.features.itemsize))
+            self.most = max(1, GATHER_BYTES * len(order) // (batch * nbytes(self.features)))
 
     @classmethod
     def read(
@@ -133,19 +171,19 @@ class Shards:
         dtype: str,
         seed: int,
         intercept: bool = False,
+        target: str | None = None,
+        sparse: bool = False,
     ) -> "Shards":
         """Load ``data``, hold out a random fraction of it for testing, divide the rest."""
-        features, labels = load(data, dtype)
+        features, labels = load(data, dtype, target=target, sparse=sparse)
         classes = int(labels.max()) + 1
         if intercept:
-            features = np.column_stack([features, np.ones(len(features), features.dtype)])
+            ones = np.ones((len(labels), 1), features.dtype)
+            dense = isinstance(features, np.ndarray)
+            features = np.hstack([features, ones]) if dense else hstack([features, ones], "csr")
         test = None
         if holdout:
-            order = rng(seed, "holdout").permutation(len(labels))
-            kept = np.sort(order[round(holdout * len(labels)) :])
-            away = np.sort(order[: round(holdout * len(labels))])
-            if len(away) == 0 or len(kept) == 0:
-                raise ConfigError(f"holdout={holdout} of {len(labels)} samples leaves a side empty")
+            kept, away = held_out(len(labels), holdout, seed)
             test = features[away], labels[away]
             features, labels = features[kept], labels[kept]
             if len(np.unique(labels)) < 2:
@@ -168,23 +206,39 @@ class Shards:
         each = 1.0 / (self.workers * self.draws.sizes)
         return np.repeat(each, self.draws.sizes).astype(self.features.dtype)
 
-    def prepare(self, inputs: Callable[[NDArray, NDArray], NDArray], labelled: bool) -> None:
+    def prepare(self, inputs: Callable[[Features, NDArray], Features], labelled: bool) -> None:
         """Keep what a model wants in place of the features, once and for all.
 
         Args:
-            inputs: ``(features [N, f], labels [N]) -> [N, f]``.
+            inputs: ``(features [N, f], labels [N]) -> [N, f]``; it may change the features.
             labelled: whether ``samples`` shall answer labels.
         """
         assert not hasattr(self, "_labelled"), "shards belong to one task"
         self._labelled = labelled
         self.features = inputs(self.features, self.labels)
         if self.test is not None:
-            self.test = inputs(*self.test), self.test[1]
+            self.test = inputs(self.test[0].copy(), self.test[1]), self.test[1]
 
-    def samples(self, worker: NDArray, draw: NDArray) -> tuple[NDArray, NDArray | None]:
+    def samples(self, worker: NDArray, draw: NDArray) -> tuple[Inputs, NDArray | None]:
         """Inputs ``[k, B, f]`` and labels ``[k, B]``, if wanted, of at most ``most`` jobs."""
         if self.draws.batch == "full":
-            mine = self.draws.share(int(worker[0]))
-            return self.features[None, mine], self.labels[None, mine]
+            return self.all(self.draws.share(int(worker[0])))
         rows = self.draws.rows(worker, draw)
-        return self.features.take(rows, axis=0), self.labels[rows] if self._labelled else None
+        labels = self.labels[rows] if self._labelled else None
+        if isinstance(self.features, np.ndarray):
+            return self.features.take(rows, axis=0), labels
+        return SparseRows.of(self.features[rows.ravel()], len(rows)), labels
+
+    def all(self, mine: slice = slice(None)) -> tuple[Inputs, NDArray]:
+        """Inputs ``[1, N, f]`` and labels ``[1, N]`` of the samples ``mine``."""
+        labels = self.labels[None, mine]
+        if isinstance(self.features, np.ndarray):
+            return self.features[None, mine], labels
+        return SparseRows.of(self.features[mine], 1), labels
+
+
+def nbytes(features: Features) -> int:
+    """How large they are in memory."""
+    if isinstance(features, np.ndarray):
+        return features.nbytes
+    return int(features.data.nbytes + features.indices.nbytes + features.indptr.nbytes)

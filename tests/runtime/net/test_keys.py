@@ -2,6 +2,7 @@
 
 import stat
 from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -194,3 +195,22 @@ def test_a_list_that_cannot_be_read_lets_nobody_in_and_ends_nothing(folder, cont
     path.write_text(good)
     assert gate.revoked() == set()
     assert gate._thread.names == keys.authorized(folder)
+
+
+def test_no_key_that_is_made_begins_with_a_dash(tmp_path, monkeypatch):
+    made, make = [], keys.create_certificates
+
+    def create(folder, name):
+        path = make(folder, name)
+        if len(made) < 2:  # as one of ninety does
+            text = Path(path[0]).read_text()
+            public = keys.show(folder, name)
+            Path(path[0]).write_text(text.replace(public, "-" + public[1:]))
+        made.append(path)
+        return path
+
+    monkeypatch.setattr(keys, "create_certificates", create)
+    keys.new(tmp_path, "a")
+    assert len(made) == 3
+    assert not keys.show(tmp_path, "a").startswith("-")
+    assert (tmp_path / "a.key_secret").stat().st_mode & 0o777 == 0o600

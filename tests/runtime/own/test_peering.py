@@ -15,6 +15,7 @@ import offbeat
 from offbeat.runtime.errors import CrewError
 from offbeat.runtime.experiment import read
 from offbeat.runtime.net.peer import PeerProcess, Seat, alone
+from offbeat.runtime.studies import report
 from offbeat.workers.tasks import TASKS
 
 N = 3
@@ -103,6 +104,8 @@ def test_a_run_of_external_loops_and_a_node_that_returns_after_its_end(tmp_path,
     assert told[-1]["step"] == 6
     assert told[-1]["loss"] == 2.0  # as the loops said
     assert not caplog.records
+    assert report.data([tmp_path / "n1"])["runs"][0]["c"]["loss"][-1] == 2.0
+    assert len(report.data([tmp_path])["runs"]) == N  # a folder of all their folders
     net, began_s = little(), time.monotonic()
     with offbeat.join(address, net, sgd(net), **place(tmp_path, "n1", hosts)) as late:
         assert late.over

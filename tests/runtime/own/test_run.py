@@ -18,7 +18,8 @@ from offbeat.runtime.experiment import from_table
 from offbeat.runtime.net.messages import Welcome
 from offbeat.runtime.net.worker import built
 from offbeat.runtime.own.courier import Courier
-from offbeat.runtime.own.flat import Flat
+from offbeat.runtime.own.flat import Flat, names
+from offbeat.runtime.studies import report
 from offbeat.workers.tasks import TASKS
 
 ROUNDS = {"stop": {"steps": 6}, "evaluate": {"steps": 2}, "clock": "real"}
@@ -114,6 +115,10 @@ def test_the_first_loop_brings_the_model(tmp_path):
     }
     np.testing.assert_array_equal(np.concatenate([p.ravel() for p in last.values()]), result.x)
     assert api.checkpointed(folder)["step"] == 3
+    report.write([folder], tmp_path / "page.html", figures=True)  # the first loss is not known
+    (shown,) = report.data([folder])["runs"]
+    assert shown["c"]["loss"][0] is None
+    assert shown["c"]["loss"][-1] == pytest.approx(result.final["loss"], rel=1e-4)
     with pytest.raises(offbeat.ConfigError, match="only training loops that join can compute"):
         api.replay(folder)
 
@@ -134,6 +139,52 @@ def test_the_server_brings_the_model(tmp_path):
     np.testing.assert_array_equal(seen[0], flat(theirs))
     assert "loss" not in ended["result"].final  # nobody ever said
     np.testing.assert_array_equal(ended["result"].x, seen[0])  # nor moved
+
+
+WRAPPERS = {
+    "whole": lambda net: torch.compile(net, backend="eager"),
+    "part": lambda net: nn.Sequential(torch.compile(net[0], backend="eager"), *net[1:]),
+    "parallel": nn.DataParallel,
+    "both": lambda net: torch.compile(nn.DataParallel(net), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_names_are_those_of_the_module_that_was_wrapped(wrap, tmp_path):
+    """What is recorded loads strictly into the plain module, and by name into the wrapped one."""
+    plain, folder = little(), tmp_path / "run"
+    wrapped = WRAPPERS[wrap](little())
+    save_file({k: p.detach().clone() for k, p in wrapped.named_parameters()}, tmp_path / "begin")
+    task = f"external(file='{tmp_path / 'begin'}')"
+    with (
+        serving(task, "diloco", "1 real", folder=folder) as (at, ended),
+        offbeat.join(at, plain, torch.optim.SGD(plain.parameters(), lr=0.1)) as run,
+    ):
+        while run.step(0.0):
+            pass
+    assert ended["result"].reason == "steps"
+    last = offbeat.weights(folder)
+    assert [*last] == sorted(name for name, _ in plain.named_parameters())
+    with torch.no_grad():
+        for p in wrapped.parameters():
+            p.fill_(7.0)
+    there = {k: torch.from_numpy(v) for k, v in offbeat.weights(folder, wrapped).items()}
+    assert not wrapped.load_state_dict(there, strict=False).unexpected_keys
+    np.testing.assert_array_equal(Flat(wrapped).values(), ended["result"].x)
+    with pytest.raises(offbeat.ConfigError, match=r"another than that of the run in .* is there"):
+        offbeat.weights(folder, nn.Linear(1, 1))
+
+
+def test_only_what_wrappers_add_is_left_out_of_names():
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.utils.parametrizations.weight_norm(nn.Linear(2, 1))
+
+    holder = Holder()
+    assert [*names(holder)] == [name for name, _ in holder.named_parameters()]
+    with pytest.raises(offbeat.ConfigError, match="the model is lazy"):
+        Flat(nn.LazyLinear(2))
 
 
 def test_bfloat16_halves_what_travels():

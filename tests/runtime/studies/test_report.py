@@ -12,17 +12,21 @@ from itertools import pairwise
 from xml.etree import ElementTree
 
 import matplotlib.image
+import networkx as nx
 import numpy as np
 import pandas
 import pytest
+from cells import Scored
 from matplotlib import pyplot as plt
 
 import offbeat
+from offbeat import topologies as offbeat_topologies
+from offbeat.algorithms.server.method import Finisher, Method, Schedule, StepSize
 from offbeat.runtime import api, cli, plots
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.experiment import from_table
 from offbeat.runtime.records import TRACE_COLUMNS
-from offbeat.runtime.studies import figures, report, study, watch
+from offbeat.runtime.studies import cell, figures, recorded, report, study, watch
 from offbeat.runtime.studies import table as tables
 from offbeat.runtime.studies.scenes import COMMUNICATE, COMPUTE, QUEUE, timeline
 from offbeat.runtime.studies.study import Study
@@ -46,7 +50,7 @@ GOSSIP = {
         "algorithm": ["dsgd(lr=0.01)", "dsgt(lr=0.01)"],
         "topology": ["ring:6", "ring:12", "complete:8", "one-peer-exponential:8"],
     },
-    "target": {"level": 0.5},
+    "target": {"loss": 0.5},
 }
 
 
@@ -272,7 +276,7 @@ def test_graphs_have_their_edges_round_by_round_and_losses_where_recorded(folder
     assert "not recorded" in changing["facts"]
     assert all("loss" not in frame for frame in changing["frames"])
     (ring,) = report.data([folders / "synchronous"])["graphs"]
-    metrics = report.rows(folders / "synchronous" / "metrics.jsonl")
+    metrics = recorded.rows(folders / "synchronous" / "metrics.jsonl")
     assert ring["frames"][-1]["loss"] == pytest.approx(metrics[-1]["node_loss"], rel=1e-3)
     (pairs,) = report.data([folders / "asynchronous"])["graphs"]
     assert {len(frame["active"]) for frame in pairs["frames"]} == {1}
@@ -326,6 +330,178 @@ def test_a_folder_that_is_no_run_is_told(tmp_path):
         report.data([tmp_path])
 
 
+# -- Of what was made in Python -----------------------------------------------------------------
+
+
+def grid_of_names():
+    """Nine nodes with names that are no numbers."""
+    return nx.grid_2d_graph(3, 3)
+
+
+def walking():
+    """Two graphs in turn, by hand."""
+    graphs = [offbeat_topologies.TOPOLOGIES.parse(name) for name in ("ring:4", "complete:4")]
+    return offbeat_topologies.Topology(4, lambda k: graphs[k].matrix(), period=2)
+
+
+@pytest.fixture(scope="module")
+def by_hand(tmp_path_factory):
+    """Runs of a task, a method and graphs that no text makes."""
+    root = tmp_path_factory.mktemp("by_hand")
+    stop = {"steps": 60}
+    server = "shuffled(lr=0.05)", "4 1..4"
+    offbeat.run(Scored({"auc": "higher"}), *server, stop=stop, folder=root / "task")
+    for name, lr in (("method", 0.1), ("other", 0.01)):
+        made = Method(Schedule(Finisher()), [StepSize(lr)])
+        offbeat.run("quadratic(3)", made, server[1], stop=stop, folder=root / name)
+    gossip = "least-squares(5)", "dsgd(lr=0.01)"
+    offbeat.run(*gossip, topology=grid_of_names(), stop=stop, folder=root / "graph")
+    offbeat.run(*gossip, topology=np.full((3, 3), 1 / 3), stop=stop, folder=root / "matrix")
+    offbeat.run(*gossip, topology=walking(), stop=stop, folder=root / "walking")
+    return root
+
+
+def test_a_page_needs_what_was_recorded_and_nothing_else(by_hand, tmp_path):
+    folders = sorted(by_hand.iterdir())
+    found = report.data(folders)
+    report.write(folders, tmp_path / "page.html")
+    names = [one["name"] for one in found["settings"]]
+    assert len(found["runs"]) == len(set(names)) == 6
+    assert [name for name in names if name.startswith("Method")] == [
+        "Method · method", "Method · other",
+    ]  # fmt: skip
+    losses = {name: run["c"]["loss"][-1] for name, run in zip(names, found["runs"], strict=True)}
+    told = recorded.rows(by_hand / "other" / "metrics.jsonl")[-1]["loss"]
+    assert losses["Method · other"] == pytest.approx(told, rel=1e-4)
+    assert "auc" in found["y"]
+    assert found["columns"]["auc"]["better"] == "higher"
+    drawn = {len(one["at"]): sum(map(len, one["rounds"])) for one in found["graphs"]}
+    assert drawn == {9: 12, 3: 3}
+    assert watch.look(by_hand / "task")[1]
+
+
+def test_a_graph_made_in_python_needs_no_argument_again(by_hand, tmp_path):
+    """It is in the folder, with the names of its nodes; W to the last bit, wherever it lies."""
+    shutil.copytree(by_hand / "graph", tmp_path / "moved")
+    kept = api.load_experiment(tmp_path / "moved").topology
+    made = offbeat_topologies.from_networkx(grid_of_names())
+    assert (kept.matrix().toarray() == made.matrix().toarray()).all()
+    assert kept.graph().nodes[3]["label"] == "(1, 0)"
+    more = api.resume(tmp_path / "moved", overrides=["stop.steps=90"])
+    whole = offbeat.run(
+        "least-squares(5)", "dsgd(lr=0.01)", topology=grid_of_names(), stop={"steps": 90}
+    )
+    assert (more.x == whole.x).all()
+    assert (api.replay(tmp_path / "moved").x == whole.x).all()
+
+
+def test_advice_names_arguments_that_there_are(by_hand, tmp_path):
+    given = {
+        "task": Scored({"auc": "higher"}),
+        "algorithm": Method(Schedule(Finisher()), [StepSize(0.1)]),
+        "topology": walking(),
+    }
+    for name, kind in (("task", "task"), ("method", "algorithm"), ("walking", "topology")):
+        shutil.copytree(by_hand / name, tmp_path / name)
+        for again in (api.resume, api.replay):
+            with pytest.raises(ConfigError, match=rf"offbeat.resume\(folder, {kind}=\.\.\.\)"):
+                again(tmp_path / name)
+            result = again(tmp_path / name, **{kind: given[kind]})
+            assert result.final["step"] == 60
+
+
+@pytest.mark.parametrize("ask", [lambda at: report.data([at]), watch.look, recorded.settings])
+def test_a_file_in_a_folder_is_answered_with_the_folder(ask, folders):
+    for path in (folders / "study" / "study.toml", folders / "synchronous" / "metrics.jsonl"):
+        with pytest.raises(ConfigError, match=rf"is a file; name the folder .* {path.parent}$"):
+            ask(path)
+
+
+# -- Pictures -----------------------------------------------------------------------------------
+
+GRID = {
+    "experiment": {"task": "quadratic(3)", "stop": {"steps": 30}},
+    "grid": {
+        "algorithm": ["pure", "shuffled"],
+        "algorithm.lr": [1e-6, 0.01, 0.02, 0.1],
+        "fleet.workers": [4, 6],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    """Sixteen settings; the smallest step size, the first value, is the worst."""
+    root = tmp_path_factory.mktemp("grid")
+    study.run(Study(GRID), root)
+    return report.data([root])
+
+
+def test_of_many_settings_the_best_is_shown_and_the_rest_is_counted(grid):
+    shown = {at for at, _, _ in figures._shown(grid)}
+    floors = {run["s"]: run["t"]["floor"] for run in grid["runs"]}
+    assert len(shown) < 16
+    assert min(floors, key=floors.get) in shown
+    assert figures._fixed(grid).endswith(f"(of the best setting): {len(shown)} of 16 runs")
+    assert "of ${DATA.runs.length} runs" in report.page(grid)
+
+
+def test_a_line_is_fitted_through_marks_that_differ_in_nothing_else(folders, grid):
+    (one,) = [one for one in grid["against"] if one["x"] == "algorithm.lr"]
+    assert sorted(series["name"] for series in one["series"]) == [
+        "pure · n 4", "pure · n 6", "shuffled · n 4", "shuffled · n 6",
+    ]  # fmt: skip
+    assert all(series["x"] == [1e-6, 0.01, 0.02, 0.1] for series in one["series"])
+    (gap,) = report.data([folders / "study"])["against"]
+    assert [series["name"] for series in gap["series"]] == ["dsgd(lr=0.01)", "dsgt(lr=0.01)"]
+
+
+def test_a_floor_that_rises_is_fitted_by_nothing(tmp_path):
+    rising = {
+        "experiment": {"task": "logistic:digits", "algorithm": "pure", "stop": {"steps": 20}},
+        "grid": {"algorithm.lr": [0.01, 0.1, 1.0]},
+        "target": {"accuracy": 0.5},
+    }
+    study.run(Study(rising), tmp_path)
+    found = report.data([tmp_path])
+    assert found["against"] == []
+    assert found["measures"][-1]["better"] == "higher"
+    figure = figures._progress(plt, found)
+    assert figure.axes[0].get_yscale() == "linear"
+    plt.close(figure)
+
+
+def test_no_two_lines_are_drawn_alike():
+    names = ["ring", "matching", "base", "path", "star", "complete", "simple-base", "hypercube"]
+    results = [
+        offbeat.run(
+            "least-squares(5)", f"{method}(lr=0.01)", topology=f"{name}:8", stop={"steps": 2}
+        )
+        for name in names
+        for method in ("dsgd", "dsgt")
+    ]
+    assert len({str(style) for style in plots._lines(results)}) == 16
+    assert len(set(plots.called([result.experiment for result in results]))) == 16
+    dashes = re.search(r"DASHES = (\[.*?\])", (report.HERE / "report.js").read_text())[1]
+    assert len(set(json.loads(dashes))) == len(json.loads(dashes)) >= 8
+
+
+def test_an_axis_of_unlike_runs_has_no_kink(tmp_path, monkeypatch):
+    """Logarithmic all along, and nothing drawn where there was no evaluation."""
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    short, long = (
+        offbeat.run("quadratic(3)", "pure", stop={"steps": steps}) for steps in (50, 1000)
+    )
+    short.plot(tmp_path / "a.png", long)
+    axes = plt.gcf().subfigs[0].axes[1]
+    monkeypatch.undo()
+    plt.close("all")
+    assert axes.get_xscale() == "log"
+    x = axes.lines[0].get_transform().transform(np.column_stack(axes.lines[0].get_data()))
+    assert np.isnan(x[0]).any()
+    assert np.isfinite(x[1:]).all()
+
+
 # -- Watching --------------------------------------------------------------------------------
 
 
@@ -338,7 +514,7 @@ def test_a_run_that_goes_on_is_shown_as_far_as_it_is(folders, tmp_path):
     path.write_bytes(b"".join(lines[:51]) + lines[51][:20])  # it is just being written
     _, ended = watch.look(tmp_path / "run")
     assert not ended
-    assert watch._fraction(tmp_path / "run", report.rows(path)[-1]) == pytest.approx(0.5)
+    assert watch._fraction(tmp_path / "run", recorded.rows(path)[-1]) == pytest.approx(0.5)
     assert watch.look(whole)[1]
     found = report.data([tmp_path / "run"])
     assert found["runs"][0]["c"]["step"][-1] == 100

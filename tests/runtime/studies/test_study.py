@@ -14,7 +14,7 @@ from cells import work
 
 from offbeat.runtime import api, cli
 from offbeat.runtime.errors import ConfigError, StorageError
-from offbeat.runtime.studies import cell, pool, study, table
+from offbeat.runtime.studies import cell, judge, pool, study, table
 from offbeat.runtime.studies.study import Study
 
 SMALL = {
@@ -79,7 +79,9 @@ def test_a_cell_is_the_run_that_its_settings_describe(tmp_path):
         ({"seeds": True}, "seeds must be"),
         ({"tune": {"grid": {"algorithm.lrate": [1.0]}}}, 'unknown key "lrate"; known: lr, wait'),
         ({"tune": {"grid": {}}}, "name a key"),
-        ({"target": {"levle": 1.0}}, 'did you mean "level"?'),
+        ({"target": {"acuracy": 1.0}}, 'target: which way "acuracy" is better is not known'),
+        ({"target": {"metric": "accuracy", "level": 0.9}}, "as [target] accuracy = 0.9"),
+        ({"tune": {"grid": {"algorithm.lr": [1.0]}, "by": "flor"}}, 'did you mean "floor"?'),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(more, said):
@@ -261,11 +263,61 @@ grid.algorithm = ["pure", "shuffled"]
     assert rows["loss"].notna().all()
 
 
-def test_a_target_that_is_no_metric_is_told_after_the_first_cell(tmp_path):
-    for metric in ("lss", "accuracy"):
-        with pytest.raises(ConfigError, match=f'runs have no metric "{metric}"'):
-            study.run(small(target={"metric": metric, "level": 0.1}), tmp_path / metric, jobs=1)
-        assert len(study.read_cells(tmp_path / metric)) == 1
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"target": {"accuracy": 0.1}}, 'target: runs have no metric "accuracy"'),
+        ({"experiment": {**SMALL["experiment"], "stop": {"steps": 9, "perplexity": 2.0}}},
+         'stop.perplexity: runs have no metric "perplexity"'),
+        ({"tune": {"grid": {"algorithm.lr": [0.1]}, "by": "accuracy"}},
+         'tune.by: runs have no metric "accuracy"'),
+    ],
+)  # fmt: skip
+def test_a_metric_that_runs_do_not_have_is_told_before_the_first_cell(more, said, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        study.run(small(**more), tmp_path, jobs=1)
+    assert said in str(error.value)
+    assert study.read_cells(tmp_path) == {}
+
+
+def test_a_target_that_rises_is_reached_when_it_is_there(tmp_path):
+    """By hand: the first evaluation with an accuracy of 0.9, and the way there is linear."""
+    made = Study(
+        {
+            "experiment": {
+                "task": "logistic:digits", "algorithm": "shuffled(lr=0.5)",
+                "stop": {"steps": 200}, "evaluate": {"steps": 10},
+            },
+            "grid": {"fleet.workers": [4]},
+            "target": {"accuracy": 0.9},
+        }
+    )  # fmt: skip
+    ((one, line),) = study.run(made, tmp_path, jobs=1)
+    (found,) = table.rows(made, [(one, line)])
+    values, steps = line["curve"]["accuracy"], line["curve"]["step"]
+    at = next(at for at, value in enumerate(values) if value >= 0.9)
+    part = (0.9 - values[at - 1]) / (values[at] - values[at - 1])
+    assert at > 0
+    assert found["steps_to_target"] == pytest.approx(steps[at - 1] + part * 10)
+    assert found["floor"] == pytest.approx(np.mean(values[-5:]))  # of 21
+
+
+@pytest.mark.parametrize("tune", [{}, {"by": "floor"}, {"by": "accuracy"}])
+def test_tuning_takes_the_highest_of_what_rises(tune, tmp_path):
+    """A small step is the best after a few of them; nobody reaches the target."""
+    made = Study(
+        {
+            "experiment": {"task": "logistic:digits", "algorithm": "pure", "stop": {"steps": 60}},
+            "tune": {"grid": {"algorithm.lr": [0.2, 1e-9]}, **tune},
+            "target": {"accuracy": 1.0},
+        }
+    )
+    ((one, _),) = study.run(made, tmp_path, jobs=1)
+    floors = {}
+    for line in study.read_cells(tmp_path).values():
+        floors[line["settings"]["algorithm"]["lr"]] = table.row(line, made.target)["floor"]
+    assert floors[1e-9] > floors[0.2] + 0.1
+    assert one.axes["algorithm.lr"] == 1e-9
 
 
 def test_what_another_process_finished_meanwhile_is_not_run_again(tmp_path, monkeypatch):
@@ -343,22 +395,13 @@ def test_halving_spends_the_same_on_every_method(tmp_path):
 # -- The table -----------------------------------------------------------------------------------
 
 
-def test_the_way_to_a_target_is_geometric_between_evaluations():
-    curve = {"step": [0, 10, 20], "loss": [1.0, 0.01, 0.0001], "time_s": [0.0, 5.0, 30.0]}
-    found = table.reached(curve, "loss", 0.001)
-    assert found["steps_to_target"] == pytest.approx(15)
-    assert found["seconds_to_target"] == pytest.approx(17.5)
-    assert table.reached(curve, "loss", 2.0)["steps_to_target"] == 0
-    assert table.reached(curve, "loss", 1e-9) == {}
-
-
 def test_what_was_not_finite_is_no_number_of_the_table():
     """A metric that overflowed, or was not known at first, is null in the file."""
     line = {
         "cell": "a", "reason": "steps", "wall_s": 1.0, "topology": None, "final": {"step": 30},
         "curve": {"step": [0, 10, 20, 30], "loss": [None, None, 0.1, None]},
     }  # fmt: skip
-    found = table.row(line, study.Target(level=0.5))
+    found = table.row(line, judge.Target(metric="loss", level=0.5))
     assert (found["steps_to_target"], found["floor"]) == (20, None)
 
 
@@ -375,7 +418,7 @@ def test_a_table_is_tidy_and_read_in_one_line(tmp_path):
             "seeds": 2,
             "experiment": {"task": "least-squares(5)", "stop": {"steps": 200}},
             "grid": {"algorithm": ["dsgd", "dsgt"], "topology": ["ring:8", "complete:8"]},
-            "target": {"level": 0.05},
+            "target": {"loss": 0.05},
         }
     )
     rows = table.rows(made, study.run(made, tmp_path))

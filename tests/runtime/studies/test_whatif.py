@@ -3,8 +3,10 @@
 import math
 
 import pytest
+from cells import Scored
 
 import offbeat
+from offbeat.algorithms.server.method import Finisher, Method, Schedule, StepSize
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.records import column
 from offbeat.runtime.studies.whatif import predict
@@ -27,14 +29,16 @@ def test_a_trace_predicts_a_run_that_it_was_not_made_of(tmp_path, method):
     """Another seed, so other durations of the same law; also with another method than recorded."""
     record(tmp_path / "recorded", "pure(lr=0.05)", 1)
     record(tmp_path / "other", method, 7)
-    _, _, found = predict(tmp_path / "recorded", [method], loss=LEVEL)
-    _, truth, _ = predict(tmp_path / "other", loss=LEVEL, seeds=1)
+    _, _, found = predict(tmp_path / "recorded", [method], target={"loss": LEVEL})
+    _, truth, _ = predict(tmp_path / "other", target={"loss": LEVEL}, seeds=1)
     assert found[-1].middle == pytest.approx(truth, rel=0.15)
 
 
 def test_more_workers_are_predicted(tmp_path):
     record(tmp_path / "recorded", "pure(lr=0.05)", 1)
-    _, recorded, found = predict(tmp_path / "recorded", workers=["+8", "-4"], loss=LEVEL)
+    _, recorded, found = predict(
+        tmp_path / "recorded", workers=["+8", "-4"], target={"loss": LEVEL}
+    )
     assert [one.workers for one in found] == [8, 16, 4]
     assert found[1].middle < 0.75 * recorded < 1.25 * recorded < found[2].middle
 
@@ -44,7 +48,7 @@ def test_graphs_are_predicted_with_their_messages(tmp_path):
         "least-squares(5)", "dsgt(lr=0.01)", "8 lognormal(0.5) latency_s=1.0", "ring",
         stop={"steps": 400}, folder=tmp_path / "a",
     )  # fmt: skip
-    _, recorded, found = predict(tmp_path / "a", topologies=["complete"], loss=0.01)
+    _, recorded, found = predict(tmp_path / "a", topologies=["complete"], target={"loss": 0.01})
     assert [one.name.endswith(", complete") for one in found] == [False, True]
     assert found[0].middle == pytest.approx(recorded, rel=0.15)
     assert found[1].middle < math.inf
@@ -92,13 +96,49 @@ def test_only_a_runs_own_file_says_how_many_steps_its_jobs_have(text, tmp_path):
         recorded_times(tmp_path / "a", 3)
 
 
+def test_a_target_that_rises_is_predicted(tmp_path):
+    record(tmp_path / "a", "pure(lr=0.05)", 1)
+    goal, recorded, found = predict(tmp_path / "a", ["shuffled(lr=0.5)"], target={"accuracy": 0.8})
+    assert (goal.metric, goal.level) == ("accuracy", 0.8)
+    again = offbeat.resume(tmp_path / "a")
+    assert recorded == pytest.approx(again.time_to("accuracy", 0.8))
+    assert found[0].middle == pytest.approx(recorded, rel=0.5)
+    assert found[1].middle < math.inf
+    with pytest.raises(ConfigError, match=r"did not reach accuracy 1\.5; its best is 0\.9"):
+        predict(tmp_path / "a", target={"accuracy": 1.5})
+    with pytest.raises(ConfigError, match='has no metric "distance2"'):
+        predict(tmp_path / "a", target={"distance2": 1.5})
+
+
+def test_what_was_made_in_python_is_predicted_where_it_can_be_made(tmp_path):
+    task = Scored({"auc": "higher"})
+    made = Method(Schedule(Finisher()), [StepSize(0.05)])
+    for name, (of, by) in {
+        "task": (task, "pure(lr=0.05)"),
+        "method": ("quadratic(3)", made),
+    }.items():
+        offbeat.run(of, by, "4 1..4", stop={"steps": 100}, folder=tmp_path / name)
+    with pytest.raises(
+        ConfigError, match=r"python:Scored, was made in Python .*predict\(folder, task="
+    ):
+        predict(tmp_path / "task")
+    _, recorded, found = predict(tmp_path / "task", ["shuffled(lr=0.05)"], task=task)
+    assert [one.recorded for one in found] == [True, False]
+    assert found[0].middle == pytest.approx(recorded, rel=0.3)
+    with pytest.raises(ConfigError, match="its method was made in Python; name others"):
+        predict(tmp_path / "method")
+    _, _, found = predict(tmp_path / "method", ["pure(lr=0.05)", made], target={"loss": 0.05})
+    assert [one.name for one in found] == ["pure(lr=0.05)", "Method"]
+    assert found[0].seconds == found[1].seconds  # the same method, said otherwise
+
+
 def test_mistakes_are_told(tmp_path):
     record(tmp_path / "a", "pure(lr=0.05)", 1, record={"trace": False})
     with pytest.raises(ConfigError, match="has no trace"):
         predict(tmp_path / "a")
     offbeat.run("quadratic(3)", "pure", stop={"steps": 50}, folder=tmp_path / "b")
     with pytest.raises(ConfigError, match="did not reach loss -1"):
-        predict(tmp_path / "b", loss=-1.0)
+        predict(tmp_path / "b", target={"loss": -1.0})
     with pytest.raises(ConfigError, match=r"write 16, \+2 or -1"):
         predict(tmp_path / "b", workers=["two"])
     with pytest.raises(ConfigError, match="leaves none"):
