@@ -239,7 +239,8 @@ def _write(
     made: Plan, recipe: str, files: render.Files, out: Path | None, overwrite: bool, then: str
 ) -> None:
     folder = out or Path(f"{made.name}-{recipe}")
-    render.write({**files, **made.files}, folder, overwrite=overwrite)
+    files = {**files, **made.files}
+    render.write(files, folder, overwrite=overwrite)
     for note in made.notes:
         console.print(f"note: {note}", soft_wrap=True)
     if any(Path(path).parts[0] == "wheels" for path in files):
