@@ -232,7 +232,8 @@ TWICE = [
 @pytest.mark.parametrize(("line", "said"), TWICE)
 def test_what_counts_once_is_given_once(offbeat_, tmp_path, line, said):
     (tmp_path / "a.toml").write_text('task = "quadratic"\nalgorithm = "pure"\n')
-    (tmp_path / "s.toml").write_text('task = "quadratic"\nalgorithm = "pure"\n[grid]\nseed = [1]\n')
+    study = '[experiment]\ntask = "quadratic"\nalgorithm = "pure"\n[grid]\nseed = [1]\n'
+    (tmp_path / "s.toml").write_text(study)
     if line.startswith("resume run "):
         offbeat.run("quadratic", "pure", "2", stop={"steps": 60}, folder=tmp_path / "run")
     code, _, err = offbeat_(*line.split())
