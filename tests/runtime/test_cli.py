@@ -200,6 +200,16 @@ MISTAKES = [
 ]  # fmt: skip
 
 
+def test_who_resumes_a_served_run_is_told_what_it_waits_for(offbeat_, tmp_path, caplog):
+    engine = 'engine = { name = "zmq", processes = 0, most_idle_s = 1.5 }\nfleet = "2 real"\n'
+    (tmp_path / "a.toml").write_text(f'task = "quadratic"\nalgorithm = "pure"\n{engine}')
+    api.prepare(read(tmp_path / "a.toml")[0], tmp_path / "run")
+    code, _, err = offbeat_("resume", "run")
+    assert code == 5, err
+    assert "server 1 listens at tcp://127.0.0.1" in caplog.text
+    assert "waiting for workers; let some join with: offbeat join tcp://127.0.0.1" in caplog.text
+
+
 TWICE = [
     ("run --task quadratic --algorithm pure --seed 1 --seed 2", "--seed is given"),
     ("run --task quadratic --task quadratic --algorithm pure", "--task is given"),
@@ -222,7 +232,8 @@ TWICE = [
 @pytest.mark.parametrize(("line", "said"), TWICE)
 def test_what_counts_once_is_given_once(offbeat_, tmp_path, line, said):
     (tmp_path / "a.toml").write_text('task = "quadratic"\nalgorithm = "pure"\n')
-    (tmp_path / "s.toml").write_text('task = "quadratic"\nalgorithm = "pure"\n[grid]\nseed = [1]\n')
+    study = '[experiment]\ntask = "quadratic"\nalgorithm = "pure"\n[grid]\nseed = [1]\n'
+    (tmp_path / "s.toml").write_text(study)
     if line.startswith("resume run "):
         offbeat.run("quadratic", "pure", "2", stop={"steps": 60}, folder=tmp_path / "run")
     code, _, err = offbeat_(*line.split())

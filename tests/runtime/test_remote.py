@@ -163,11 +163,15 @@ def test_a_real_run_takes_the_time_its_fleet_would(tmp_path):
 
 
 @pytest.mark.parametrize("speeds", ["lognormal(1.0)", "real"])
-def test_a_real_run_is_resumed_and_replayed(speeds, tmp_path):
+def test_a_real_run_is_resumed_and_replayed(speeds, tmp_path, caplog):
     options = {"clock": "real", "pace": 1e-4, "folder": tmp_path / "run"}
     run("delayed-nesterov", here(kills=0.02), f"{N} {speeds}", steps=60, **options)
-    for steps in (61, 130):
-        result = offbeat.resume(tmp_path / "run", overrides=[f"stop.steps={steps}"])
+    with (tmp_path / "run" / "trace.jsonl").open("a") as file:
+        file.write("[0, 0]\n")  # as of a run that was killed after its last checkpoint
+    with caplog.at_level("INFO", "offbeat"):
+        for steps in (61, 130):
+            result = offbeat.resume(tmp_path / "run", overrides=[f"stop.steps={steps}"])
+    assert "step 60; the 1 or more results that came after it are lost" in caplog.text
     assert result.final["step"] == 130
     assert '"timer"' in (tmp_path / "run" / "trace.jsonl").read_text()
     assert "timer" not in {event["event"] for event in result.events}  # checkpoints do not grow

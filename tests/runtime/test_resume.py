@@ -56,6 +56,32 @@ def test_a_longer_run_goes_on(folder):
     assert load_experiment(folder).stop.steps == 500
 
 
+def test_what_came_after_the_checkpoint_is_counted(folder, caplog):
+    with (folder / "trace.jsonl").open("a") as file:
+        file.write('[1, 0]\n{"event": "x"}\n[2, 0]\n[3')
+    with caplog.at_level("INFO", "offbeat"):
+        longer = offbeat.resume(folder, overrides=["stop.steps=400"])
+    assert "step 300; the 3 or more results that came after it are computed again" in caplog.text
+    assert len(longer.trace) == 400
+
+
+def test_saves_come_soon_at_first_and_take_a_small_share_of_the_time(monkeypatch):
+    now_s = [0.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now_s[0])
+
+    def waits(takes_s, every_s=30.0):
+        saves = checkpoint.Attempts(1, every_s)
+        for _ in range(8):
+            yield saves.wait_s
+            with saves.bear():
+                now_s[0] += takes_s
+
+    assert list(waits(0.01)) == [1, 2, 4, 8, 16, 30, 30, 30]
+    assert list(waits(0.1)) == pytest.approx([1, 10, 20, 30, 30, 30, 30, 30])
+    assert list(waits(5.0))[1:] == [30] * 7  # as often as was asked for, in the end
+    assert list(waits(0.01, 1e-3))[1:] == [1e-3] * 7
+
+
 def test_only_ends_can_change(folder):
     with pytest.raises(ConfigError, match="another run"):
         offbeat.resume(folder, overrides=["algorithm.lr=0.5"])

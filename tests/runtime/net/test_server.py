@@ -6,8 +6,10 @@ import pytest
 
 import offbeat
 from offbeat.runtime.checkpoint import write_whole
-from offbeat.runtime.errors import Fenced
+from offbeat.runtime.errors import CrewError, Fenced
+from offbeat.runtime.logs import FIRST_S
 from offbeat.runtime.net.server import ZmqCrew
+from offbeat.runtime.net.worker import Worker
 
 
 def test_a_server_that_was_replaced_while_it_slept_saves_nothing(tmp_path, monkeypatch):
@@ -33,3 +35,16 @@ def test_a_server_that_was_replaced_while_it_slept_saves_nothing(tmp_path, monke
         )  # fmt: skip
     assert len(steps) == 2
     assert len(list((folder / "checkpoint").iterdir())) == 1
+
+
+def test_who_waits_says_soon_for_what(caplog):
+    """Well before the first half minute is over."""
+    with pytest.raises(CrewError, match=r"no server at tcp://127\.0\.0\.1:9 for"):
+        Worker("tcp://127.0.0.1:9", most_wait_s=FIRST_S + 0.5).run()
+    assert "waiting for the server at tcp://127.0.0.1:9: nobody answers there" in caplog.text
+    with pytest.raises(CrewError, match="no worker has been here"):
+        offbeat.run(
+            "quadratic", "pure", "2 real", stop={"steps": 10},
+            engine=f"zmq(processes=0, most_idle_s={FIRST_S + 0.5})",
+        )  # fmt: skip
+    assert "waiting for workers; let some join with: offbeat join tcp://127" in caplog.text
