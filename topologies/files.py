@@ -198,10 +198,13 @@ def _pajek(text: str) -> nx.Graph:
             f"has the sections {', '.join(kinds)}, which are not read right; give *Vertices with "
             "one line each, and *Edges (or *Arcs), without comments and relations"
         )
-    count = next(head for head in heads if head[0].lower() == "*vertices")[1]
     graph = nx.parse_pajek(lines)
-    if len(graph) != int(count):
-        raise ConfigError(f"lists {len(graph)} names of {count} vertices; give each its own")
+    if len(graph) != int(heads[-2][1]):
+        raise ConfigError(f"lists {len(graph)} names of {heads[-2][1]} vertices; give each its own")
+    at = next(at for at, line in enumerate(lines) if line.split() == heads[-1])
+    for line in lines[at + 1 :]:  # of which networkx leaves out what it cannot read
+        if len(words := line.split()) < 2 or not all(map(NUMBER.fullmatch, words[:3])):
+            raise ConfigError(f'has a line "{line[:40]}", which is no edge i j value')
     return _unweighted_if_ones(_called(graph))
 
 

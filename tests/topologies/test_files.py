@@ -188,6 +188,7 @@ REFUSED = [
     ("arcs.net", VERTICES + "*Arcslist\n1 2 3\n", "has the sections *vertices, *arcslist, which"),
     ("two.net", VERTICES + "*Arcs\n1 2\n*Edges\n2 3\n", "sections *vertices, *arcs, *edges, which"),
     ("kinds.net", VERTICES + '*Edges :1 "knows"\n1 2\n2 3\n', "without comments and relations"),
+    ("comma.net", VERTICES + "*Edges\n1 2 0,5\n2 3\n", 'has a line "1 2 0,5", which is no edge'),
     ("same.net", VERTICES.replace("b", "a") + "*Edges\n1 2\n2 3\n", "lists 2 names of 3 vertices"),
     ("comma.mtx", MARKET + "real symmetric\n2 2 1\n2 1 0,5\n", 'has a line "2 1 0,5", which is no'),
     ("fortran.mtx", MARKET + "real symmetric\n2 2 1\n2 1 5D-1\n", 'has a line "2 1 5D-1", which'),
