@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from offbeat import ConfigError
-from offbeat.topologies import TOPOLOGIES, from_networkx
+from offbeat.topologies import TOPOLOGIES, from_networkx, saved
 
 parse = TOPOLOGIES.parse
 RING = "0 1\n1 2\n2 3\n3 0\n"
@@ -344,3 +344,9 @@ def test_every_format_gives_back_the_w_that_was_written(n, seed, small, tmp_path
         again = parse(f"file('{folder / name}')")
         w = whole_w(graph).toarray()
         np.testing.assert_allclose(again.matrix().toarray(), w, atol=1e-15, err_msg=name)
+
+
+def test_a_run_keeps_the_names_of_a_graph(here):
+    graph = from_networkx(nx.path_graph(["oslo", "bern", "rome"]))
+    again = parse("saved:" + written("graph.json", saved.text(graph)))
+    assert again.names == graph.names == ("oslo", "bern", "rome")
