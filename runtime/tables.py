@@ -9,7 +9,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from decimal import Decimal
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,7 +25,7 @@ PACKED: dict[bytes, Callable[[bytes], bytes]] = {
     b"\xfd7zXZ\x00": lzma.decompress,
 }
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-MOST_EXPONENT = 30  # of a whole number written as 2.0e+00
+MOST_DIGITS = 60  # of a whole number
 
 Roles = Mapping[str, Sequence[str]]  # what a column is -> the names by which it is known
 
@@ -54,10 +54,11 @@ def whole(word: str) -> int | None:
     """
     if not NUMBER.fullmatch(word):
         return None
-    number = Decimal(word)
-    if number.adjusted() > MOST_EXPONENT or number != number.to_integral_value():
+    digits, _, exponent = word.lower().partition("e")
+    if len(digits) + abs(int(exponent or 0)) > MOST_DIGITS:
         return None
-    return int(number)
+    number = Fraction(word)
+    return int(number) if number.denominator == 1 else None
 
 
 def wholes(words: Iterable[str]) -> list[int] | None:
