@@ -41,7 +41,10 @@ def read_text(path: str | Path) -> str:
         for sign, unpack in PACKED.items():
             if data.startswith(sign):
                 data = unpack(data)
-        return data.decode("utf-16" if data[:2] in UTF16 else "utf-8-sig")
+        text = data.decode("utf-16" if data[:2] in UTF16 else "utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it is no text; of an archive, give the file inside")
+        return text
     except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
 
@@ -196,6 +199,12 @@ def read_table(path: str | Path, content: str | None = None) -> Table:
                 remarks.append(line.lstrip().lstrip("#% "))
         elif bare := REMARK.sub("", line).strip(" \r\n"):
             lines.append((number, bare))
+    for number, line in lines:
+        if re.search(r"[,;]#", QUOTED.sub("x", line)):
+            raise ConfigError(
+                f'{path} line {number}: "{line[:40]}" has a remark or a name that begins with #; '
+                "put a space before remarks, and quotes around names"
+            )
     sign = _sign(str(path), lines)
     rows = [_fields(line, sign) for _, line in lines]
     if rows and all(len(row) > 1 and row[-1] == "" for row in rows):
