@@ -9,7 +9,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from decimal import Decimal
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,7 +25,7 @@ PACKED: dict[bytes, Callable[[bytes], bytes]] = {
     b"\xfd7zXZ\x00": lzma.decompress,
 }
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-MOST_EXPONENT = 30  # of a whole number written as 2.0e+00
+MOST_DIGITS = 60  # of a whole number
 
 Roles = Mapping[str, Sequence[str]]  # what a column is -> the names by which it is known
 
@@ -41,7 +41,10 @@ def read_text(path: str | Path) -> str:
         for sign, unpack in PACKED.items():
             if data.startswith(sign):
                 data = unpack(data)
-        return data.decode("utf-16" if data[:2] in UTF16 else "utf-8-sig")
+        text = data.decode("utf-16" if data[:2] in UTF16 else "utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it is no text; of an archive, give the file inside")
+        return text
     except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
 
@@ -54,10 +57,11 @@ def whole(word: str) -> int | None:
     """
     if not NUMBER.fullmatch(word):
         return None
-    number = Decimal(word)
-    if number.adjusted() > MOST_EXPONENT or number != number.to_integral_value():
+    digits, _, exponent = word.lower().partition("e")
+    if len(digits) + abs(int(exponent or 0)) > MOST_DIGITS:
         return None
-    return int(number)
+    number = Fraction(word)
+    return int(number) if number.denominator == 1 else None
 
 
 def wholes(words: Iterable[str]) -> list[int] | None:
@@ -195,6 +199,12 @@ def read_table(path: str | Path, content: str | None = None) -> Table:
                 remarks.append(line.lstrip().lstrip("#% "))
         elif bare := REMARK.sub("", line).strip(" \r\n"):
             lines.append((number, bare))
+    for number, line in lines:
+        if re.search(r"[,;]#", QUOTED.sub("x", line)):
+            raise ConfigError(
+                f'{path} line {number}: "{line[:40]}" has a remark or a name that begins with #; '
+                "put a space before remarks, and quotes around names"
+            )
     sign = _sign(str(path), lines)
     rows = [_fields(line, sign) for _, line in lines]
     if rows and all(len(row) > 1 and row[-1] == "" for row in rows):

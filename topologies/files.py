@@ -1,6 +1,6 @@
-"""Graphs from files: edges as a table, W, and the formats that networkx and scipy read.
+"""Graphs from files: edges as a table, W, and the formats that networkx reads.
 
-What these are known to read wrong without a word is looked for first.  Nodes keep the file's own
+What it is known to read wrong without a word is looked for first.  Nodes keep the file's own
 names.  They are numbered by these where all are whole numbers, else in the file's order.
 """
 
@@ -18,7 +18,6 @@ from xml.etree import ElementTree
 
 import networkx as nx
 import numpy as np
-import scipy.io
 from numpy.typing import NDArray
 from scipy import sparse
 
@@ -40,10 +39,10 @@ TAKEN = (
     "graph may also be GraphML, GML, GEXF, Pajek, METIS, Matrix Market, node-link JSON, or W as "
     "text or .npy"
 )
+MOST_NODES = 10_000_000  # of a file that may say any number
 PLAIN = 'give weights = "metropolis"'
 NO_W = f"where weights are no W, {PLAIN}"
 DICT = re.compile(r"(?m)[ \t,;]*(\{.*\})[ \t]*$")
-BROKEN = (nx.NetworkXError, SyntaxError, LookupError, ValueError, TypeError, AttributeError)
 
 Found: TypeAlias = nx.Graph | tuple[NDArray | sparse.sparray, list[str] | None]  # or W and names
 
@@ -101,7 +100,7 @@ def _read(path: str, weights: Weights | None) -> Found:
             return FORMATS[name][2](text)
         except ConfigError:
             raise
-        except BROKEN as error:
+        except Exception as error:  # networkx has no error of its own for broken files
             raise ConfigError(f"{path}: cannot be read as {name} ({error})") from None
 
 
@@ -199,10 +198,13 @@ def _pajek(text: str) -> nx.Graph:
             f"has the sections {', '.join(kinds)}, which are not read right; give *Vertices with "
             "one line each, and *Edges (or *Arcs), without comments and relations"
         )
-    count = next(head for head in heads if head[0].lower() == "*vertices")[1]
     graph = nx.parse_pajek(lines)
-    if len(graph) != int(count):
-        raise ConfigError(f"lists {len(graph)} names of {count} vertices; give each its own")
+    if len(graph) != int(heads[-2][1]):
+        raise ConfigError(f"lists {len(graph)} names of {heads[-2][1]} vertices; give each its own")
+    at = next(at for at, line in enumerate(lines) if line.split() == heads[-1])
+    for line in lines[at + 1 :]:  # of which networkx leaves out what it cannot read
+        if len(words := line.split()) < 2 or not all(map(NUMBER.fullmatch, words[:3])):
+            raise ConfigError(f'has a line "{line[:40]}", which is no edge i j value')
     return _unweighted_if_ones(_called(graph))
 
 
@@ -212,20 +214,37 @@ def _market(text: str) -> Found:
     rows = [line.split() for line in lines if line.strip() and not line.startswith("%")]
     if len(kind) != 4 or kind[2] == "complex" or kind[3] not in ("general", "symmetric"):
         raise ConfigError(f'is "{head[:60]}"; give a real, general or symmetric matrix')
-    wide = {"array": 1}.get(kind[1], 2 if kind[2] == "pattern" else 3)
-    for row in rows[1:]:
+    dense, counted, symmetric = kind[1] == "array", kind[2] == "pattern", kind[3] == "symmetric"
+    # Not by scipy.io.mmread, which takes 0,5 for 0, 5D-1 for 5, and an entry given twice for two.
+    for row in rows:
+        wide = 3 - dense if row is rows[0] else 1 if dense else 3 - counted
         if len(row) != wide or not all(map(NUMBER.fullmatch, row)):
             raise ConfigError(f'has a line "{" ".join(row)[:40]}", which is no entry of its matrix')
-    matrix = sparse.coo_array(scipy.io.mmread(io.BytesIO(text.encode())))
-    if len({*zip(*(part.tolist() for part in matrix.coords), strict=True)}) < matrix.nnz:
+    (n, m, *_), entries = wholes(rows[0]) or (0, 0), rows[1:]
+    if n != m or not 0 < n <= MOST_NODES:
+        raise ConfigError(f"is a matrix of {n} x {m}, not n x n with at most {MOST_NODES:,} rows")
+    if dense:
+        j, i = np.triu_indices(n) if symmetric else np.divmod(np.arange(n * n), n)
+    else:
+        places = [wholes(row[:2]) or [0, 0] for row in entries]
+        i, j = np.array(places, int).reshape(-1, 2).T - 1
+    if len(entries) != (len(i) if dense else int(rows[0][2])):
+        raise ConfigError(f"has {len(entries)} entries, and not as many as it says")
+    if len(i) and not 0 <= min(i.min(), j.min()) <= max(i.max(), j.max()) < n:
+        raise ConfigError(f"has an entry outside of its {n} rows and columns")
+    values = np.array([1.0 if counted else float(row[-1]) for row in entries])
+    if symmetric:
+        off = i != j
+        i, j, values = np.r_[i, j[off]], np.r_[j, i[off]], np.r_[values, values[off]]
+    if len(np.unique(i * n + j)) < len(i):
         raise ConfigError("has an entry twice (of a symmetric matrix, give the lower half)")
-    return _of_matrix(sparse.csr_array(matrix), counted=kind[2] == "pattern")
+    matrix = sparse.csr_array((values, (i, j)), shape=(n, n))
+    matrix.eliminate_zeros()
+    return _of_matrix(matrix, counted=counted)
 
 
 def _of_matrix(matrix: sparse.csr_array, *, counted: bool) -> Found:
     """W, or the graph of a symmetric matrix without a diagonal."""
-    if matrix.shape[0] != matrix.shape[1]:
-        raise ConfigError(f"is a matrix of {matrix.shape[0]} x {matrix.shape[1]}, not n x n")
     symmetric = abs(matrix - matrix.T).max() <= TOLERANCE
     ones = bool((matrix.data == 1).all())
     plain = symmetric and not matrix.diagonal().any()
@@ -283,6 +302,12 @@ def _table(path: str, text: str, weights: Weights | None) -> Found:
     if not words and "weight" in have:
         _check_third(table, weights)
     names, src, dst = ends(table)
+    alone = {src[0], dst[0]}.isdisjoint(src[1:] + dst[1:])
+    if not words and alone and len(src) > 1 and not any(map(NUMBER.fullmatch, table.rows[0][:2])):
+        raise ConfigError(
+            f"{table.at(0)} may be a header or an edge of nodes that no other line has; write "
+            "source,target above it"
+        )
     graph = nx.MultiGraph()
     graph.add_nodes_from(names)
     if "weight" in have:
@@ -361,7 +386,7 @@ def _w(table: Table) -> Found | None:
     if any(len(row) != n for row in rows) or not all(NUMBER.fullmatch(w) for r in rows for w in r):
         return None
     w = np.array(rows, float).reshape(n, n)
-    if n in (2, 3) and not sure and (w[:, :2] % 1 == 0).all():  # could be edges
+    if n in (2, 3) and not sure and all(wholes(row[:2]) for row in rows):  # could be edges
         if _stochastic(w) or (n == 3 and (w == w.T).all() and np.isin(w, [0, 1]).all()):
             raise ConfigError(BOTH)
         return None

@@ -36,6 +36,7 @@ def text(topology: Topology) -> str:
     made: dict[str, Any] = {
         "n": topology.n,
         "directed": bool(topology.directed),
+        "names": topology.names,
         "w": list(zip(w.row.tolist(), w.col.tolist(), w.data.tolist(), strict=True)),
         "edges": [[int(i), int(j)] for i, j in graph.edges],
     }
@@ -61,4 +62,5 @@ def saved(path: str) -> Topology:
             nx.set_node_attributes(graph, dict(enumerate(made.get(key, []))), key)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: is no graph that a run has left ({error})") from None
-    return Topology(n, lambda k: matrix, graph=lambda k: graph, directed=directed)
+    names = made.get("names")
+    return Topology(n, lambda k: matrix, graph=lambda k: graph, directed=directed, names=names)

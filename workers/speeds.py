@@ -9,10 +9,10 @@ and, for laws that follow the clock, of the second at which it starts.
 import ast
 import json
 import re
-import sys
 import tomllib
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from operator import index
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -317,12 +317,12 @@ def recorded_times(path: Path, workers: int) -> list[list[float]]:
     times: list[list[float]] = [[] for _ in range(workers)]
     for line, worker, taken in rows:
         if not 0 <= worker < workers:
-            raise ConfigError(f"{path} line {line}: there is no worker {names[worker]}")
+            raise ConfigError(f"{path} line {line}: there is no worker {_called(names, worker)}")
         if not 0 <= taken < np.inf:
             raise ConfigError(f"{path} line {line}: {taken:g} is not a time")
         times[worker].append(taken / steps)
     if short := [w for w, mine in enumerate(times) if not mine]:
-        raise ConfigError(f"{path}: has no times for worker {names[short[0]]}")
+        raise ConfigError(f"{path}: has no times for worker {_called(names, short[0])}")
     if not any(map(any, times)):
         raise ConfigError(f"{path}: all of its times are zero")
     return times
@@ -334,7 +334,9 @@ def recorded_workers(path: Path) -> int:
     names, rows = _trace_rows(path)
     count = 1 + max((worker for _, worker, _ in rows), default=0)
     if count > max(1, len(rows)):
-        raise ConfigError(f"{path}: has a worker {names[count - 1]}, but not all before it")
+        raise ConfigError(
+            f"{path}: has a worker {_called(names, count - 1)}, but not all before it"
+        )
     return count
 
 
@@ -365,8 +367,11 @@ ORDERS = ("worker", "seconds"), ("worker", "start", "end")  # without a header
 TAKEN = "a trace has worker,seconds or worker,start,end or, below a header, worker,start,duration"
 
 
-def _trace_rows(path: Path) -> tuple[Sequence[object], list[tuple[int, int, float]]]:
-    """What workers are called, and (line number, worker, seconds) of each row, jobs in order."""
+def _trace_rows(path: Path) -> tuple[list[str] | int, list[tuple[int, int, float]]]:
+    """(line number, worker, seconds) of each row, jobs in order, and how workers are called.
+
+    That is their names in order, or the number of the first of them.
+    """
     text = read_text(path)
     if path.suffix != JSONL:
         return _table_rows(read_table(path, text).named(COLUMNS, TAKEN, *ORDERS))
@@ -375,24 +380,28 @@ def _trace_rows(path: Path) -> tuple[Sequence[object], list[tuple[int, int, floa
         try:
             row = json.loads(line)
             if isinstance(row, list) and not isinstance(row[0], str):
-                rows.append((number, row[1], row[6] - row[5]))
+                rows.append((number, index(row[1]), row[6] - row[5]))
         except (ValueError, IndexError, TypeError):
             raise ConfigError(f'{path} line {number}: "{line[:40]}" is no worker,seconds') from None
-    return range(sys.maxsize), rows
+    return 0, rows
 
 
-def _table_rows(table: Table) -> tuple[Sequence[object], list[tuple[int, int, float]]]:
+def _called(names: list[str] | int, worker: int) -> object:
+    return names + worker if isinstance(names, int) else names[worker]
+
+
+def _table_rows(table: Table) -> tuple[list[str] | int, list[tuple[int, int, float]]]:
     """See ``_trace_rows``."""
     have = set(table.header) - {""}
     if have not in ({"worker", "seconds"}, *({"worker", "start", e} for e in ("end", "seconds"))):
         raise ConfigError(f"{table.path}: has the columns {', '.join(sorted(have))}; {TAKEN}")
     called = table.column("worker")
-    names: Sequence[object] = (known := sorted(set(called), key=natural))
+    names: list[str] | int = (known := sorted(set(called), key=natural))
     place = {name: at for at, name in enumerate(known)}
     workers = [place[name] for name in called]
     if (numbers := wholes(called)) is not None:
-        first = min(numbers, default=0)
-        names, workers = range(first, sys.maxsize), [n - first for n in numbers]
+        names = min(numbers, default=0)
+        workers = [n - names for n in numbers]
     start = np.array(table.numbers("start") if "start" in have else np.arange(len(called)), float)
     taken = np.array(table.numbers("end" if "end" in have else "seconds"))
     if "end" in have:

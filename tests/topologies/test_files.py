@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from offbeat import ConfigError
-from offbeat.topologies import TOPOLOGIES, from_networkx
+from offbeat.topologies import TOPOLOGIES, from_networkx, saved
 
 parse = TOPOLOGIES.parse
 RING = "0 1\n1 2\n2 3\n3 0\n"
@@ -146,7 +146,14 @@ REFUSED = [
     ("mixed.txt", "0 1\n1,2\n", 'mixed.txt line 1: "0 1" has no comma, and other lines are cut'),
     ("ragged.txt", "0 1\n1 2 3\n", 'ragged.txt line 2: "1 2 3" has 3 columns, and line 1 has 2'),
     ("words.csv", "Person,Friend\n1,2\n2,3\n", 'unknown column "person"; an edge is a line "i j"'),
-    ("person.csv", "person,friend\nann,bob\n", "cut off from the largest: ann, bob"),
+    ("person.csv", "person,friend\nann,bob\nbob,cid\n", "may be a header or an edge of nodes"),
+    ("hash.csv", "#ai,bob\nbob,#ml\n", "a remark or a name that begins with #"),
+    ("parts.csv", "from,to\nann,bob\ncid,dan\n", "cut off from the largest: cid, dan;"),
+    (
+        "archive.tar",
+        b"out.x\0\0\x000 1\n",
+        "archive.tar: cannot be read (it is no text; of an arch",
+    ),
     ("cut.csv", "1,2\n2,3\n4,5\n", "cut off from the largest: 4, 5;"),
     ("times.txt", "1 2 0\n2 3 20\n", "whole numbers are no weights of W; where weights are no W"),
     ("when.csv", "i,j,t\n1,2,0\n2,3,1\n", 'has times; take timed("when.csv"), or for all edges'),
@@ -188,6 +195,7 @@ REFUSED = [
     ("arcs.net", VERTICES + "*Arcslist\n1 2 3\n", "has the sections *vertices, *arcslist, which"),
     ("two.net", VERTICES + "*Arcs\n1 2\n*Edges\n2 3\n", "sections *vertices, *arcs, *edges, which"),
     ("kinds.net", VERTICES + '*Edges :1 "knows"\n1 2\n2 3\n', "without comments and relations"),
+    ("comma.net", VERTICES + "*Edges\n1 2 0,5\n2 3\n", 'has a line "1 2 0,5", which is no edge'),
     ("same.net", VERTICES.replace("b", "a") + "*Edges\n1 2\n2 3\n", "lists 2 names of 3 vertices"),
     ("comma.mtx", MARKET + "real symmetric\n2 2 1\n2 1 0,5\n", 'has a line "2 1 0,5", which is no'),
     ("fortran.mtx", MARKET + "real symmetric\n2 2 1\n2 1 5D-1\n", 'has a line "2 1 5D-1", which'),
@@ -343,3 +351,9 @@ def test_every_format_gives_back_the_w_that_was_written(n, seed, small, tmp_path
         again = parse(f"file('{folder / name}')")
         w = whole_w(graph).toarray()
         np.testing.assert_allclose(again.matrix().toarray(), w, atol=1e-15, err_msg=name)
+
+
+def test_a_run_keeps_the_names_of_a_graph(here):
+    graph = from_networkx(nx.path_graph(["oslo", "bern", "rome"]))
+    again = parse("saved:" + written("graph.json", saved.text(graph)))
+    assert again.names == graph.names == ("oslo", "bern", "rome")

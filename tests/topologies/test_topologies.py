@@ -651,7 +651,7 @@ MISTAKES = [
     ("file:bad.txt", 'bad.txt line 2: "1 2 x" has 3 columns, and line 1 has 2'),
     ("file:empty.txt", "has no nodes"),
     ("file:nowhere.npy", "nowhere.npy: .*No such file"),
-    ("file:empty.npy", "empty.npy: No data left"),
+    ("file:empty.npy", "empty.npy: cannot be read .No data left"),
     ("file:rows.npy", "rows.npy: mixing matrix: row 0"),
     ("file('rows.npy', weights=lazy)", "rows.npy: is W itself, n x n numbers; leave weights out"),
     ("file:counts.txt", 'where weights are no W, give weights = "metropolis"'),

@@ -9,6 +9,7 @@ import threading
 import urllib.error
 import urllib.request
 from itertools import pairwise
+from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib.image
@@ -28,7 +29,7 @@ from offbeat.runtime.experiment import from_table
 from offbeat.runtime.records import TRACE_COLUMNS
 from offbeat.runtime.studies import cell, figures, recorded, report, study, watch
 from offbeat.runtime.studies import table as tables
-from offbeat.runtime.studies.scenes import COMMUNICATE, COMPUTE, QUEUE, timeline
+from offbeat.runtime.studies.scenes import COMMUNICATE, COMPUTE, QUEUE, graphs, timeline
 from offbeat.runtime.studies.study import Study
 
 CHROMIUM = next(
@@ -551,3 +552,13 @@ def test_the_server_is_for_this_machine_only(folders):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_a_page_calls_nodes_by_their_names():
+    cities = offbeat_topologies.from_networkx(nx.path_graph(["oslo", "bern", "rome"]))
+    trace = np.array([[2.0, 1, 0, 0, 0, 0.0, 2.0]])
+    made = graphs(cities, [], trace)
+    assert list(made["names"]) == ["oslo", "bern", "rome"]
+    assert made["frames"][0]["said"] == "2 s: node bern ends its job 0"
+    page = (Path(report.__file__).parent / "report.js").read_text()
+    assert "<title>node ${esc(one.names[i])}$" in page
