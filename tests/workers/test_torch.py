@@ -693,7 +693,7 @@ def test_a_process_that_computes_leaves_the_model_as_it_is(task, work):
     """As on Ray, where it is other processes' too: one order and several, twice the same."""
     work = WORK.parse(work) if isinstance(work, str) else work
     runner = Runner(task(), work)
-    x = runner.task.initial(0) + 2
+    x = runner.task.initial(0) - 1
     before = x.copy()
     x.flags.writeable = False
     orders = [Order(i, i, i, 7 * i, work.steps, 0, x, None) for i in range(3)]
