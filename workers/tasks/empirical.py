@@ -96,7 +96,8 @@ class EmpiricalRisk:
     def evaluate(self, x: NDArray) -> dict[str, float]:
         """loss and grad_norm of f; accuracy, on held-out samples where there are any."""
         one, s = x[None], self.shards
-        losses, gradients = self.model.gradient(one, *self._private(*s.all()), self._weights)
+        a, y = self._private(*s.all())
+        losses, gradients = self.model.gradient(one, a, y, self._weights)
         losses = self._regularise(one, losses, gradients)
         right = self.model.hits(x, *self._private(*(s.test or (s.features, s.labels))))
         return {
