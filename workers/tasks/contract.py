@@ -1,5 +1,6 @@
 """The contract of a task."""
 
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -98,13 +99,11 @@ class Guarded:
         self.evaluate(x[0])
         again = [self.gradient(x, *job) for job in reversed(jobs)][::-1]
         for one, other in zip(first, again, strict=True):
-            if not all(
-                np.array_equal(a, b, equal_nan=True) for a, b in zip(one, other, strict=True)
-            ):
+            if not all(map(partial(np.array_equal, equal_nan=True), one, other)):
                 raise ConfigError(
                     f"{type(self.task).__name__}: a job computed again, after another, gives "
-                    "another result; it must follow from x, worker and draw alone, so that a run can be "
-                    "resumed and replayed: what it draws comes from offbeat.runtime.randomness"
+                    "another result; it must follow from x, worker and draw alone, so that a run "
+                    "can be resumed and replayed: see offbeat.runtime.randomness"
                 )
 
 
