@@ -21,6 +21,7 @@ from offbeat.runtime import trees
 from offbeat.runtime.errors import ConfigError, Diverged
 from offbeat.runtime.loop import Loop
 from offbeat.runtime.memory import keep_freed
+from offbeat.runtime.private import Facade
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.records import ROWS_HELD, Records
 from offbeat.runtime.virtual import Job, Joined, Left, More, Note, Timer, VirtualWorkers
@@ -119,21 +120,6 @@ class ServerState:
     def rng(self, purpose: str, index: int = 0) -> np.random.Generator:
         """The generator at address (run seed, purpose, index)."""
         return rng(self._seed, purpose, 0, index)
-
-
-class Facade:
-    """A ``ServerState`` as a user's own method sees it: the model is a copy.
-
-    Args:
-        server: all else is its.
-    """
-
-    def __init__(self, server: ServerState) -> None:
-        self._server = server
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._server, name)
-        return found.copy() if name == "x" else found
 
 
 class Engine(Loop):

@@ -13,6 +13,7 @@ from offbeat.algorithms.gossip import Gossip
 from offbeat.runtime.farmed import FarmedWork
 from offbeat.runtime.loop import Loop
 from offbeat.runtime.network import Network
+from offbeat.runtime.private import private
 from offbeat.runtime.records import Records
 from offbeat.topologies import Topology
 from offbeat.workers.fleet import Fleet, Timing
@@ -53,7 +54,8 @@ class GossipLoop(Loop):
     ) -> None:
         super().__init__(task, records, **around)
         self.work = work or gradient()
-        self.method, self.fleet, self.timing, self.n = method, fleet, timing, fleet.workers
+        self.method, self.fleet, self.timing = private(method), fleet, timing
+        self.n = fleet.workers
         self.network = Network(topology, fleet, method, seed, asynchronous)
         self.bytes = 0  # sent by all
         self.messages = self.messages_lost = 0  # over one link in one round, all channels

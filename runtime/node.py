@@ -49,6 +49,7 @@ from offbeat.runtime.experiment import Experiment
 from offbeat.runtime.finite import finite
 from offbeat.runtime.network import Network
 from offbeat.runtime.peer import Item, Links, nbytes
+from offbeat.runtime.private import private
 from offbeat.workers.tasks.contract import guarded
 from offbeat.workers.work import updated
 
@@ -121,7 +122,7 @@ class GossipNode(ABC):
         method, topology = experiment.algorithm, experiment.topology
         assert isinstance(method, Gossip)
         assert topology is not None
-        self.experiment, self.method, self.i, self.n = experiment, method, i, topology.n
+        self.experiment, self.method, self.i, self.n = experiment, private(method), i, topology.n
         self.network = Network(
             topology, experiment.fleet, method, experiment.seed, experiment.asynchronous
         )

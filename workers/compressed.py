@@ -67,6 +67,13 @@ class Compressed:
             )
         return kept | {SENT: np.zeros((n, x.size), x.dtype)}
 
+    def __init_subclass__(cls) -> None:
+        if "update" in vars(cls) and "coded" not in vars(cls):
+            raise ConfigError(
+                f"{cls.__name__}: runs ask compressed work for its message; write coded in place "
+                "of update, which is made of it"
+            )
+
     def there(self, task: Task) -> bool:
         """Whether updates of ``task`` are compressed on its device."""
         return self.compressor.apart and getattr(task, "apart", False)

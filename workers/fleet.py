@@ -202,7 +202,7 @@ class Timing:
 
     def finish_all(self, number: int, start_s: NDArray, steps: int = 1) -> NDArray:
         """``[n]``: when each worker ends its job ``number`` begun at ``start_s [n]``."""
-        if isinstance(self.clock, Constant):
+        if type(self.clock) is Constant:
             return start_s + steps * self.clock.means
         finish = self.clock.finish
         ends = [finish(worker, number, s, steps) for worker, s in enumerate(start_s.tolist())]

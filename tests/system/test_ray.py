@@ -8,6 +8,7 @@ import faulty
 import numpy as np
 import psutil
 import pytest
+import torch
 from faulty import Faulty
 from ray.cloudpickle import register_pickle_by_value
 from servers import METHODS, WORKS, N, make
@@ -18,7 +19,7 @@ from offbeat.runtime.actors.start import start
 from offbeat.runtime.backends import ENGINES
 from offbeat.runtime.errors import CrewError
 from offbeat.runtime.remote import RemoteWorkers
-from offbeat.workers.tasks import TASKS, Quadratic, quadratic
+from offbeat.workers.tasks import TASKS, Quadratic, TorchTask, quadratic
 
 pytestmark = pytest.mark.xdist_group("ray")  # one Ray for all
 EVERY = pytest.mark.parametrize("name", METHODS)
@@ -124,6 +125,31 @@ def test_every_task_travels(name):
         for engine in (Borrowed(2), "virtual")
     ]  # fmt: skip
     same(*runs)
+
+
+@pytest.mark.parametrize("width", [6, 50_000])  # in the call, and in the store
+def test_a_module_that_changes_its_parameters_in_place_is_the_same(width):
+    """It is the actor's own copy that it changes."""
+
+    class Positive(torch.nn.Linear):
+        def forward(self, a):
+            self.weight.data.clamp_(min=0)
+            return super().forward(a)
+
+    runs = []
+    for engine in (Borrowed(2), "virtual"):
+        torch.manual_seed(0)
+        data = torch.utils.data.TensorDataset(torch.rand(24, width), torch.rand(24, 1))
+        loss = torch.nn.functional.mse_loss
+        task = TorchTask(Positive(width, 1), loss, data, workers=4, batch=2)
+        runs.append(
+            offbeat.run(
+                task, "pure(lr=1e-5)", "4 1..4", stop={"steps": 30}, evaluate={"steps": 10},
+                engine=engine, clock="virtual",
+            )
+        )  # fmt: skip
+    same(*runs)
+    assert (runs[0].x < 0).any()  # what a server's step left, nobody clamped
 
 
 @pytest.mark.parametrize("dim", [12_000, 13_000, 140_000])

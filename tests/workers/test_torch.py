@@ -11,10 +11,17 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 import offbeat
+from offbeat.algorithms.compression.identity import Identity
+from offbeat.algorithms.gossip import Channel, Gossip
 from offbeat.algorithms.server import Algorithm
 from offbeat.runtime.crew import Order, Runner
+from offbeat.workers.compressed import Compressed
+from offbeat.workers.speeds import Constant, Law
 from offbeat.workers.tasks import TASKS, TorchTask
+from offbeat.workers.tasks.empirical import EmpiricalRisk
+from offbeat.workers.tasks.mlp import MLP
 from offbeat.workers.tasks.samples import drawn
+from offbeat.workers.tasks.shards import Shards
 from offbeat.workers.work import WORK, Gradient
 
 
@@ -194,6 +201,13 @@ WRONG = {
     "none": (
         lambda: {"loss": nn.CrossEntropyLoss(reduction="none")},
         r"the loss of a batch of 8 is \[8\], not one number",
+    ),
+    "batch of one": (
+        lambda: {
+            "module": nn.Sequential(linear(), nn.BatchNorm1d(3, track_running_stats=False)),
+            "batch": 1,
+        },
+        r"a job of 1 samples cannot be computed \(ValueError: Expected more than 1 value",
     ),
     "width": (lambda: {"module": linear(5)}, r"cannot compute a batch of inputs float32\[8, 6\]"),
     "penalty": (with_penalty, "the loss looks at the module's own parameters"),
@@ -522,6 +536,18 @@ class Rude:
         return {"loss": float((x**2).sum())}
 
 
+class Forgetful(Rude):
+    def gradient(self, x, worker, draw):
+        return np.zeros(len(x)), np.random.default_rng().random(x.shape)
+
+
+@pytest.mark.parametrize("more", [{}, {"topology": "ring"}])
+def test_a_task_of_ones_own_whose_jobs_do_not_repeat_is_refused(more):
+    method = "dsgd" if more else "pure"
+    with pytest.raises(offbeat.ConfigError, match="Forgetful: a job computed again, after another"):
+        offbeat.run(Forgetful(), method, "3 1..3", stop={"steps": 5}, **more)
+
+
 class Halving(Gradient):
     """A work that changes the model it is given."""
 
@@ -542,6 +568,84 @@ class Pure(Algorithm):
         torch.from_numpy(server.x).mul_(1.5)
         server.apply(0.1 * update.payload)
         server.assign(update.worker)
+
+
+class Dsgd(Gossip):
+    """Whose author computes in place; unless ``quiet``, as the contract wants it."""
+
+    def __init__(self, quiet):
+        super().__init__({"x": Channel()})
+        self.quiet = quiet
+
+    def init(self, node):
+        node.publish("x", node.x)
+
+    def ask(self, node):
+        if self.quiet:
+            node.x += node.mix("x")
+        else:
+            node.x = node.x + node.mix("x")
+        return node.x
+
+    def tell(self, node, gradient):
+        if self.quiet:
+            node.x -= 0.1 * gradient
+        else:
+            node.x = node.x - 0.1 * gradient
+        node.publish("x", node.x)
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "asynchronous"])
+def test_a_gossip_method_of_ones_own_may_compute_in_place(mode):
+    one, other = (
+        offbeat.run("quadratic(10, noise=0.1)", Dsgd(quiet), "4 1..4", topology="ring", mode=mode,
+                    stop={"steps": 50})
+        for quiet in (True, False)
+    )  # fmt: skip
+    assert one.final == other.final
+    np.testing.assert_array_equal(one.x, other.x)
+
+
+class Shouting(MLP):
+    """A model of a user's own, which changes the samples it is given."""
+
+    def gradient(self, x, a, y, c):
+        a *= 0.5
+        y[:] = 0
+        return super().gradient(x, a, y, c)
+
+
+def test_a_model_of_ones_own_leaves_the_data_as_they_are():
+    a, y = np.random.default_rng(0).random((30, 4)), np.arange(30) % 3
+    shards = Shards(a, y, [np.arange(15), np.arange(15, 30)], batch="full")
+    task = EmpiricalRisk(shards, Shouting([4, 5, 3]))
+    x = np.ones((1, task.dim))
+    first = task.evaluate(x[0])
+    for _ in range(2):
+        task.gradient(x, np.array([1]), np.array([0]))
+    assert task.evaluate(x[0]) == first
+    np.testing.assert_array_equal(shards.features, a)
+    np.testing.assert_array_equal(shards.labels, y)
+
+
+def test_what_is_derived_from_a_fast_path_is_asked_itself():
+    class Late(Constant):
+        def finish(self, worker, number, start_s, steps=1):
+            return super().finish(worker, number, start_s, steps) + 5
+
+    law = Law([1.0, 1.0], lambda means, seed: Late(means))
+    timing = offbeat.Fleet(workers=2, speeds=law).timing(0, 0)
+    np.testing.assert_array_equal(timing.finish_all(0, np.zeros(2)), [6.0, 6.0])
+
+    class Rounded(Identity):
+        pass
+
+    method = Dsgd(True)
+    assert method.exact
+    method.compressor = Rounded()
+    assert not method.exact
+    with pytest.raises(offbeat.ConfigError, match="write coded in place of update"):
+        type("Mine", (Compressed,), {"update": lambda *job: job})
 
 
 def regressing(module, **options):
@@ -589,7 +693,7 @@ def test_a_process_that_computes_leaves_the_model_as_it_is(task, work):
     """As on Ray, where it is other processes' too: one order and several, twice the same."""
     work = WORK.parse(work) if isinstance(work, str) else work
     runner = Runner(task(), work)
-    x = runner.task.initial(0) + 2
+    x = runner.task.initial(0) - 1
     before = x.copy()
     x.flags.writeable = False
     orders = [Order(i, i, i, 7 * i, work.steps, 0, x, None) for i in range(3)]

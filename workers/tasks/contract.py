@@ -1,10 +1,12 @@
 """The contract of a task."""
 
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.registry import Registry, Spec
 
 TASKS = Registry("task")
@@ -84,6 +86,25 @@ class Guarded:
     def evaluate(self, x: NDArray) -> dict[str, float]:
         """See ``Task``."""
         return self.task.evaluate(x.copy())
+
+    def repeat(self, seed: int) -> None:
+        """Compute two jobs of the run's beginning, evaluate, and compute them again.
+
+        Raises:
+            ConfigError: the task keeps a state that shows in this.
+        """
+        x = self.initial(seed)[None]
+        jobs = [(np.array([at]), np.array([at])) for at in (0, self.workers - 1)]
+        first = [self.gradient(x, *job) for job in jobs]
+        self.evaluate(x[0])
+        again = [self.gradient(x, *job) for job in reversed(jobs)][::-1]
+        for one, other in zip(first, again, strict=True):
+            if not all(map(partial(np.array_equal, equal_nan=True), one, other)):
+                raise ConfigError(
+                    f"{type(self.task).__name__}: a job computed again, after another, gives "
+                    "another result; it must follow from x, worker and draw alone, so that a run "
+                    "can be resumed and replayed: see offbeat.runtime.randomness"
+                )
 
 
 def guarded(task: Task) -> Task:

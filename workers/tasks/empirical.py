@@ -1,11 +1,13 @@
 """Empirical risk: a model's mean loss over data that the workers share out, and a regulariser."""
 
-from typing import Protocol
+import copy
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.runtime.registry import Spec
+from offbeat.workers.tasks.contract import ours
 from offbeat.workers.tasks.shards import Features, Inputs, Shards
 
 
@@ -61,6 +63,7 @@ class EmpiricalRisk:
         self.tensors: list[int] = getattr(model, "tensors", [model.dim])
         shards.prepare(model.inputs, model.labelled)
         self._weights = shards.weights
+        self._theirs = not ours(model)  # then it may change what it is given
         self._even: dict[int, NDArray] = {}  # batch size -> [B], all 1/B
 
     def initial(self, seed: int) -> NDArray:
@@ -74,7 +77,7 @@ class EmpiricalRisk:
             found = [self.gradient(x[p], worker[p], draw[p]) for p in pieces]
             losses, gradients = (np.concatenate(parts) for parts in zip(*found, strict=True))
             return losses, gradients
-        a, y = self.shards.samples(worker, draw)
+        a, y = self._private(*self.shards.samples(worker, draw))
         losses, gradients = self.model.gradient(x, a, y, self._mean(a.shape[1]))
         if self.l2 or self.nonconvex:
             losses = self._regularise(x, losses, gradients)
@@ -86,12 +89,17 @@ class EmpiricalRisk:
             self._even[count] = np.full(count, 1.0 / count, self._weights.dtype)
         return self._even[count]
 
+    def _private(self, *held: Any) -> Any:
+        """Inputs and labels as a model of a user's own is given them: copies."""
+        return copy.deepcopy(held) if self._theirs else held
+
     def evaluate(self, x: NDArray) -> dict[str, float]:
         """loss and grad_norm of f; accuracy, on held-out samples where there are any."""
         one, s = x[None], self.shards
-        losses, gradients = self.model.gradient(one, *s.all(), self._weights)
+        a, y = self._private(*s.all())
+        losses, gradients = self.model.gradient(one, a, y, self._weights)
         losses = self._regularise(one, losses, gradients)
-        right = self.model.hits(x, *(s.test or (s.features, s.labels)))
+        right = self.model.hits(x, *self._private(*(s.test or (s.features, s.labels))))
         return {
             "loss": float(losses[0]),
             "grad_norm": float(np.linalg.norm(gradients[0])),

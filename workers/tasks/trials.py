@@ -151,7 +151,8 @@ def _repeats(task: Any) -> None:
             inputs, targets = task._samples(rows[:few])
             batch = [leaf.clone() for leaf in leaves([inputs, targets])]
             fetched = drawn()
-            value, gradient = task._one(task.load(points[at]), inputs, targets)
+            what = f"a job of {len(rows[:few])} samples cannot be computed"
+            value, gradient = _attempt(what, task._one, task.load(points[at]), inputs, targets)
             numbers = task._torch.cat([value.reshape(1), gradient])
             return Seen(batch, fetched, numbers, drawn())
 
