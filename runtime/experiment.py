@@ -478,7 +478,7 @@ def _fleet_table(fleet: Fleet) -> dict[str, Any]:
     table = _given(fleet)
     law = fleet.law()
     if law is fleet.speeds:
-        table["speeds"] = str(law.spec)
+        table["speeds"] = str(law.spec or f"{MADE_BY_HAND}{type(law).__name__}")
     if law.spec is not None and "file" in law.spec.options:
         table["speeds"] = f"trace({str(Path(law.spec.options['file']).expanduser().resolve())!r})"
     table["outages"] = [_given(outage) for outage in fleet.outages]

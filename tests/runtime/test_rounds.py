@@ -273,5 +273,5 @@ def test_a_run_may_end_at_a_level_of_any_metric():
     *before, last = result.column("loss_worst")
     assert result.reason == "target loss_worst"
     assert last <= 0.1 < min(before)
-    with pytest.raises(ConfigError, match='"loss_wrost" .* did you mean "loss_worst"'):
+    with pytest.raises(ConfigError, match=r'"loss_wrost" .* did you mean "loss_worst"'):
         offbeat.run("least-squares(5)", "dsgt", topology="ring:6", stop={**stop, "loss_wrost": 1})
