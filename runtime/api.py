@@ -290,6 +290,7 @@ def resume(
     algorithm: Algorithm | Gossip | None = None,
     topology: Topology | nx.Graph | NDArray | None = None,
     work: Work | None = None,
+    fleet: Fleet | None = None,
     engine: Backend | str | Mapping[str, Any] | None = None,
     overrides: Sequence[str] | None = None,
     changed: bool = False,
@@ -301,8 +302,8 @@ def resume(
 
     Args:
         folder: of the run.
-        task, algorithm, topology, work: needed where the run was made with objects that no file
-            can hold; a fixed graph is in the folder.
+        task, algorithm, topology, work, fleet: needed where the run was made with objects that no
+            file can hold; a fixed graph is in the folder.
         engine: where gradients are computed from now on; the clock stays what it was.
         overrides: new ends, such as ``["stop.steps=20000"]``.
         changed: go on although settings, or files that they name, are not those of the run.
@@ -314,7 +315,15 @@ def resume(
     """
     folder = Path(folder)
     overrides = [overrides] if isinstance(overrides, str) else list(overrides or [])
-    experiment = load_experiment(folder, task, algorithm, work, topology, changed=changed)
+    experiment = load_experiment(
+        folder,
+        task=task,
+        algorithm=algorithm,
+        topology=topology,
+        work=work,
+        fleet=fleet,
+        changed=changed,
+    )
     experiment = with_more(experiment, overrides)
     if engine is not None:
         clock = "real" if experiment.real else "virtual"
@@ -345,6 +354,7 @@ def replay(
     algorithm: Algorithm | Gossip | None = None,
     topology: Topology | nx.Graph | NDArray | None = None,
     work: Work | None = None,
+    fleet: Fleet | None = None,
 ) -> Result:
     """Run a recorded run again, in memory, with its arrivals as its trace has them.
 
@@ -352,10 +362,17 @@ def replay(
     that were started one by one are replayed together: ``folder`` is then that of all theirs.
     """
     folder = Path(folder)
+    made: dict[str, Any] = {
+        "task": task,
+        "algorithm": algorithm,
+        "topology": topology,
+        "work": work,
+        "fleet": fleet,
+    }
     if parts := peers(folder):
-        experiment = load_experiment(parts[0], task, algorithm, work, topology)
+        experiment = load_experiment(parts[0], **made)
         return _replay(experiment, of_peers(parts, experiment.fleet.workers)[0])
-    experiment = load_experiment(folder, task, algorithm, work, topology)
+    experiment = load_experiment(folder, **made)
     if not checkpoint.exist(folder / "checkpoint"):
         raise ConfigError(f"{folder}: has not begun; there is nothing to replay")
     if not (folder / "trace.jsonl").exists():
@@ -400,16 +417,13 @@ def checkpointed(folder: Path) -> dict[str, Any]:
     return checkpoint.read(folder / "checkpoint")[0]
 
 
-def load_experiment(
-    folder: Path,
-    task: Task | None = None,
-    algorithm: Algorithm | Gossip | None = None,
-    work: Work | None = None,
-    topology: Topology | nx.Graph | NDArray | None = None,
-    *,
-    changed: bool = False,
-) -> Experiment:
-    """The experiment of a run folder; ``changed``: the files that it names may hold other things.
+def load_experiment(folder: Path, *, changed: bool = False, **made: Any) -> Experiment:
+    """The experiment of a run folder.
+
+    Args:
+        folder: of the run.
+        changed: the files that it names may hold other things than they did.
+        made: parts that no file can hold; see ``resume``.
 
     Raises:
         ConfigError: there is none, it was cut, or it cannot be.
@@ -418,8 +432,7 @@ def load_experiment(
     if not path.exists():
         raise ConfigError(f"{folder}: is no run folder (it has no experiment.toml)")
     check_whole(path)
-    made = {"task": task, "algorithm": algorithm, "work": work, "topology": _graph(topology)}
-    made["files"] = {} if changed else None
+    made |= {"topology": _graph(made.get("topology")), "files": {} if changed else None}
     return read(path, {key: value for key, value in made.items() if value is not None})[0]
 
 

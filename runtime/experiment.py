@@ -490,6 +490,6 @@ def _fleet_table(fleet: Fleet) -> dict[str, Any]:
     table = _given(fleet)
     law = fleet.law()
     if law is fleet.speeds:
-        table["speeds"] = str(law.spec)
+        table["speeds"] = str(law.spec or f"{MADE_BY_HAND}{type(law).__name__}")
     table["outages"] = [_given(outage) for outage in fleet.outages]
     return {key: value for key, value in table.items() if value not in ("", [])}

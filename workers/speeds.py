@@ -22,7 +22,7 @@ from pydantic import Field
 
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.randomness import rng
-from offbeat.runtime.registry import NonNegative, Positive, Reads, Registry, Spec
+from offbeat.runtime.registry import MADE_BY_HAND, NonNegative, Positive, Reads, Registry, Spec
 from offbeat.runtime.tables import Table, natural, read_table, read_text, wholes
 from offbeat.workers.work import WORK
 
@@ -458,6 +458,11 @@ def parse(text: str | float | list[float]) -> Law:
             raise ConfigError(f'cannot read the speeds "{text}"; write [1.0, 2.5, ...]') from None
     if isinstance(text, list):
         return listed(seconds=text)
+    if isinstance(text, str) and text.startswith(MADE_BY_HAND):
+        raise ConfigError(
+            "the speed law was made in Python and no file can hold it; give the fleet there, as in "
+            "offbeat.resume(folder, fleet=...)"
+        )
     if isinstance(text, str) and not re.match(r"\s*[-+.\d]", text):
         return SPEEDS.parse(text)
     return constant(mean=text.strip() if isinstance(text, str) else float(text))

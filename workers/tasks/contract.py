@@ -16,7 +16,8 @@ class Task(Protocol):
     """f(x) = (1/n) sum_i f_i(x), worker i holding f_i; x is one flat vector.
 
     A task that divides data also has ``sizes [n]``, how much each f_i is of; one whose model is of
-    several tensors has ``tensors``, their sizes in order.
+    several tensors has ``tensors``, their sizes in order.  One with metrics of its own says which
+    way these are better, as ``better = {"auc": "higher"}``.
     """
 
     spec: Spec | None

@@ -31,6 +31,7 @@ from offbeat.runtime.studies import cell, figures, recorded, report, study, watc
 from offbeat.runtime.studies import table as tables
 from offbeat.runtime.studies.scenes import COMMUNICATE, COMPUTE, QUEUE, graphs, timeline
 from offbeat.runtime.studies.study import Study
+from offbeat.workers.speeds import Law, Recorded
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -339,6 +340,9 @@ def grid_of_names():
     return nx.grid_2d_graph(3, 3)
 
 
+LAW = Law(1.0, lambda means, seed: Recorded([[1.0, 2.0]] * 4))
+
+
 def walking():
     """Two graphs in turn, by hand."""
     graphs = [offbeat_topologies.TOPOLOGIES.parse(name) for name in ("ring:4", "complete:4")]
@@ -359,6 +363,8 @@ def by_hand(tmp_path_factory):
     offbeat.run(*gossip, topology=grid_of_names(), stop=stop, folder=root / "graph")
     offbeat.run(*gossip, topology=np.full((3, 3), 1 / 3), stop=stop, folder=root / "matrix")
     offbeat.run(*gossip, topology=walking(), stop=stop, folder=root / "walking")
+    fleet = offbeat.Fleet(workers=4, speeds=LAW)
+    offbeat.run("quadratic(3)", "pure", fleet, stop=stop, folder=root / "fleet")
     return root
 
 
@@ -367,7 +373,7 @@ def test_a_page_needs_what_was_recorded_and_nothing_else(by_hand, tmp_path):
     found = report.data(folders)
     report.write(folders, tmp_path / "page.html")
     names = [one["name"] for one in found["settings"]]
-    assert len(found["runs"]) == len(set(names)) == 6
+    assert len(found["runs"]) == len(set(names)) == 7
     assert [name for name in names if name.startswith("Method")] == [
         "Method · method", "Method · other",
     ]  # fmt: skip
@@ -401,8 +407,10 @@ def test_advice_names_arguments_that_there_are(by_hand, tmp_path):
         "task": Scored({"auc": "higher"}),
         "algorithm": Method(Schedule(Finisher()), [StepSize(0.1)]),
         "topology": walking(),
+        "fleet": offbeat.Fleet(workers=4, speeds=LAW),
     }
-    for name, kind in (("task", "task"), ("method", "algorithm"), ("walking", "topology")):
+    kinds = ("task", "task"), ("method", "algorithm"), ("walking", "topology"), ("fleet", "fleet")
+    for name, kind in kinds:
         shutil.copytree(by_hand / name, tmp_path / name)
         for again in (api.resume, api.replay):
             with pytest.raises(ConfigError, match=rf"offbeat.resume\(folder, {kind}=\.\.\.\)"):
@@ -454,7 +462,7 @@ def test_a_line_is_fitted_through_marks_that_differ_in_nothing_else(folders, gri
     ]  # fmt: skip
     assert all(series["x"] == [1e-6, 0.01, 0.02, 0.1] for series in one["series"])
     (gap,) = report.data([folders / "study"])["against"]
-    assert [series["name"] for series in gap["series"]] == ["dsgd(lr=0.01)", "dsgt(lr=0.01)"]
+    assert [series["name"] for series in gap["series"]] == ["dsgd", "dsgt"]
 
 
 def test_a_floor_that_rises_is_fitted_by_nothing(tmp_path):
