@@ -301,8 +301,10 @@ def margulis(n: Count, weights: Weights = "metropolis") -> Topology:
     side = math.isqrt(n)
     if side**2 != n:
         raise ConfigError(f"a Margulis graph has m^2 nodes, not {n}; take {side**2}")
-    graph = nx.convert_node_labels_to_integers(nx.margulis_gabber_galil_graph(side))
-    return from_networkx(graph, weights)
+    graph = nx.margulis_gabber_galil_graph(side)
+    return from_networkx(
+        nx.convert_node_labels_to_integers(graph, label_attribute="label"), weights
+    )
 
 
 @TOPOLOGIES.register("paley")
