@@ -220,16 +220,17 @@ def _market(text: str) -> Found:
         wide = 3 - dense if row is rows[0] else 1 if dense else 3 - counted
         if len(row) != wide or not all(map(NUMBER.fullmatch, row)):
             raise ConfigError(f'has a line "{" ".join(row)[:40]}", which is no entry of its matrix')
-    (n, m, *_), entries = wholes(rows[0]) or (0, 0), rows[1:]
+    (n, m, *said), entries = wholes(rows[0]) or (0, 0, 0), rows[1:]
     if n != m or not 0 < n <= MOST_NODES:
         raise ConfigError(f"is a matrix of {n} x {m}, not n x n with at most {MOST_NODES:,} rows")
+    said = said or [n * (n + 1) // 2 if symmetric else n * n]
+    if len(entries) != said[0]:
+        raise ConfigError(f"has {len(entries)} entries, and not as many as it says")
     if dense:
         j, i = np.triu_indices(n) if symmetric else np.divmod(np.arange(n * n), n)
     else:
         places = [wholes(row[:2]) or [0, 0] for row in entries]
         i, j = np.array(places, int).reshape(-1, 2).T - 1
-    if len(entries) != (len(i) if dense else int(rows[0][2])):
-        raise ConfigError(f"has {len(entries)} entries, and not as many as it says")
     if len(i) and not 0 <= min(i.min(), j.min()) <= max(i.max(), j.max()) < n:
         raise ConfigError(f"has an entry outside of its {n} rows and columns")
     values = np.array([1.0 if counted else float(row[-1]) for row in entries])
@@ -320,13 +321,15 @@ def _table(path: str, text: str, weights: Weights | None) -> Found:
 def _check_third(table: Table, weights: Weights | None) -> None:
     """Refuse a third column without a name that has counts or times, or if it is a node."""
     first, second, third = (wholes(row[at] for row in table.rows) for at in range(3))
-    if first is None or second is None or third is None:
+    if third is None:
         return
     if weights is None:
         raise ConfigError(
             f"{table.at(0)}: whole numbers are no weights of W; {NO_W}; where one is a time, take "
             f'timed("{table.path}")'
         )
+    if not first or not second:
+        return
     if first == sorted(first) and len({*third} & {*second}) > len({*first} & {*second}):
         raise ConfigError(
             f"{table.at(0)}: its first column may be a time, for which there is "
