@@ -303,7 +303,7 @@ def _table(path: str, text: str, weights: Weights | None) -> Found:
     if not words and "weight" in have:
         _check_third(table, weights)
     names, src, dst = ends(table)
-    alone = {src[0], dst[0]}.isdisjoint(src[1:] + dst[1:])
+    alone = {*src[:1], *dst[:1]}.isdisjoint(src[1:] + dst[1:])
     if not words and alone and len(src) > 1 and not any(map(NUMBER.fullmatch, table.rows[0][:2])):
         raise ConfigError(
             f"{table.at(0)} may be a header or an edge of nodes that no other line has; write "

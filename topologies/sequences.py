@@ -362,9 +362,9 @@ def timed(file: File, n: Count | None = None, allow_disconnected: bool = False) 
 def _timed_edges(file: str, n: int | None) -> tuple[NDArray, list[str]]:
     """(round, i, j) of each edge, ``[m, 3]``, and the names of the file's nodes."""
     table = read_table(file)
-    if not table.rows:
+    words, below = table.titles(COLUMNS)
+    if not below.rows:
         raise ConfigError(f"{file}: has no edges; {TIMED}")
-    words, _ = table.titles(COLUMNS)
     table = table.named(COLUMNS, TIMED, ("time", "source", "target"))
     if {*table.header} - {""} != {"time", "source", "target"}:
         raise ConfigError(f"{file}: has the columns {', '.join(table.header)}; {TIMED}")

@@ -168,6 +168,7 @@ REFUSED = [
         MARKET.replace("coordinate", "array") + "real general\n9999999 9999999\n1\n",
         "has 1 entries, and not as many as it says",
     ),
+    ("head.csv", "source,target\n", "head.csv: the graph has no nodes"),
     ("when.csv", "i,j,t\n1,2,0\n2,3,1\n", 'has times; take timed("when.csv"), or for all edges'),
     ("konect", "% sym positive\n1 2 1 12345\n", '"1 2 1 12345" has 4 columns and no header'),
     ("asym", "% asym unweighted\n1 2\n", "its edges are directed (asym)"),
