@@ -223,7 +223,7 @@ def test_a_program_that_is_not_there_is_said(launch, machine, tmp_path):
     code, _, said = call("start", "cpu1")
     assert code == 1
     assert "cpu1: fd00::3 has no ~/offbeat/bin/offbeat; install offbeat there" in said
-    assert (machine.home / "runs" / "keys").is_dir()  # ~ is the home folder there
+    assert (machine.home / "fd00::3" / "runs" / "keys").is_dir()  # ~ is the home folder there
     code, said, _ = call("logs", "cpu1")
     assert (code, said) == (0, "cpu1: no log yet\n")
 
