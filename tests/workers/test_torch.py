@@ -234,6 +234,21 @@ WRONG = {
 }
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z, y: F.mse_loss(z.squeeze(1), y),
+        lambda z, y: F.mse_loss(z.squeeze(), y),
+        lambda z, y: ((z - y[:, None]) ** 2).mean(),
+        lambda z, y: F.mse_loss(z.reshape(-1), y.reshape(-1)),
+        lambda z, y: (z.squeeze(1) - y).pow(2).mean() + z.var(),  # no mean of samples' losses
+    ],
+)
+def test_losses_that_bring_shapes_together_are_taken(loss):
+    task = made(**regression(loss))
+    assert task.evaluate(task.initial(0)).keys() == {"loss", "grad_norm"}
+
+
 @pytest.mark.parametrize("wrong", WRONG)
 def test_what_is_not_understood_is_refused_before_the_run(wrong):
     options, sentence = WRONG[wrong]

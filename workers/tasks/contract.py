@@ -47,7 +47,7 @@ def ours(part: Any) -> bool:
     numpy's read-only flag does not stop it: torch computes on the same memory without heed to it.
 
     >>> from offbeat.workers.tasks import quadratic
-    >>> ours(quadratic(3)), ours(lambda x: x)
+    >>> ours(quadratic(3)), ours(sorted)
     (True, False)
     """
     kind = part if hasattr(part, "__code__") else type(part)

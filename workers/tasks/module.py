@@ -97,7 +97,8 @@ class TorchTask:
 
         self._torch, self.workers, self._module = torch, workers, module
         self._loss, self._data = loss, Samples(dataset, target, collate)
-        self._own = ours(module) and ours(loss)  # which draw nothing, and change nothing
+        # Of lm, whose samples are numbers, nothing is a user's; it draws and changes nothing.
+        self._own = ours(module) and ours(loss) and isinstance(dataset, range)
         trainable(module)
         module.train()
         self.to(device)

@@ -76,9 +76,9 @@ class Samples:
     def labels(self) -> NDArray | None:
         """``[N]`` classes; None where targets are neither whole numbers nor one-hot."""
         rows = np.arange(len(self))
-        if self.direct:
-            return classes(self.batch(rows)[1].cpu().numpy())
         try:
+            if self.direct:
+                return classes(self.batch(rows)[1].cpu().numpy())
             return classes(np.array([self._class(int(row)) for row in rows]))
         except (TypeError, ValueError, RuntimeError):
             return None
@@ -195,7 +195,8 @@ def classes(targets: NDArray) -> NDArray | None:
         return None
     flat = targets.reshape(len(targets), -1)
     if flat.shape[1] == 1:
-        return flat[:, 0] if bool((flat == np.floor(flat)).all()) else None
+        whole = targets.dtype.kind != "f" or bool((flat == np.floor(flat)).all())
+        return flat[:, 0] if whole else None
     marks = (flat == 0) | (flat == 1)
     one = targets.ndim == 2 and bool(marks.all() and (flat.sum(axis=1) == 1).all())
     return flat.argmax(axis=1) if one else None

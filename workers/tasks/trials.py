@@ -121,12 +121,9 @@ def _mean(loss: Hits, outputs: Any, targets: Any, value: float) -> None:
     shapes = outputs.shape, targets.shape
     if shapes[0] == shapes[1] or outputs.numel() != targets.numel():
         return
-    if targets.is_floating_point():  # which may all be equal
-        draws = torch.Generator(targets.device).manual_seed(0)
-        kind = {"dtype": targets.dtype, "device": targets.device}
-        targets = torch.rand(shapes[1], generator=draws, **kind)
-    crossed, beside = of(outputs, targets), of(outputs, targets.reshape(shapes[0]))
-    if abs(crossed - beside) > CLOSE * abs(beside):
+    singly = np.array([[of(z[None], y[None]) for y in targets] for z in outputs])
+    crossed, beside, together = singly.mean(), singly.diagonal().mean(), of(outputs, targets)
+    if abs(together - crossed) <= CLOSE * abs(crossed) < abs(together - beside):
         raise ConfigError(
             f"TorchTask: outputs {list(shapes[0])} and targets {list(shapes[1])} differ in shape, "
             "and the loss compares each output to every target; give them one shape"
