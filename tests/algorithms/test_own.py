@@ -13,6 +13,7 @@ from offbeat.algorithms.gossip import Channel, Gossip
 from offbeat.algorithms.gossip.contract import own_gossip
 from offbeat.algorithms.server import Algorithm
 from offbeat.algorithms.server.method import Finisher, Method, Schedule, StepSize
+from offbeat.workers.compressed import compressed
 
 STOP = {"steps": 200}
 FLEETS = [
@@ -175,6 +176,9 @@ def test_what_is_missing_is_one_sentence(parts, said):
     whole = {"task": "logistic:digits", "algorithm": "pure", "fleet": "10 1..10"} | parts
     with pytest.raises(ConfigError, match=said):
         offbeat.run(**whole, stop=STOP)
+    if "work" in parts:
+        with pytest.raises(ConfigError, match=said):
+            compressed("topk(0.1)", parts["work"])
 
 
 def test_what_is_derived_is_left_as_it_is():
