@@ -147,4 +147,8 @@ take gradient or local-steps
             f"compressed: {named.name if named else repr(inner)} sends its updates as they are; "
             "take gradient or local-steps"
         )
+    if lacking := [name for name in ("steps", "keep") if not hasattr(inner, name)]:
+        raise ConfigError(
+            f"compressed: {type(inner).__name__} is no work: it has no {' and no '.join(lacking)}"
+        )
     return Compressed(made(compressor), inner, feedback, seed)

@@ -13,6 +13,7 @@ from offbeat.algorithms.gossip import Channel, Gossip
 from offbeat.algorithms.gossip.contract import own_gossip
 from offbeat.algorithms.server import Algorithm
 from offbeat.algorithms.server.method import Finisher, Method, Schedule, StepSize
+from offbeat.workers.compressed import compressed
 
 STOP = {"steps": 200}
 FLEETS = [
@@ -91,13 +92,15 @@ class OwnWork:
 
 @pytest.mark.parametrize("fleet", FLEETS)
 def test_a_method_with_start_and_arrive(fleet, tmp_path):
-    method = Own(0.5)
-    found = offbeat.run("logistic:digits", method, fleet, stop=STOP, folder=tmp_path / "run")
-    expected = offbeat.run("logistic:digits", "pure(lr=0.5)", fleet, stop=STOP)
+    method = Own(0.0625)
+    found = offbeat.run(
+        "quadratic(5, noise=0.1)", method, fleet, stop=STOP, folder=tmp_path / "run"
+    )
+    expected = offbeat.run("quadratic(5, noise=0.1)", "pure(lr=0.0625)", fleet, stop=STOP)
     assert np.array_equal(found.x, expected.x)
     assert (found.name, type(method)) == ("Own", Own)
-    longer = offbeat.resume(tmp_path / "run", algorithm=Own(0.5), overrides=["stop.steps=300"])
-    whole = offbeat.run("logistic:digits", "pure(lr=0.5)", fleet, stop={"steps": 300})
+    longer = offbeat.resume(tmp_path / "run", algorithm=Own(0.0625), overrides=["stop.steps=300"])
+    whole = offbeat.run("quadratic(5, noise=0.1)", "pure(lr=0.0625)", fleet, stop={"steps": 300})
     assert np.array_equal(longer.x, whole.x)
 
 
@@ -105,7 +108,9 @@ def test_a_method_with_start_and_arrive(fleet, tmp_path):
 @pytest.mark.parametrize("compressor", ["identity", "topk(0.2)"])
 def test_a_gossip_method_with_init_ask_and_tell(mode, compressor):
     runs = [
-        offbeat.run("logistic:digits", kind(compressor), "6 1..6", "ring:6", stop=STOP, mode=mode)
+        offbeat.run(
+            "quadratic(5, noise=0.1)", kind(compressor), "6 1..6", "ring:6", stop=STOP, mode=mode
+        )
         for kind in (OwnGossip, DerivedGossip)
     ]
     assert np.array_equal(runs[0].x, runs[1].x)
@@ -142,7 +147,7 @@ class OwnPlan:
 @pytest.mark.parametrize("fleet", FLEETS)
 def test_a_plan_with_start_and_arrived(fleet):
     runs = [
-        offbeat.run("logistic:digits", Method(plan, [StepSize(0.5)]), fleet, stop=STOP)
+        offbeat.run("quadratic(5, noise=0.1)", Method(plan, [StepSize(0.0625)]), fleet, stop=STOP)
         for plan in (OwnPlan(), Schedule(Finisher()))
     ]
     assert np.array_equal(runs[0].x, runs[1].x)
@@ -172,9 +177,12 @@ def without(kind, name):
     ],
 )
 def test_what_is_missing_is_one_sentence(parts, said):
-    whole = {"task": "logistic:digits", "algorithm": "pure", "fleet": "10 1..10"} | parts
+    whole = {"task": "quadratic(5, noise=0.1)", "algorithm": "pure", "fleet": "10 1..10"} | parts
     with pytest.raises(ConfigError, match=said):
         offbeat.run(**whole, stop=STOP)
+    if "work" in parts:
+        with pytest.raises(ConfigError, match=said):
+            compressed("topk(0.1)", parts["work"])
 
 
 def test_what_is_derived_is_left_as_it_is():
