@@ -164,13 +164,13 @@ class Study:
     ) -> "Study":
         """A study from its file; ``quick`` applies its [quick] section, then the overrides."""
         table = read_toml(path)
-        if "task" in table and "experiment" not in table:
-            raise ConfigError(f"{path}: is an experiment; begin it with: offbeat run {path}")
         table.setdefault("name", path.stem)
         try:
             if quick:
                 _merge(table, _section(table, "quick"))
             once({}, overrides)
+            if "task" in table and "experiment" not in table:
+                raise ConfigError(f"is an experiment; begin it with: offbeat run {path}")
             for override in overrides:
                 _override(table, override)
             return Study(table, build)

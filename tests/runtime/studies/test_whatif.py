@@ -75,7 +75,7 @@ def test_a_fleet_comes_from_a_run_or_a_table(tmp_path):
     assert recorded_times(path, 2) == [[1.5, 2.5], [3.0]]
     assert Fleet.parse(f"trace:{path}").workers == 2
     path.write_text("worker,start_s,end_s\n0,10\n1,1,2,3\n")
-    with pytest.raises(ConfigError, match="line 3"):
+    with pytest.raises(ConfigError, match="line 2"):
         recorded_times(path, 2)
 
 
