@@ -287,7 +287,7 @@ def read(
     Raises:
         ConfigError: naming the file, and every mistake in it.
     """
-    table = read_table(path)
+    table = read_toml(path)
     if "experiment" in table:
         raise ConfigError(f"{path}: is a study; begin it with: offbeat study {path}")
     try:
@@ -297,7 +297,7 @@ def read(
         raise ConfigError(f"{path}: {error}") from None
 
 
-def read_table(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
     """What a TOML file says; a graph that lies beside it is named by its whole path."""
     try:
         table = tomllib.loads(path.read_text())

@@ -9,7 +9,7 @@ from typing import Any
 from offbeat.algorithms.gossip import ALGORITHMS
 from offbeat.runtime import metrics
 from offbeat.runtime.errors import ConfigError, StorageError
-from offbeat.runtime.experiment import make_part, read_table
+from offbeat.runtime.experiment import make_part, read_toml
 from offbeat.runtime.registry import MADE_BY_HAND, Spec, told_apart
 from offbeat.runtime.replayed import PEER
 from offbeat.runtime.studies import table as tables
@@ -63,7 +63,7 @@ def settings(folder: Path) -> dict[str, Any]:
     (part, *more) = parts(folder)
     if more or part != folder:
         raise ConfigError(f"{folder}: holds several runs; name one of them, as {part}")
-    return read_table(folder / "experiment.toml")
+    return read_toml(folder / "experiment.toml")
 
 
 def runs(folder: Path) -> list[Run]:
@@ -73,7 +73,7 @@ def runs(folder: Path) -> list[Run]:
 
 
 def _run(folder: Path) -> Run | None:
-    settings = read_table(folder / "experiment.toml")
+    settings = read_toml(folder / "experiment.toml")
     found = rows(folder / "metrics.jsonl")
     if not found:
         return None

@@ -37,7 +37,7 @@ from offbeat.algorithms.gossip import ALGORITHMS
 from offbeat.runtime import files
 from offbeat.runtime.checkpoint import write_whole
 from offbeat.runtime.errors import ConfigError, StorageError, nearest
-from offbeat.runtime.experiment import KEYS, make_settings, read_table
+from offbeat.runtime.experiment import KEYS, make_settings, read_toml
 from offbeat.runtime.overrides import apply_override, once, put
 from offbeat.runtime.registry import (
     AtLeastOne,
@@ -163,14 +163,14 @@ class Study:
         path: Path, overrides: Sequence[str] = (), quick: bool = False, build: bool = True
     ) -> "Study":
         """A study from its file; ``quick`` applies its [quick] section, then the overrides."""
-        table = read_table(path)
-        if "task" in table and "experiment" not in table:
-            raise ConfigError(f"{path}: is an experiment; begin it with: offbeat run {path}")
+        table = read_toml(path)
         table.setdefault("name", path.stem)
         try:
             if quick:
                 _merge(table, _section(table, "quick"))
             once({}, overrides)
+            if "task" in table and "experiment" not in table:
+                raise ConfigError(f"is an experiment; begin it with: offbeat run {path}")
             for override in overrides:
                 _override(table, override)
             return Study(table, build)

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from offbeat.runtime.errors import ConfigError, OffbeatError
-from offbeat.runtime.experiment import read_table
+from offbeat.runtime.experiment import read_toml
 from offbeat.runtime.metrics import METRICS, said
 from offbeat.runtime.studies import recorded, report
 from offbeat.runtime.studies import study as studies
@@ -74,7 +74,7 @@ def look(folder: Path) -> tuple[Group, bool]:
 
 def _fraction(folder: Path, last: dict[str, Any]) -> float:
     """How much of a run is done, by whichever of its ends is nearest."""
-    stop = read_table(folder / "experiment.toml")["stop"]
+    stop = read_toml(folder / "experiment.toml")["stop"]
     ends = {of: stop.get(key) for key, of in REACHED.items()}
     return min(1.0, max((last.get(key, 0) / end for key, end in ends.items() if end), default=0.0))
 
