@@ -42,6 +42,11 @@ Say = Callable[[zmq.Socket], Iterator[int]]
 # -- Who floods ----------------------------------------------------------------------------------
 
 
+def address(endpoint: str) -> tuple[str, int]:
+    host, _, number = endpoint.removeprefix("tcp://").rpartition(":")
+    return host, int(number)
+
+
 @contextmanager
 def connection(endpoint: str, folder: Path | None) -> Iterator[zmq.Socket]:
     """A member's, or where there are no keys anybody's."""
@@ -63,14 +68,6 @@ def flood(endpoint: str, folder: Path | None, saying: Say) -> None:
                     sent += nbytes
                     if sent >= MOST_BYTES:
                         break
-
-
-def endless(made: zmq.Socket) -> Iterator[int]:
-    """Parts of one message, which has no last one."""
-    part = bytes(2**16)
-    while True:
-        made.send(part, zmq.SNDMORE)
-        yield len(part)
 
 
 def frames(made: zmq.Socket) -> Iterator[int]:
@@ -107,15 +104,31 @@ def asking(made: zmq.Socket) -> Iterator[int]:
     yield 50
 
 
+def endless(endpoint: str, folder: Path | None) -> None:
+    """Parts of one message, which has no last one; written by hand, as no library sends such."""
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL".ljust(55, b"\0")
+    ready = b"\x05READY\x0bSocket-Type" + (6).to_bytes(4) + b"DEALER"
+    part = b"\x03" + (2**16).to_bytes(8) + bytes(2**16)
+    sent, end_s = 0, time.monotonic() + MOST_S
+    while sent < MOST_BYTES and time.monotonic() < end_s:
+        with suppress(OSError), socket.create_connection(address(endpoint), 1.0) as made:
+            made.sendall(greeting + bytes([4, len(ready)]) + ready)
+            said = b""
+            while b"READY" not in said:
+                said += made.recv(4096) or b"READY"
+            while sent < MOST_BYTES:
+                made.sendall(part)
+                sent += len(part)
+
+
 def silent(endpoint: str, folder: Path | None) -> None:
     """1,260 connections that say nothing, again and again."""
-    host, _, number = endpoint.removeprefix("tcp://").rpartition(":")
     end_s = time.monotonic() + MOST_S
     while time.monotonic() < end_s:
         made = []
         for _ in range(1260):
             with suppress(OSError):
-                made.append(socket.create_connection((host, int(number)), 1.0))
+                made.append(socket.create_connection(address(endpoint), 1.0))
         time.sleep(1.0)
         for one in made:
             one.close()
@@ -124,12 +137,12 @@ def silent(endpoint: str, folder: Path | None) -> None:
 def plan(quick: bool) -> dict[str, tuple[bool, Callable[[str, Path | None], None]]]:
     """Name -> whether there are keys, and who floods."""
     found: dict[str, tuple[bool, Callable[[str, Path | None], None]]] = {
-        "1,260 silent connections of strangers": (True, silent)
+        "1,260 silent connections of strangers": (True, silent),
+        "messages without end, no keys": (False, endless),
     }
     for keyed, (about, saying) in itertools.product(
         (True, False),
         {
-            "a message without end": endless,
             "messages of 1,500 frames": frames,
             "messages that wait unread": large,
             "messages that cannot be read": unreadable,

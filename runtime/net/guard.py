@@ -28,7 +28,8 @@ from offbeat.runtime.net import wire
 from offbeat.runtime.net.jobs import MOST_WRONG
 from offbeat.runtime.net.link import WINDOW
 
-LOOK_S, ALARMED_S = 0.1, 0.01  # between two looks: mostly, and where something waits
+# Between two looks: mostly, and where something waits, or somebody is new.
+LOOK_S, ALARMED_S = 0.1, 0.01
 SHARE = 50  # the time between two looks is as many times what one takes
 NOTICED = 2**16  # bytes that wait
 MOST_LARGE = 4  # arrays of a message that are as large as they may be
@@ -278,7 +279,7 @@ class Guard:
                 continue
             with self._lock:
                 self._look(began_s)
-            alarmed = self._waiting > NOTICED
+            alarmed = self._silent or self._waiting > NOTICED
             now_s = time.monotonic()
             due_s = now_s + max(ALARMED_S if alarmed else LOOK_S, SHARE * (now_s - began_s))
 
@@ -292,7 +293,7 @@ class Guard:
             monitor.recv()  # its endpoint
             if event & (zmq.EVENT_ACCEPTED | zmq.EVENT_CONNECTED):
                 with self._lock:
-                    self._opened(socket, value)
+                    self._opened(socket, value, ours=event == zmq.EVENT_CONNECTED)
             elif event == zmq.EVENT_DISCONNECTED:
                 with self._lock:
                     if (one := self._table.get((socket, value))) is not None:
@@ -300,7 +301,7 @@ class Guard:
             if event & wanted:
                 self._told.append((key, event, value))
 
-    def _opened(self, socket: zmq.Socket, number: int) -> None:
+    def _opened(self, socket: zmq.Socket, number: int, *, ours: bool = False) -> None:
         if (old := self._table.get((socket, number))) is not None:
             if not old.closed and not old.gone():
                 return
@@ -310,6 +311,9 @@ class Guard:
         except OSError:  # it is closed already
             return
         self._table[socket, number] = one
+        if ours:  # this side began it
+            one.heard = True
+            return
         self._silent[one] = None
         if self._waiting > self._total:
             self._end(one, "too much waits unread to let more come in")
@@ -352,7 +356,7 @@ class Guard:
         if waiting > self._total and here:
             fair = sum(one.unread for one in here) / len(here)
             for one in here:
-                if one.unread >= max(fair, 1):
+                if one.unread >= max(fair, NOTICED):
                     self._end(one, f"{waiting} bytes wait of all, {one.unread} of this one")
 
     def _end(self, one: Connection, why: str) -> None:

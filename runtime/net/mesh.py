@@ -341,10 +341,10 @@ class Mesh:
         """Whether nobody waits for this peer any more, once it is done."""
         late_s = self._left_s + LATE_S
         return all(
-            n.standing in (DONE, LEFT) or (now_s >= late_s and not self._hears(n, now_s))
+            n.standing in (DONE, LEFT) or (now_s >= late_s and not self.hears(n, now_s))
             for n in self.neighbours.values()
         ) and not any(
-            n.link.pending and self._hears(n, now_s) and n.standing != LEFT
+            n.link.pending and self.hears(n, now_s) and n.standing != LEFT
             for n in self.neighbours.values()
         )
 
@@ -515,7 +515,7 @@ class Mesh:
             self._flush(n, now_s)
             if now_s >= n.beat_s:
                 self._beat(n, now_s)
-        alone = not any(self._hears(n, now_s) for n in self.neighbours.values())
+        alone = not any(self.hears(n, now_s) for n in self.neighbours.values())
         differs_s = np.inf if self._differs_s is None else self._differs_s
         if alone and not self.begun and now_s - differs_s > DIFFER_S:
             self.fate = ConfigError(self._difference)
@@ -531,17 +531,18 @@ class Mesh:
         most_s = self._looked_s + self.liveness.heartbeat_s
         return min([most_s, *(min(n.beat_s, n.link.due_s()) for n in self.neighbours.values())])
 
-    def _hears(self, n: Neighbour, now_s: float) -> bool:
+    def hears(self, n: Neighbour, now_s: float) -> bool:
+        """Whether ``n`` was heard lately."""
         return now_s - n.heard_s <= self.liveness.down_after_s
 
     def _mutual(self, n: Neighbour, now_s: float) -> bool:
-        return n.knows and self._hears(n, now_s)
+        return n.knows and self.hears(n, now_s)
 
     def _see(self, n: Neighbour, now_s: float) -> None:
         """Whether ``n`` has come up or gone down."""
         if not self.begun:
             return
-        if n.up and not self._hears(n, now_s):
+        if n.up and not self.hears(n, now_s):
             if n.standing != DONE:
                 self._down(n)
         elif not n.up and self._mutual(n, now_s) and n.standing in (RUNNING, DONE):
@@ -561,7 +562,7 @@ class Mesh:
         n.beat_s = now_s + (self.liveness.tick_s if often else self.liveness.heartbeat_s)
         self._beats += 1
         body = Beat(
-            self._beats, n.theirs, n.before, self._hears(n, now_s), self.standing,
+            self._beats, n.theirs, n.before, self.hears(n, now_s), self.standing,
             bool(n.since) and process(n.since) == process(n.theirs), self.round,
         )  # fmt: skip
         (parcel,) = parcels("beat", body)

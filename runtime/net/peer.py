@@ -652,6 +652,13 @@ class PeerProcess:
         now_s = time.monotonic()
         counts = self._report.counts.get(self.me, {})
         standings = ["gathering", "gathering", "running", "done", "left"]
+
+        def state(n: mesh.Neighbour) -> str:
+            if n.up:
+                return "up"
+            gathers = self._hosted is None and self.mesh.hears(n, now_s)
+            return standings[n.standing] if gathers else "down"
+
         loss = self._last.get("loss", math.nan)
         return {
             "node": self.seat.name,
@@ -670,7 +677,7 @@ class PeerProcess:
                 {
                     "node": n.name,
                     "where": self._seats[n.number].endpoint,
-                    "state": "up" if n.up else "down" if self._hosted else standings[n.standing],
+                    "state": state(n),
                     "round": n.round,
                     "silent_s": min(now_s - n.heard_s, 1e9),
                     "waiting": n.link.pending,

@@ -205,6 +205,8 @@ class Reader:
         self._bodies = {
             name: msgspec.msgpack.Decoder(kind.body) for name, kind in self.kinds.items()
         }
+        arrays = [one for kind in kinds.values() for one in kind.arrays.values()]
+        self._in_pieces = any(most_coded(one) > PIECE_BYTES for one in arrays)
 
     def read(self, frames: Sequence[Buffer]) -> Message:
         """The message in ``frames``.
@@ -225,6 +227,8 @@ class Reader:
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise BadHeader(f"the body of {head.kind} cannot be read: {error}") from None
         if kind is PIECE:
+            if not self._in_pieces:
+                raise BadArray("nothing is so large here that it comes in pieces")
             if head.arrays or len(rest) != 1:
                 raise BadArray(f"a piece has one frame, not {len(rest)}")
             part = memoryview(rest[0])
