@@ -208,7 +208,7 @@ class Guard:
         except zmq.ZMQError:
             return None
         one = self._table.get((socket, number))
-        if one is None or (one.closed and one.address):  # the thread has not heard of it yet
+        if one is None or one.address:  # the thread has not heard of it yet
             with self._lock:
                 self._opened(socket, number)
             one = self._table.get((socket, number))

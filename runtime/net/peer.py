@@ -258,12 +258,6 @@ class PeerProcess:
             own = keys.identity(keys_folder, self.seat.name)
             self._gate = keys.Gate(context, keys_folder)
             keys.as_server(self._router, own)
-        self._guard.watch(self._router, 0)
-        if descriptor is not None:
-            self._router.setsockopt(zmq.USE_FD, descriptor)
-        self.endpoint = sockets.bound(self._router, bind)
-        if self._gate is not None and own is not None:
-            self._gate.self_test(keys.knock(self.endpoint), own.public)
         self._dealers: dict[tuple[int, bool], zmq.Socket] = {}  # whether for beats
         for j in self.mesh.neighbours:
             seat = self._seats[j]
@@ -279,7 +273,13 @@ class PeerProcess:
                 seen = sockets.FAILED if beats else zmq.EVENT_HANDSHAKE_SUCCEEDED
                 self._guard.watch(dealer, seen, (j, beats))
                 sockets.connected(dealer, seat.endpoint)
+        self._guard.watch(self._router, 0)
+        if descriptor is not None:
+            self._router.setsockopt(zmq.USE_FD, descriptor)
+        self.endpoint = sockets.bound(self._router, bind)
         self._guard.start()
+        if self._gate is not None and own is not None:
+            self._gate.self_test(keys.knock(self.endpoint), own.public)
 
     # -- The loop --------------------------------------------------------------------------------
 

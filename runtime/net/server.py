@@ -173,19 +173,19 @@ class ZmqCrew(Crew):
                 self._gate = keys.Gate(self._context, folder_of_keys)
                 keys.as_server(self._socket, own)
             self._descriptor = self._socket.fileno()  # to ask for it takes as long as a message
-            self._guard.watch(self._socket, sockets.FAILED)
-            self.endpoint = sockets.bound(self._socket, options.bind)
-            self._own_knocks = 0
-            if self._gate is not None:
-                self._gate.self_test(keys.knock(self.endpoint), own.public)
-                self._own_knocks = 1  # of the handshakes that were refused
-            self._guard.start()
             self._hub = Hub(
                 self._claim.run, text, spoken, experiment.fleet.workers,
                 self._claim.incarnation, liveness, version("offbeat"), sockets.PIECE_S,
             )  # fmt: skip
             if options.metrics:
                 self._exporter = Exporter(options.metrics, SERVER)
+            self._guard.watch(self._socket, sockets.FAILED)
+            self.endpoint = sockets.bound(self._socket, options.bind)
+            self._guard.start()
+            self._own_knocks = 0
+            if self._gate is not None:
+                self._gate.self_test(keys.knock(self.endpoint), own.public)
+                self._own_knocks = 1  # of the handshakes that were refused
             now_s = time.monotonic()
             self._tick_s = self._look_s = now_s
             self._alone_s, self._remind_s = now_s, now_s + FIRST_S  # since when nobody is here

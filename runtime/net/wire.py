@@ -227,13 +227,13 @@ class Reader:
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise BadHeader(f"the body of {head.kind} cannot be read: {error}") from None
         if kind is PIECE:
-            if not self._in_pieces:
-                raise BadArray("nothing is so large here that it comes in pieces")
             if head.arrays or len(rest) != 1:
                 raise BadArray(f"a piece has one frame, not {len(rest)}")
             part = memoryview(rest[0])
             if not 0 < part.nbytes <= PIECE_BYTES:
                 raise TooLarge(f"a piece of {part.nbytes} bytes; at most {PIECE_BYTES}")
+            if not self._in_pieces:
+                raise BadArray("nothing is so large here that it comes in pieces")
             return Message(head, body, {}, [], part)
         arrays, missing = _arrays(head, kind.arrays, rest)
         return Message(head, body, arrays, missing)

@@ -231,8 +231,7 @@ def test_a_connection_of_our_own_ends_when_it_is_given_up(stack):
         theirs = stack.enter_context(other.accept()[0])
         until(lambda: watching._table)
         dealer.disconnect(endpoint)
-        dealer.getsockopt(zmq.EVENTS)
-        until(lambda: not open_(theirs))
+        until(lambda: (dealer.getsockopt(zmq.EVENTS), not open_(theirs))[1])
 
 
 def test_what_a_node_may_need_follows_the_run():

@@ -13,7 +13,7 @@ from offbeat.runtime.net import messages as say
 from offbeat.runtime.net import wire
 from offbeat.runtime.net.cli import shown
 from offbeat.runtime.net.hub import Hub
-from offbeat.runtime.net.jobs import MOST_OFFENCES, MOST_STRIKES, Liveness
+from offbeat.runtime.net.jobs import GRAVE, MOST_OFFENCES, MOST_STRIKES, Liveness
 from offbeat.runtime.net.link import WINDOW
 from offbeat.runtime.net.spoke import Spoke
 from offbeat.workers.compressed import SENT
@@ -616,3 +616,32 @@ def test_who_is_not_listed_any_more_is_nobody_until_it_is_again():
     assert site.hub.cuts == [(b"anew", "wrong_node")]
     site.hub.receive(b"anew", "a", hello, site.now_s)  # it is again
     assert sorted(site.hub.seats) == ["a", "b"]
+
+
+def test_how_much_a_message_speaks_against_its_connection():
+    """What an honest node may have on its way is borne longer than what only others say."""
+    site = Site("a", 1)
+    (parcel,) = wire.parcels("pulse", say.Pulse())
+    late = wire.pack(parcel, run="r", node="a", incarnation=1, to=site.hub.incarnation + 1)
+    other = wire.pack(parcel, run="another", node="a", incarnation=1)
+    (parcel,) = wire.parcels("ask", say.Ask())
+    ask = wire.pack(parcel, run="", node="z", incarnation=0)
+    blames = [
+        site.hub.receive(b"z", None, [bytes(frame) for frame in frames], site.now_s)
+        for frames in (late, other, [b"no header"], ask)
+    ]
+    assert blames == [1, 1, GRAVE, 0]
+
+
+def test_who_asks_all_the_time_is_not_looked_up_all_the_time(monkeypatch):
+    site, looked = Site("a", 1), []
+    status = site.hub.status
+    monkeypatch.setattr(site.hub, "status", lambda now_s: looked.append(now_s) or status(now_s))
+    (parcel,) = wire.parcels("ask", say.Ask())
+    ask = [bytes(frame) for frame in wire.pack(parcel, run="", node="z", incarnation=0)]
+    for _ in range(100):
+        site.hub.receive(b"z", None, ask, site.now_s)
+    assert len(looked) == 1
+    assert len(site.hub.outbox) == 100
+    site.hub.receive(b"z", None, ask, site.now_s + site.hub.liveness.tick_s)
+    assert len(looked) == 2

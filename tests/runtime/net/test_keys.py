@@ -1,5 +1,6 @@
 """Keys: who is let in, who is not, and what is never shown."""
 
+import errno
 import stat
 from contextlib import ExitStack
 from pathlib import Path
@@ -214,3 +215,20 @@ def test_no_key_that_is_made_begins_with_a_dash(tmp_path, monkeypatch):
     assert len(made) == 3
     assert not keys.show(tmp_path, "a").startswith("-")
     assert (tmp_path / "a.key_secret").stat().st_mode & 0o777 == 0o600
+
+
+def test_where_no_file_can_be_opened_nobody_is_revoked(folder, context, monkeypatch):
+    gate = keys.Gate(context.zmq, folder)
+    context.stack.callback(gate.close)
+    keys.authorize(folder, "bob", keys.show(folder, "b"))
+    load = keys.load_certificate
+
+    def short(path):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(keys, "load_certificate", short)
+    assert gate.revoked() == set()
+    assert set(gate._thread.names.values()) == {"ann"}
+    monkeypatch.setattr(keys, "load_certificate", load)
+    assert gate.revoked() == set()
+    assert set(gate._thread.names.values()) == {"ann", "bob"}  # looked at again

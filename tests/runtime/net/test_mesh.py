@@ -283,3 +283,12 @@ def test_who_says_such_things_again_and_again_is_cut_off():
     assert m.counts["bad_header"] == MOST_OFFENCES
     assert m.cuts == [(b"x", "bad_header")]
     assert not m.neighbours[0].up
+
+
+def test_a_neighbour_that_is_dead_is_not_here():
+    live = Net(NOISY, METHODS["dsgd"], "ring", seed=4, limit=400).run(until_s=20.0)
+    m = live.parties[1].mesh
+    assert {n.number for n in m.here(live.now)} == {0, 2}
+    m.neighbours[0].heard_s = live.now - 2 * LIVENESS.down_after_s
+    assert m.neighbours[0].knows
+    assert [n.number for n in m.here(live.now)] == [2]

@@ -9,6 +9,7 @@ import zmq
 
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.net import sockets
+from offbeat.runtime.net.jobs import Liveness
 
 BUSY = """
 import os, subprocess, sys, time, zmq
@@ -65,3 +66,29 @@ def test_a_port_that_is_none_is_not_taken_for_another(use):
         pytest.raises(ConfigError, match="71071: ports end with 65535"),
     ):
         use(socket, "tcp://127.0.0.1:71071")
+
+
+def test_nobody_takes_a_path_that_somebody_listens_at(tmp_path):
+    """ZeroMQ itself would, and the first would hear nothing any more."""
+    endpoint = f"ipc://{tmp_path}/run"
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as first:
+        assert sockets.bound(first, endpoint) == endpoint
+        with (
+            context.socket(zmq.ROUTER) as second,
+            pytest.raises(ConfigError, match=r"cannot listen there [(]another process does"),
+        ):
+            sockets.bound(second, endpoint)
+        with context.socket(zmq.DEALER) as dealer:
+            sockets.connected(dealer, endpoint)
+            dealer.send(b"here")
+            assert first.poll(10_000)
+    (tmp_path / "run").touch()  # as one that was killed leaves it
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as third:
+        assert sockets.bound(third, endpoint) == endpoint
+
+
+@pytest.mark.parametrize("kind", [zmq.ROUTER, zmq.DEALER])
+def test_libzmq_itself_never_stops_reading(kind):
+    with zmq.Context() as context, sockets.limited(context, kind, Liveness()) as socket:
+        assert socket.rcvhwm == 0
+        assert socket.sndhwm == sockets.QUEUED

@@ -352,3 +352,16 @@ def test_of_a_message_of_many_frames_few_are_kept():
     assert len(sockets.receive(one)) == sockets.MOST_FRAMES
     assert [frame.bytes for frame in sockets.receive(one)] == [b"next"]
     context.destroy(0)
+
+
+def test_pieces_are_of_what_is_large():
+    """In a run of small models nobody can have them held for what never comes."""
+    small = {"result": wire.Kind(wire.Piece, {"x": wire.ArraySpec("<f8", (10,))})}
+    large = {"result": wire.Kind(wire.Piece, {"x": wire.ArraySpec("<f8", (10**6,))})}
+    frames = wire.pack(
+        wire.Parcel("piece", wire._encode(wire.Piece(0)), (), (b"part",)), run="r", node="a",
+        incarnation=1,
+    )  # fmt: skip
+    assert wire.Reader("r", large).read(frames).piece == b"part"
+    with pytest.raises(BadArray, match="nothing is so large here that it comes in pieces"):
+        wire.Reader("r", small).read(frames)
