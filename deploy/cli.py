@@ -34,8 +34,8 @@ Program = Annotated[str, typer.Option(help="The offbeat program there, a name or
 Image = Annotated[
     str, typer.Option("--image", help="Of the containers; there is a Dockerfile for it.")
 ]
-Cpus = Annotated[float, typer.Option(help="Of each pod.")]
-Memory = Annotated[str, typer.Option(help="Of each pod.")]
+Cpus = Annotated[float, typer.Option(help="Of each pod; else as the run may need.")]
+Memory = Annotated[str, typer.Option(help="Of each pod; else as the run may need.")]
 Storage = Annotated[str, typer.Option(help="For the run's folder.")]
 IMAGE = "offbeat:latest"
 COLOURS = {"good": "green", "note": "yellow", "wrong": "bold red"}
@@ -112,7 +112,7 @@ def kubernetes(
     nodes: Count = None,
     image_: Image = IMAGE,
     cpus: Cpus = 1,
-    memory: Memory = "4Gi",
+    memory: Memory = "",
     storage: Storage = "10Gi",
     device: Device = "cpu",
     port: Port = PORT,
@@ -135,7 +135,7 @@ def kuberay(
     nodes: Count = None,
     image_: Image = IMAGE,
     cpus: Cpus = 1,
-    memory: Memory = "4Gi",
+    memory: Memory = "",
     storage: Storage = "10Gi",
     device: Device = "cpu",
     name: Run = None,

@@ -47,6 +47,7 @@ def compose(plan: Plan, image: str) -> str:
         # Keys are readable by their owner alone, so nodes run as whoever made them.
         "user": "${OFFBEAT_UID:?run ./prepare.sh first}:${OFFBEAT_GID:?run ./prepare.sh first}",
         "init": True,
+        "mem_limit": f"{plan.memory_mb}m",
         "restart": "on-failure:20",
         "stop_grace_period": f"{GRACE_S}s",
         "read_only": True,

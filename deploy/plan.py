@@ -3,7 +3,7 @@
 import math
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from offbeat.deploy.hosts import MOST_HOSTS, MOST_NAME, PORT, Hosts, endpoint, n
 from offbeat.runtime import files
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.experiment import Experiment, read
+from offbeat.runtime.net.link import WINDOW
+from offbeat.runtime.net.wire import PIECE_BYTES
 from offbeat.runtime.registry import Reads
 from offbeat.workers.tasks import device as devices
 from offbeat.workers.work import OwnLoop
@@ -25,6 +27,7 @@ IMAGE = re.compile(
     r"[a-z0-9][a-z0-9.-]*(:\d{1,5})?(/[a-z0-9][a-z0-9._-]*)*(:[\w.-]+)?(@sha256:[0-9a-f]{64})?"
 )
 DEVICES = ("cpu", "cuda")
+LEAST_MB = 4096  # of memory: for Python, torch, and a task without files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,7 @@ class Plan:
         hosts: the machines, where they are known beforehand.
         files: what the experiment reads: where it lies in what is deployed -> where it is here.
         notes: what its user has to see to.
+        memory_mb: that a node is stopped at: behind the bounds that it keeps by itself.
     """
 
     name: str
@@ -58,6 +62,7 @@ class Plan:
     hosts: Hosts | None = None
     files: Mapping[str, Path] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    memory_mb: int = LEAST_MB
 
     @property
     def cuda(self) -> bool:
@@ -203,6 +208,7 @@ def plan(
         hosts=nodes if isinstance(nodes, Hosts) else None,
         files=shipped,
         notes=tuple(notes),
+        memory_mb=_memory_mb(what, shipped.values()),
     )
 
 
@@ -237,6 +243,14 @@ def _check_device(file: Path, what: Experiment, device: str) -> None:
         devices.check(what.task, device)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
+
+
+def _memory_mb(what: Experiment, shipped: Collection[Path]) -> int:
+    """For a node: files as arrays, and of each participant models, or what it has on its way."""
+    model = 8 * what.task.dim
+    each = max(4 * model, WINDOW * min(model, PIECE_BYTES))
+    nbytes = sum(path.stat().st_size for path in shipped)
+    return LEAST_MB + (what.fleet.workers * each + 8 * nbytes) // 2**20
 
 
 def _engine_notes(file: Path, what: Experiment, own: str, wanted: str, device: str) -> list[str]:

@@ -155,16 +155,17 @@ def compose(plan: Plan, *, image: str) -> Files:
 
 
 def kubernetes(
-    plan: Plan, *, image: str, cpus: float = 1, memory: str = "4Gi", storage: str = "10Gi"
+    plan: Plan, *, image: str, cpus: float = 1, memory: str = "", storage: str = "10Gi"
 ) -> Files:
     """Stateful sets with all around them, and a script that makes the secrets.
 
     Args:
         plan: the run.
         image: of all pods.
-        cpus, memory: of a pod.
+        cpus, memory: of a pod; "": as much as the plan has.
         storage: of a run folder.
     """
+    memory = memory or f"{plan.memory_mb}Mi"
     _check_sizes(plan, cpus, memory, storage)
     stay = _fill("kubernetes/stay.sh", done=manifests.DONE)
     return _with_keys(plan) | _dockerfile(plan, image) | {
@@ -174,9 +175,10 @@ def kubernetes(
 
 
 def kuberay(
-    plan: Plan, *, image: str, cpus: float = 1, memory: str = "4Gi", storage: str = "10Gi"
+    plan: Plan, *, image: str, cpus: float = 1, memory: str = "", storage: str = "10Gi"
 ) -> Files:
     """A RayJob; arguments as of ``kubernetes``. Ray's own network is the cluster's: no keys."""
+    memory = memory or f"{plan.memory_mb}Mi"
     _check_sizes(plan, cpus, memory, storage)
     entry = _fill("kuberay/entry.sh", plan=plan, run=f"{manifests.RUN}/{plan.name}")
     return _dockerfile(plan, image) | {

@@ -17,10 +17,11 @@ import typer
 import yaml
 
 from offbeat.deploy import cli, render
+from offbeat.deploy import plan as plans
 from offbeat.deploy.hosts import read_hosts
 from offbeat.runtime.cli import app
 from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.experiment import read
+from offbeat.runtime.experiment import from_table, read
 
 BIN = Path(sys.executable).parent
 COMMANDS = typer.main.get_command(app).commands
@@ -108,9 +109,10 @@ def test_slurm_directives(shape, tmp_path):
     }  # fmt: skip
     computing = {
         "nodes": "2", "ntasks": "3", "ntasks-per-node": "2", "cpus-per-task": "1",
-        "gpus-per-task": "1", "partition": "gpu",
+        "gpus-per-task": "1", "partition": "gpu", "mem": f"{2 * plans.LEAST_MB}M",
     }  # fmt: skip
     serving = {"nodes": "1", "ntasks": "1", "cpus-per-task": "1", "partition": "gpu"}
+    serving["mem"] = f"{plans.LEAST_MB}M"
     assert parts == ([job | serving, computing] if shape == "server" else [job | computing])
 
 
@@ -596,3 +598,25 @@ def test_scripts_need_no_quotes(tmp_path):
     for bad in ("$(reboot)", "`reboot`", "a b", "a;b", "a\nb", "'", '"', "-rf"):
         with pytest.raises(ConfigError):
             deploying.deploy(tmp_path, "ssh", "server", f"--dir={bad}")
+
+
+@pytest.mark.parametrize("recipe", ["slurm", "systemd", "compose", "kubernetes"])
+def test_every_node_has_a_limit_on_memory(recipe, tmp_path):
+    """Of one number, for all of a machine's nodes in Slurm."""
+    options = ["--per-machine", "2"] if recipe == "slurm" else []
+    out = deploying.deploy(tmp_path, recipe, "server", *options)
+    text = "\n".join(path.read_text() for path in out.rglob("*") if path.is_file())
+    said = {
+        "slurm": f"#SBATCH --mem={2 * plans.LEAST_MB}M",
+        "systemd": f"MemoryMax={plans.LEAST_MB}M",
+        "compose": f"mem_limit: {plans.LEAST_MB}m",
+        "kubernetes": f"memory: {plans.LEAST_MB}Mi",
+    }
+    assert said[recipe] in text
+
+
+def test_limits_grow_with_the_model_and_its_workers():
+    (small,) = from_table({"task": "quadratic(10)", "algorithm": "pure", "fleet": "8"})
+    (large,) = from_table({"task": "quadratic(1000000)", "algorithm": "pure", "fleet": "8"})
+    assert plans._memory_mb(small, []) == plans.LEAST_MB
+    assert plans._memory_mb(large, []) == plans.LEAST_MB + 8 * 64
