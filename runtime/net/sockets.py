@@ -43,7 +43,7 @@ def limited(context: zmq.Context, kind: int, liveness: Liveness) -> zmq.Socket:
 
     With a limit of its own on that, libzmq 4.3.5 can end the process.
     """
-    context.set(ZERO_COPY, 0)  # else a message of few bytes may hold 18 kB
+    context.set(ZERO_COPY, 0)  # else a message of 40 bytes may hold 8 kB
     made = context.socket(kind)
     made.linger = LINGER_MS
     made.maxmsgsize = max(wire.PIECE_BYTES, wire.MOST_HEADER) + 2**16

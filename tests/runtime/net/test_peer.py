@@ -1,6 +1,7 @@
 """Peers in threads of one process, where a test can hold up what they do."""
 
 import json
+import socket
 import threading
 import time
 
@@ -109,3 +110,26 @@ def test_a_status_is_json_before_there_is_a_loss(waiting):
     row = json.loads(told, parse_constant=pytest.fail)
     assert row["loss"] is None
     assert str(shown(row).title) == "n0: gathering, round 0, 0 MB sent, incarnation 1"
+
+
+def test_where_there_are_no_keys_none_is_asked_about(tmp_path, caplog):
+    of = {**table(STEPS, "dsgd(lr=0.1)"), "fleet": "2 0.2"}
+    seats = [Seat(*seat) for seat in Ring(of, tmp_path, n=2).seats]
+    port = int(seats[1].endpoint.rpartition(":")[2])
+    with socket.create_server(("127.0.0.1", port)) as other:
+        other.settimeout(LIMIT_S)
+        peer = PeerProcess(made(of), seats, 0, tmp_path / seats[0].name)
+        thread = threading.Thread(target=peer._work)
+        thread.start()
+        try:
+            until_s = time.monotonic() + LIMIT_S
+            while "the handshake with" not in caplog.text:
+                assert time.monotonic() < until_s, "it did not happen in time"
+                other.accept()[0].close()
+        finally:
+            peer._leaving = True
+            thread.join(LIMIT_S)
+            peer.close()
+    name = seats[1].name
+    assert f"handshake with {name} fails; does it run with keys? Here are none" in caplog.text
+    assert "is its key right" not in caplog.text
