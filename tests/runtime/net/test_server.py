@@ -66,7 +66,7 @@ def test_too_many_open_files_are_no_lost_storage(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(tmp_path), "read_bytes", short)
     claim.check(surely=False)  # the next look tells
-    saves = Attempts(2)
+    saves = Attempts(2, 1.0)
     for _ in range(5):
         with saves.bear():
             claim.check()  # nothing is saved before it is known whose the folder is
