@@ -176,7 +176,7 @@ def serve(endpoint: str, folder: Path | None, steps: int, told: Pipe) -> None:
         "quadratic(1000, noise=0.1)", "pure(lr=0.01)", f"1 {JOB_S}", engine=engine,
         stop={"steps": steps}, evaluate={"steps": steps // 4},
     )  # fmt: skip
-    times = result.trace[:, 0]
+    times = result.trace[:, 0].tolist()
     mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     told.send(((len(times) - 1) / (times[-1] - times[0]), result.x.tobytes(), mb))
 
