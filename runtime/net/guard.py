@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 import zmq
 
-from offbeat.runtime.net import wire
+from offbeat.runtime.net import sockets, wire
 from offbeat.runtime.net.jobs import MOST_WRONG
 from offbeat.runtime.net.link import WINDOW
 
@@ -56,7 +56,10 @@ def needs(kinds: Mapping[str, wire.Kind]) -> int:
     """Bytes that an honest node may have on its way at most: a link's window of the largest."""
     largest = 0
     for kind in kinds.values():
-        arrays = sorted(wire.most_coded(one) for one in kind.arrays.values())[-MOST_LARGE:]
+        if kind.stranger:  # of which nobody has many on his way
+            continue
+        sizes = (int(wire.CODED_SLACK[0] * one.nbytes) for one in kind.arrays.values())
+        arrays = sorted(sizes)[-MOST_LARGE:]
         pieces = wire.PIECE_BYTES if arrays and arrays[-1] > wire.PIECE_BYTES else 0
         largest = max(largest, pieces, sum(one for one in arrays if one <= wire.PIECE_BYTES))
     return WINDOW * (largest + wire.INLINE_BYTES)
@@ -155,6 +158,7 @@ class Guard:
         self.ended = 0  # connections that were cut
         self._drains = 0  # how often nothing was left to be read
         self._waiting = 0  # bytes unread, of all
+        self._alarm_s = 0.0  # until when somebody is new
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="guard", daemon=True)
@@ -279,8 +283,8 @@ class Guard:
                 continue
             with self._lock:
                 self._look(began_s)
-            alarmed = self._silent or self._waiting > NOTICED
             now_s = time.monotonic()
+            alarmed = now_s < self._alarm_s or self._waiting > NOTICED
             due_s = now_s + max(ALARMED_S if alarmed else LOOK_S, SHARE * (now_s - began_s))
 
     def _hear(self, monitor: zmq.Socket) -> None:
@@ -315,6 +319,7 @@ class Guard:
             one.heard = True
             return
         self._silent[one] = None
+        self._alarm_s = time.monotonic() + sockets.HANDSHAKE_MS / 1000
         if self._waiting > self._total:
             self._end(one, "too much waits unread to let more come in")
         elif len(self._silent) > self._budget:

@@ -481,6 +481,7 @@ class PeerProcess:
             told.tell(note.event, f"{name}: {note.text}", note.level, **note.fields)
         self.mesh.notes.clear()
         for address, why in self._guard.ends():
+            self.mesh.counts["cut"] = self._guard.ended
             text = f"{name}: a connection from {address} is ended: {why}"
             told.tell("cut", text, WARNING, address=address, why=why)
         told.remind()

@@ -406,8 +406,8 @@ class ZmqCrew(Crew):
             self._hub.counts["handshakes_refused"] += count
             text = f"{count} handshakes were refused"
             self._told.tell("key_refused", text, count=count)
-        self._hub.counts["cut"] = guard.ended
         for peer, why in guard.ends():
+            self._hub.counts["cut"] = guard.ended
             text = f"a connection from {peer} is ended: {why}"
             self._told.tell("cut", text, WARNING, address=peer, why=why)
 

@@ -205,8 +205,9 @@ class Reader:
         self._bodies = {
             name: msgspec.msgpack.Decoder(kind.body) for name, kind in self.kinds.items()
         }
-        arrays = [one for kind in kinds.values() for one in kind.arrays.values()]
-        self._in_pieces = any(most_coded(one) > PIECE_BYTES for one in arrays)
+        members = [kind for kind in kinds.values() if not kind.stranger]
+        arrays = [one for kind in members for one in kind.arrays.values()]
+        self._in_pieces = any(_most_coded(one) > PIECE_BYTES for one in arrays)
 
     def read(self, frames: Sequence[Buffer]) -> Message:
         """The message in ``frames``.
@@ -296,7 +297,7 @@ def _arrays(
 def check(one: Array, spec: ArraySpec, kind: str) -> None:
     """Raise BadArray or TooLarge where ``one`` is not what ``spec`` says."""
     if one.codec == "coded":
-        if not 0 < one.nbytes <= most_coded(spec):
+        if not 0 < one.nbytes <= _most_coded(spec):
             raise TooLarge(f"{kind}.{one.name} has {one.nbytes} coded bytes for {spec}")
         return
     if spec.loose and one.dtype in (spec.dtype, "<i8", "<f8") and len(one.shape) == 1:
@@ -309,8 +310,7 @@ def check(one: Array, spec: ArraySpec, kind: str) -> None:
         raise BadArray(f"{kind}.{one.name} has {one.nbytes} bytes, not {spec.nbytes}")
 
 
-def most_coded(spec: ArraySpec) -> int:
-    """Bytes of an array at most, as it travels."""
+def _most_coded(spec: ArraySpec) -> int:
     factor, slack = CODED_SLACK
     return int(factor * spec.nbytes + slack)
 
@@ -410,6 +410,6 @@ class Assembly:
         one = self._message.missing[0]
         spec = self._kinds[self._message.head.kind].arrays[one.name]
         # Of one size for all that are coded: the pool is not to keep a buffer of every length.
-        room = most_coded(spec) if one.codec == "coded" else one.nbytes
+        room = _most_coded(spec) if one.codec == "coded" else one.nbytes
         self._buffer = self._pool.take(room)[: one.nbytes]
         self._filled = 0

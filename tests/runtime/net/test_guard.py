@@ -6,10 +6,11 @@ import sys
 import time
 from contextlib import ExitStack
 
+import numpy as np
 import pytest
 import zmq
 
-from offbeat.runtime.net import guard, keys, sockets, wire
+from offbeat.runtime.net import guard, keys, mesh, sockets, wire
 from offbeat.runtime.net.guard import Guard
 from offbeat.runtime.net.jobs import GRAVE, MOST_OFFENCES, MOST_WRONG, Liveness
 
@@ -237,8 +238,9 @@ def test_a_connection_of_our_own_ends_when_it_is_given_up(stack):
 def test_what_a_node_may_need_follows_the_run():
     small = {"result": wire.Kind(guard.Connection, {"payload": wire.ArraySpec("<f8", (10,))})}
     large = {"result": wire.Kind(guard.Connection, {"payload": wire.ArraySpec("<f8", (10**7,))})}
+    assert guard.needs(mesh.spoken(np.zeros(10))) == 64 * (4 * 100 + wire.INLINE_BYTES)
     assert guard.needs({}) == 64 * wire.INLINE_BYTES
-    assert guard.needs(small) < 2**23
+    assert guard.needs(small) == 64 * (100 + wire.INLINE_BYTES)
     assert guard.needs(large) == 64 * (wire.PIECE_BYTES + wire.INLINE_BYTES)
 
 

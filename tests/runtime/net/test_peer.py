@@ -112,6 +112,19 @@ def test_a_status_is_json_before_there_is_a_loss(waiting):
     assert str(shown(row).title) == "n0: gathering, round 0, 0 MB sent, incarnation 1"
 
 
+def test_who_says_what_cannot_be_read_is_cut_and_others_are_heard(waiting):
+    with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+        stranger.linger = 0
+        stranger.connect(waiting.endpoint)
+        stranger.send(b"no header")
+        with asking(waiting.endpoint, None, "test") as status:
+            until_s = time.monotonic() + LIMIT_S
+            while not (counts := status()["counts"]).get("cut"):
+                assert time.monotonic() < until_s, "it did not happen in time"
+                time.sleep(0.01)
+    assert (counts["cut"], counts["bad_header"]) == (1, 1)
+
+
 def test_where_there_are_no_keys_none_is_asked_about(tmp_path, caplog):
     of = {**table(STEPS, "dsgd(lr=0.1)"), "fleet": "2 0.2"}
     seats = [Seat(*seat) for seat in Ring(of, tmp_path, n=2).seats]
