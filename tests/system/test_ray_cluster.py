@@ -18,6 +18,7 @@ from offbeat.workers.work import gradient
 
 pytestmark = pytest.mark.xdist_group("ray")
 N = 8
+FAR = {"num_cpus": 1, "resources": {"far": 4}}
 register_pickle_by_value(sys.modules[__name__])  # actors cannot import from here
 
 
@@ -25,7 +26,7 @@ register_pickle_by_value(sys.modules[__name__])  # actors cannot import from her
 def cluster():
     """A head with one CPU, and another machine with one and something of its own."""
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    made.far = made.add_node(num_cpus=1, resources={"far": 4})
+    made.far = made.add_node(**FAR)
     session = start(made.address)
     yield made
     session.stop()
@@ -78,9 +79,14 @@ def test_a_machine_is_lost(cluster, monkeypatch):
     whole = offbeat.run(*parts, stop={"steps": 6000})
     np.testing.assert_array_equal(result.x, whole.x)
     np.testing.assert_array_equal(result.trace, whole.trace)
+    cluster.far = cluster.add_node(**FAR)  # for others
+    cluster.wait_for_nodes()
 
 
-def test_no_such_cluster():
+def test_no_such_cluster(cluster):
     ray.shutdown()
-    with pytest.raises(offbeat.ConfigError, match=r'cannot join a cluster at "127.0.0.1:9"'):
-        offbeat.run("quadratic", "pure", "4 1.0", engine='ray(4, address="127.0.0.1:9")')
+    try:
+        with pytest.raises(offbeat.ConfigError, match=r'cannot join a cluster at "127.0.0.1:9"'):
+            offbeat.run("quadratic", "pure", "4 1.0", engine='ray(4, address="127.0.0.1:9")')
+    finally:
+        start(cluster.address)  # for others

@@ -33,7 +33,7 @@ def test_a_loop_that_leaves_with_a_job_is_given_it_again():
     x = np.ones(DIM, np.float32)
     for serial in (7, 8):
         loops.give(Order(serial, 0, 0, 5 * serial, 5, serial, x, None))
-        worker, answer = came.get(timeout=10.0)
+        worker, answer = came.get(timeout=60.0)
         assert (worker, answer.serial, answer.loss) == (0, serial, 2.0)
         np.testing.assert_array_equal(answer.payload, np.zeros(DIM))
     loops.end()
