@@ -374,7 +374,8 @@ function curves() {
   state.y = state.y && DATA.y.includes(state.y) ? state.y : DATA.y[0];
   const tools = [];
   if (DATA.y.length > 1) tools.push(select("of", DATA.y.map((key) => [key, label(key)]), state.y, (value) => { state.y = value; state.views = {}; redraw(); }));
-  tools.push(toggle("log x", state.logx, (on) => { state.logx = on; state.views = {}; redraw(); }), toggle("log y", state.logy, (on) => { state.logy = on; state.views = {}; redraw(); }));
+  tools.push(toggle("log x", state.logx, (on) => { state.logx = on; state.views = {}; redraw(); }));
+  if (positive(state.y)) tools.push(toggle("log y", state.logy, (on) => { state.logy = on; state.views = {}; redraw(); }));
   const many = DATA.runs.length > DATA.settings.length;
   const host = section("curves", "Progress", many ? "Lines: median over the seeds. Bands: from the least to the greatest." : "", ...tools);
   host.querySelector(".top").append(saver(host, "curves"));
