@@ -112,7 +112,7 @@ def look(
         found.note("host", said, "say which it is: --host NAME")
     _programs(found)
     if experiment is not None:
-        _experiment(found, experiment)
+        _experiment(found, experiment, hosts)
     if here is not None:
         if keys is not None:
             _keys(found, hosts, here, keys)
@@ -178,10 +178,14 @@ def digest(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _experiment(found: Found, experiment: Path) -> None:
+def _experiment(found: Found, experiment: Path, hosts: Hosts) -> None:
     try:
-        found.good("experiment", f"{experiment} is {digest(fingerprint(experiment))}")
-        if read := as_run(experiment)[1][0].files():
+        known = digest(fingerprint(experiment))
+        one = as_run(experiment)[1][0]
+        if isinstance(one.algorithm, Gossip) and one.topology is not None:
+            one.topology.seated({node.name: node for node in hosts.nodes()})
+        found.good("experiment", f"{experiment} is {known}")
+        if read := one.files():
             size = sum(path.stat().st_size for path in read) / 1e6
             found.good("files", f"{len(read)} that it reads are there, {size:,.1f} MB")
     except ConfigError as error:

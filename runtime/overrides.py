@@ -23,10 +23,11 @@ def change(table: dict[str, Any], given: Mapping[str, Any], overrides: Sequence[
 
 
 def once(given: Mapping[str, Any], overrides: Sequence[str]) -> None:
-    """Raise ConfigError where a key is set twice."""
+    """Raise ConfigError where a key is set twice, or its whole table after it."""
     keys = [*given, *(override.partition("=")[0].strip() for override in overrides)]
-    if twice := [key for key in keys if keys.count(key) > 1]:
-        raise ConfigError(f"{twice[0]} is set more than once; only one counts")
+    for at, key in enumerate(keys, start=1):
+        if any(f"{key}.".startswith(f"{later}.") for later in keys[at:]):
+            raise ConfigError(f"{key} is set more than once; only one counts")
 
 
 def apply_override(table: dict[str, Any], override: str) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from offbeat.runtime.errors import ConfigError
 
@@ -19,33 +20,57 @@ NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 COMMA = re.compile(r"[+-]?\d+,\d+([eE][+-]?\d+)?", re.ASCII)  # a number with a decimal comma
 QUOTED = re.compile(r'"[^"]*"')
 REMARK = re.compile(r"(^|\s)#.*")
-PACKED: dict[bytes, Callable[[bytes], bytes]] = {
-    b"\x1f\x8b": gzip.decompress,
-    b"BZh": bz2.decompress,
-    b"\xfd7zXZ\x00": lzma.decompress,
+PACKED: dict[bytes, Callable[..., Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
 }
+BROKEN = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error)  # what reading may raise
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MOST_DIGITS = 60  # of a whole number
 
 Roles = Mapping[str, Sequence[str]]  # what a column is -> the names by which it is known
 
 
+def ending(path: str | Path) -> str:
+    """How a file's name ends, in lower case, but for what says that it is packed.
+
+    >>> ending("a9a.T.bz2"), ending("w.npy"), ending("a.gz")
+    ('.t', '.npy', '')
+    """
+    return Path(re.sub(r"\.(gz|bz2|xz)$", "", Path(path).name.lower())).suffix
+
+
+def unpacked(path: str | Path) -> BinaryIO:
+    """A file, open; of one that gzip, bzip2 or xz has packed, by whatever name, what is in it."""
+    path = Path(path).expanduser()
+    with path.open("rb") as file:
+        start = file.read(max(map(len, PACKED)))
+    return next((o for sign, o in PACKED.items() if start.startswith(sign)), open)(path, "rb")
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """What is in a file, unpacked; a ConfigError where it cannot be read."""
+    try:
+        with unpacked(path) as file:
+            return file.read()
+    except BROKEN as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+
+
 def read_text(path: str | Path) -> str:
-    """A file's text, unpacked from gzip, bzip2 or xz, in UTF-8 or in UTF-16 that says so.
+    """A file's text, unpacked, in UTF-8 or in UTF-16 that says so.
 
     Raises:
         ConfigError: the file cannot be read.
     """
+    data = read_bytes(path)
     try:
-        data = Path(path).expanduser().read_bytes()
-        for sign, unpack in PACKED.items():
-            if data.startswith(sign):
-                data = unpack(data)
         text = data.decode("utf-16" if data[:2] in UTF16 else "utf-8-sig")
         if "\0" in text:
             raise ValueError("it is no text; of an archive, give the file inside")
         return text
-    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
 
 
@@ -195,6 +220,11 @@ def read_table(path: str | Path, content: str | None = None) -> Table:
         (read_text(path) if content is None else content).splitlines(), 1
     ):
         if line.lstrip().startswith(("#", "%")):
+            if lines and line.strip() == "#":
+                raise ConfigError(
+                    f'{path} line {number}: is "#" alone, as between the nodes and the edges of '
+                    "TGF; give one table"
+                )
             if not lines:
                 remarks.append(line.lstrip().lstrip("#% "))
         elif bare := REMARK.sub("", line).strip(" \r\n"):

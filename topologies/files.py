@@ -12,7 +12,6 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from itertools import repeat
-from pathlib import Path
 from typing import Any, TypeAlias
 from xml.etree import ElementTree
 
@@ -23,7 +22,17 @@ from scipy import sparse
 
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.registry import File
-from offbeat.runtime.tables import NUMBER, Table, read_table, read_text, whole, wholes
+from offbeat.runtime.tables import (
+    BROKEN,
+    NUMBER,
+    Table,
+    ending,
+    read_table,
+    read_text,
+    unpacked,
+    whole,
+    wholes,
+)
 from offbeat.topologies.contract import TOPOLOGIES, Topology
 from offbeat.topologies.graphs import from_matrix, from_networkx
 from offbeat.topologies.weights import TOLERANCE, Weights
@@ -57,7 +66,7 @@ def file(path: File, weights: Weights | None = None, allow_disconnected: bool = 
     """
     advice = ""
     try:
-        found = _npy(path) if path.endswith(".npy") else _read(path, weights)
+        found = _npy(path) if ending(path) == ".npy" else _read(path, weights)
         if isinstance(found, tuple):
             if weights is not None:
                 raise ConfigError("is W itself, n x n numbers; leave weights out")
@@ -76,22 +85,22 @@ def file(path: File, weights: Weights | None = None, allow_disconnected: bool = 
 
 def _npy(path: str) -> Found:
     try:
-        return np.load(Path(path).expanduser()), None
-    except (OSError, EOFError, ValueError) as error:
+        with unpacked(path) as file:
+            return np.load(file), None
+    except BROKEN as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
 
 
 def _read(path: str, weights: Weights | None) -> Found:
     text = read_text(path)
     name = next((name for name, (sign, *_) in FORMATS.items() if sign.search(text)), None)
-    ending = re.sub(r"\.(gz|bz2|xz)$", "", path.lower()).rpartition(".")[2]
-    meant = next((name for name, (_, end, _) in FORMATS.items() if end == ending), None)
+    meant = next((name for name, (_, end, _) in FORMATS.items() if end == ending(path)), None)
     if meant is not None and name != meant:
         raise ConfigError(f"{path}: cannot be read as {meant}, which it is by its name")
     if name is None:
         if text.lstrip().startswith(("<", "[")):
             raise ConfigError(f"{path}: is no format that is known; {TAKEN}")
-        if (graph := _metis(text)) is None and ending in ("graph", "metis"):
+        if (graph := _metis(text)) is None and ending(path) in (".graph", ".metis"):
             raise ConfigError(f"{path}: cannot be read as METIS without weights; {TAKEN}")
         return _table(path, text, weights) if graph is None else graph
     with warnings.catch_warnings():
@@ -198,10 +207,13 @@ def _pajek(text: str) -> nx.Graph:
             f"has the sections {', '.join(kinds)}, which are not read right; give *Vertices with "
             "one line each, and *Edges (or *Arcs), without comments and relations"
         )
+    at = next(at for at, line in enumerate(lines) if line.split() == heads[-1])
+    named = [line for line in lines[:at] if line.lstrip()[0] != "*" and len(line.split()) > 1]
+    if len(named) != int(heads[-2][1]):
+        raise ConfigError(f"lists {len(named)} names of {heads[-2][1]} vertices; give each its own")
     graph = nx.parse_pajek(lines)
     if len(graph) != int(heads[-2][1]):
         raise ConfigError(f"lists {len(graph)} names of {heads[-2][1]} vertices; give each its own")
-    at = next(at for at, line in enumerate(lines) if line.split() == heads[-1])
     for line in lines[at + 1 :]:  # of which networkx leaves out what it cannot read
         if len(words := line.split()) < 2 or not all(map(NUMBER.fullmatch, words[:3])):
             raise ConfigError(f'has a line "{line[:40]}", which is no edge i j value')
@@ -303,12 +315,8 @@ def _table(path: str, text: str, weights: Weights | None) -> Found:
     if not words and "weight" in have:
         _check_third(table, weights)
     names, src, dst = ends(table)
-    alone = {*src[:1], *dst[:1]}.isdisjoint(src[1:] + dst[1:])
-    if not words and alone and len(src) > 1 and not any(map(NUMBER.fullmatch, table.rows[0][:2])):
-        raise ConfigError(
-            f"{table.at(0)} may be a header or an edge of nodes that no other line has; write "
-            "source,target above it"
-        )
+    if not words and len(src) > 1:
+        _check_first(table, names, {*src[1:], *dst[1:]}, {src[0], dst[0]})
     graph = nx.MultiGraph()
     graph.add_nodes_from(names)
     if "weight" in have:
@@ -316,6 +324,21 @@ def _table(path: str, text: str, weights: Weights | None) -> Found:
     for i, j, said in zip(src, dst, facts or repeat({}), strict=False):
         graph.add_edge(names[i], names[j], **said)
     return graph
+
+
+def _check_first(table: Table, names: list[str], rest: set[int], pair: set[int]) -> None:
+    """Refuse a first line that may be a header: of nodes that no other has, or of counts."""
+    first, n = table.rows[0], len(rest)
+    found = sorted(wholes(names[node] for node in rest) or ())
+    counts = wholes(first) == [n, len(table.rows) - 1] and found in (
+        [*range(n)],
+        [*range(1, n + 1)],
+    )
+    if counts or (rest.isdisjoint(pair) and not any(map(NUMBER.fullmatch, first[:2]))):
+        raise ConfigError(
+            f"{table.at(0)} may be a header{' (nodes, edges)' * counts} or an edge; write "
+            "source,target in its place, or above it"
+        )
 
 
 def _check_third(table: Table, weights: Weights | None) -> None:
@@ -367,12 +390,12 @@ def _dicts(text: str) -> tuple[str, list[dict[str, Any]]]:
     """The text without the facts that networkx.write_edgelist puts behind edges, and these."""
     lines = [line for line in text.splitlines() if line.strip() and line.strip()[0] not in "#%"]
     found = [DICT.search(line) for line in lines]
-    if not all(found):
+    if not any(found):
         return text, []
     try:
-        facts = [dict(ast.literal_eval(match[1])) for match in found if match]
-    except (ValueError, SyntaxError, TypeError) as error:
-        raise ConfigError(f"what is behind an edge cannot be read ({error})") from None
+        facts = [dict(ast.literal_eval(match[1] if match else "")) for match in found]
+    except (ValueError, SyntaxError, TypeError):
+        raise ConfigError(f"has {{...}} that are no facts behind every edge; {TAKEN}") from None
     return DICT.sub("", text), facts
 
 
@@ -420,10 +443,10 @@ def _metis(text: str) -> nx.Graph | None:
 
 XML = r"\A\s*(<[?!][^<]*)*<"
 FORMATS: dict[str, tuple[re.Pattern[str], str, Callable[[str], Found]]] = {
-    "GraphML": (re.compile(XML + r"graphml\b"), "graphml", _graphml),
-    "GEXF": (re.compile(XML + r"gexf\b"), "gexf", _gexf),
-    "GML": (re.compile(r"(?m)^\s*graph\s*\["), "gml", _gml),
-    "Pajek": (re.compile(r"(?mi)^\s*\*(network|vertices)\b"), "net", _pajek),
-    "Matrix Market": (re.compile(r"\A%%MatrixMarket\b"), "mtx", _market),
-    "node-link JSON": (re.compile(r"\A\s*\{"), "json", _json),
+    "GraphML": (re.compile(XML + r"graphml\b"), ".graphml", _graphml),
+    "GEXF": (re.compile(XML + r"gexf\b"), ".gexf", _gexf),
+    "GML": (re.compile(r"(?m)^\s*graph\s*\["), ".gml", _gml),
+    "Pajek": (re.compile(r"(?mi)^\s*\*(network|vertices)\b"), ".net", _pajek),
+    "Matrix Market": (re.compile(r"\A%%MatrixMarket\b"), ".mtx", _market),
+    "node-link JSON": (re.compile(r"\A\s*\{"), ".json", _json),
 }

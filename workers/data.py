@@ -4,13 +4,9 @@
 sentence that names the file and the row.
 """
 
-import bz2
-import gzip
-import lzma
+import io
 import warnings
 import zipfile
-import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +16,7 @@ from scipy.sparse import csr_array
 
 from offbeat.runtime.errors import ConfigError, nearest
 from offbeat.runtime.registry import Reads
+from offbeat.runtime.tables import BROKEN, ending, read_text, unpacked
 
 BUNDLED = {
     "breast_cancer": "569 tumours, 30 measurements, 2 classes",
@@ -32,8 +29,7 @@ TAKEN = (
     "the path of a LibSVM file (a9a.t, news20.binary.bz2), of a .csv with a header (give "
     'target = "COLUMN"), or of an .npz file; LibSVM and .csv also as .gz, .bz2 or .xz'
 )
-OPENED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-TABLES = {".csv": (",", ";"), ".tsv": ("\t",)}  # ending -> what may separate
+TABLES = {".csv": (",", ";", "\t"), ".tsv": ("\t",)}  # ending -> what may separate
 ELSEWHERE = {  # endings of other formats; LibSVM's own files have any, or none
     *(".npy", ".parquet", ".feather", ".arff", ".json", ".jsonl", ".mat", ".h5", ".hdf5", ".pkl"),
     *(".pickle", ".pt", ".pth", ".safetensors", ".zip", ".tar", ".tgz", ".7z", ".zst", ".xls"),
@@ -44,7 +40,6 @@ SPARSE_BYTES = 2**26  # smaller data are faster as dense rows,
 SPARSE_SHARE = 0.1  # and so are those of which more than this is not zero
 _FEATURE_KEYS = ("X", "x", "Xtr", "X_train", "x_train", "data", "features")
 _LABEL_KEYS = ("y", "Y", "ytr", "y_train", "target", "labels")
-_BROKEN = (ValueError, OSError, EOFError, OverflowError, zlib.error, lzma.LZMAError)
 
 
 def load(
@@ -65,9 +60,8 @@ def load(
             where numbers are needed, one class only.
     """
     path = Path(source).expanduser()
-    packed = path.suffix in OPENED
-    ending = Path(path.stem).suffix if packed else path.suffix
-    if target is not None and (source in BUNDLED or ending not in TABLES):
+    end = ending(path)
+    if target is not None and (source in BUNDLED or end not in TABLES):
         raise ConfigError(f'{source}: target = "{target}" names a column of a .csv; leave it out')
     features: NDArray | csr_array
     if source in BUNDLED:
@@ -77,12 +71,12 @@ def load(
         raise ConfigError(
             f'no data set or file "{source}"{hint}; bundled: {", ".join(BUNDLED)}, else {TAKEN}'
         )
-    elif path.suffix == ".npz":
+    elif path.suffix.lower() == ".npz":
         features, labels = _npz(path)
-    elif ending in TABLES:
-        features, labels = _table(path, TABLES[ending], target)
-    elif ending.lower() in ELSEWHERE | {".npz"}:
-        raise ConfigError(f"{path}: cannot read a {ending} file; give {TAKEN}")
+    elif end in TABLES:
+        features, labels = _table(path, TABLES[end], target)
+    elif end in ELSEWHERE | {".npz"}:
+        raise ConfigError(f"{path}: cannot read a {end} file; give {TAKEN}")
     else:
         features, labels = _libsvm(path, np.dtype(dtype), sparse)
     return _checked(source, features, labels, np.dtype(dtype))
@@ -100,13 +94,12 @@ def _bundled(name: str) -> tuple[NDArray, NDArray]:
 def _libsvm(path: Path, dtype: np.dtype, sparse: bool) -> tuple[NDArray | csr_array, NDArray]:
     from sklearn.datasets import load_svmlight_file
 
-    opened = OPENED.get(path.suffix, open)
     try:
-        with opened(path, "rb") as file, np.errstate(over="ignore"):
+        with unpacked(path) as file, np.errstate(over="ignore"):
             # Too large a value is infinite in float32, and told below.
             found, labels = load_svmlight_file(file, dtype=dtype)
-    except _BROKEN as error:
-        why = _first_wrong(path, opened) or error
+    except (*BROKEN, OverflowError) as error:
+        why = _first_wrong(path) or error
         raise ConfigError(f"{path}: not a readable LibSVM file ({why})") from None
     rows, columns = found.shape
     size = rows * columns * dtype.itemsize
@@ -122,15 +115,15 @@ def _libsvm(path: Path, dtype: np.dtype, sparse: bool) -> tuple[NDArray | csr_ar
     return found.toarray(), labels
 
 
-def _first_wrong(path: Path, opened: Callable[..., Any]) -> str:
+def _first_wrong(path: Path) -> str:
     """What is wrong in the first line of a LibSVM file that cannot be right; "" if none is."""
     try:
-        with opened(path, "rt", encoding="utf-8") as file:
+        with io.TextIOWrapper(unpacked(path), encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 label, *pairs = line.partition("#")[0].split() or ["0"]
                 if why := _wrong(label, pairs):
                     return f"line {number}: {why}"
-    except _BROKEN as error:
+    except BROKEN as error:
         return str(error)
     return ""
 
@@ -164,22 +157,24 @@ def _table(path: Path, separators: tuple[str, ...], target: str | None) -> tuple
     """The columns of a table with a header: ``target``, and all others, which must be numbers."""
     import pandas
 
-    how: dict[str, Any] = {"encoding": "utf-8-sig", "skipinitialspace": True}
+    text = read_text(path)
+
+    def read(separator: str, **how: Any) -> Any:
+        return pandas.read_csv(io.StringIO(text), sep=separator, skipinitialspace=True, **how)
+
     try:
-        heads = {
-            sep: pandas.read_csv(path, sep=sep, header=None, nrows=1, dtype=str, **how).iloc[0]
-            for sep in separators
-        }
+        heads = {sep: read(sep, header=None, nrows=1, dtype=str).iloc[0] for sep in separators}
         if len(several := [sep for sep in separators if len(heads[sep]) > 1]) > 1:
-            raise ConfigError(f"{path}: its header has both {' and '.join(several)}; keep one")
+            said = " and ".join(several).replace("\t", "tab")
+            raise ConfigError(f"{path}: its header has both {said}; keep one")
         separator = several[0] if several else separators[0]
         with warnings.catch_warnings(action="error", category=pandas.errors.ParserWarning):
-            frame = pandas.read_csv(path, sep=separator, index_col=False, low_memory=False, **how)
+            frame = read(separator, index_col=False, low_memory=False)
     except ConfigError:
         raise
     except pandas.errors.ParserWarning:
         raise ConfigError(f"{path}: its rows have more values than its header has names") from None
-    except _BROKEN as error:  # pandas' own are ValueErrors
+    except ValueError as error:  # pandas' own are
         raise ConfigError(f"{path}: cannot be read: {str(error).strip()}") from None
     head = [name if isinstance(name, str) else "" for name in heads[separator]]
     named = _names(path, head, target)
@@ -240,7 +235,7 @@ def _npz(path: Path) -> tuple[NDArray, NDArray]:
             for key in (*_FEATURE_KEYS, *_LABEL_KEYS):
                 if key in archive.files:
                     found[key] = archive[key]
-    except (*_BROKEN, zipfile.BadZipFile) as error:
+    except (*BROKEN, zipfile.BadZipFile) as error:
         reason = str(error)
         if "Object arrays" in reason:
             what, kind = ("labels", "str") if key in _LABEL_KEYS else ("numbers", "float")

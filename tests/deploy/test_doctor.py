@@ -245,6 +245,15 @@ def test_files_are_compared_by_what_is_in_them(tmp_path, monkeypatch):
     assert told == [("good", "1 that it reads are there, 0.0 MB", "")]
 
 
+def test_hosts_that_are_no_nodes_of_the_graph(tmp_path):
+    path = host_file(tmp_path, ("a", "127.0.0.1", free()), ("b", "127.0.0.2", free("127.0.0.2")))
+    (tmp_path / "graph.csv").write_text("a,c\n")
+    graph = f'topology = "file:{tmp_path}/graph.csv"\n'
+    (tmp_path / "run.toml").write_text(f'task = "quadratic"\nalgorithm = "dsgd"\n{graph}')
+    ((state, said, _),) = of(look(path, "a", experiment=tmp_path / "run.toml"), "experiment")
+    assert (state, said[:48]) == ("wrong", 'no host is called "c", as a node of the graph is')
+
+
 def test_an_experiment_that_cannot_be_read(tmp_path):
     path = host_file(tmp_path, ("a", "127.0.0.1", free()))
     (tmp_path / "run.toml").write_text(deploying.SERVER.replace('"pure"', '"pur"'))

@@ -221,6 +221,7 @@ TWICE = [
     ("topology ring:4 --rounds 2 --rounds 3", "--rounds is given"),
     ("study s.toml --jobs 1 -j 2", "--jobs is given"),
     ("study s.toml --set grid.seed=[1] --set grid.seed=[2]", "grid.seed is set"),
+    ("run a.toml --steps 5 --set stop={seconds=9}", "stop.steps is set"),
     ("serve a.toml --out a --out b", "--out is given"),
     ("serve a.toml --max-failed-saves 2 --set record.max_failed_saves=3", "saves is set"),
     ("join tcp://127.0.0.1:1 --name a --name b", "--name is given"),

@@ -1,5 +1,6 @@
 """Graphs from files: the right W, by the file's own names, or one sentence."""
 
+import bz2
 import gzip
 import json
 import re
@@ -81,6 +82,7 @@ RIGHT = [
     ("bom.txt", "\ufeff0 1\n1 2\n", METROPOLIS, None),
     ("bom.csv", "0,1\n1,2\n".encode("utf-16"), METROPOLIS, None),
     ("packed.txt.gz", gzip.compress(b"0 1\n1 2\n"), METROPOLIS, None),
+    ("packed.csv", bz2.compress(b"i,j\n0,1\n1,2\n"), METROPOLIS, None),
     ("comma.csv", "i;j;w\n1;2;0,5\n2;10;0,25\n", PATH, NUMBERS),
     ("comma2.csv", "1;2;0,5\n2;10;0,25\n", PATH, NUMBERS),
     ("spaces.csv", "10, 2, 0.25\n2, 1, 0.5\n", PATH, NUMBERS),
@@ -144,6 +146,13 @@ def test_a_graph_is_what_its_file_says(name, text, w, names):
     assert topology.names == names
 
 
+def test_w_may_be_packed():
+    np.save("w.npy", PATH)
+    with open("w.npy", "rb") as file:
+        topology = read("w.npy.gz", gzip.compress(file.read()))
+    np.testing.assert_array_equal(topology.matrix().toarray(), PATH)
+
+
 REFUSED = [
     ("semi.csv", "0;1.5;2,5\n", 'numbers have commas as in "2,5"'),
     ("tabs.txt", "0\t1\t0,5\n", 'numbers have commas as in "0,5"'),
@@ -152,7 +161,12 @@ REFUSED = [
     ("mixed.txt", "0 1\n1,2\n", 'mixed.txt line 1: "0 1" has no comma, and other lines are cut'),
     ("ragged.txt", "0 1\n1 2 3\n", 'ragged.txt line 2: "1 2 3" has 3 columns, and line 1 has 2'),
     ("words.csv", "Person,Friend\n1,2\n2,3\n", 'unknown column "person"; an edge is a line "i j"'),
-    ("person.csv", "person,friend\nann,bob\nbob,cid\n", "may be a header or an edge of nodes"),
+    ("person.csv", "person,friend\nann,bob\nbob,cid\n", "may be a header or an edge; write sou"),
+    ("counts.txt", "3 2\n0 1\n1 2\n", '"3 2" may be a header (nodes, edges) or an edge; write sou'),
+    ("counts1.txt", "3 2\n1 2\n2 3\n", '"3 2" may be a header (nodes, edges) or an edge'),
+    ("list.adj", "0 3\n1 {}\n2 {}\n3 {}\n1 1\n2 {}\n", "has {...} that are no facts behind every"),
+    ("graph.dot", "graph { a -- b }\n", "has {...} that are no facts behind every edge;"),
+    ("a.tgf", "1 a\n2 b\n#\n1 2\n", 'a.tgf line 3: is "#" alone, as between the nodes and the'),
     ("hash.csv", "#ai,bob\nbob,#ml\n", "a remark or a name that begins with #"),
     ("parts.csv", "from,to\nann,bob\ncid,dan\n", "cut off from the largest: cid, dan;"),
     (
@@ -209,6 +223,7 @@ REFUSED = [
     ("two.net", VERTICES + "*Arcs\n1 2\n*Edges\n2 3\n", "sections *vertices, *arcs, *edges, which"),
     ("kinds.net", VERTICES + '*Edges :1 "knows"\n1 2\n2 3\n', "without comments and relations"),
     ("comma.net", VERTICES + "*Edges\n1 2 0,5\n2 3\n", 'has a line "1 2 0,5", which is no edge'),
+    ("bare.net", "*Vertices 3\n*Edges\n1 2\n2 3\n", "lists 0 names of 3 vertices; give each its"),
     ("same.net", VERTICES.replace("b", "a") + "*Edges\n1 2\n2 3\n", "lists 2 names of 3 vertices"),
     ("comma.mtx", MARKET + "real symmetric\n2 2 1\n2 1 0,5\n", 'has a line "2 1 0,5", which is no'),
     ("fortran.mtx", MARKET + "real symmetric\n2 2 1\n2 1 5D-1\n", 'has a line "2 1 5D-1", which'),

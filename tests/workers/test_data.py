@@ -46,7 +46,17 @@ def test_libsvm_by_the_names_its_files_have(tmp_path, name):
     np.testing.assert_array_equal(labels, [1, 0, 1])
 
 
-@pytest.mark.parametrize("name", ["a.npy", "a.parquet", "a.mat", "a.npz.gz", "a.arff.bz2"])
+def test_what_is_packed_is_told_by_what_is_in_it(tmp_path):
+    (tmp_path / "a.t").write_bytes(bz2.compress(LINES.encode()))
+    (tmp_path / "a.csv.gz").write_bytes(TABLE.encode("utf-16"))
+    assert load(str(tmp_path / "a.t"))[0].sum() == 5
+    assert load(str(tmp_path / "a.csv.gz"), target="kind")[0].sum() == 45.5
+    (tmp_path / "b.t.gz").write_bytes(gzip.compress(LINES.encode())[:-9])
+    with pytest.raises(ConfigError, match=r"b\.t\.gz: not a readable LibSVM file \(Compressed"):
+        load(str(tmp_path / "b.t.gz"))
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.parquet", "a.MAT", "a.npz.gz", "a.arff.bz2"])
 def test_other_formats_are_refused_by_name(tmp_path, name):
     (tmp_path / name).write_text(LINES)
     with pytest.raises(ConfigError, match=r"cannot read a \.\w+ file; give the path of a LibSVM"):
@@ -76,7 +86,8 @@ TABLE = "width,length,kind\n1,0.5,rose\n2,-1,daisy\n3,4e1,rose\n"
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("a.csv", TABLE),
+        ("a.CSV", TABLE),
+        ("a.csv", TABLE.replace(",", "\t")),
         ("a.csv", "\ufeff" + TABLE.replace("width", '"width"').replace("\n", "\r\n")),
         ("a.csv", TABLE.replace(",", ";")),
         ("a.csv", TABLE.replace("1,0.5", "1, 0.5")),
@@ -133,6 +144,7 @@ def test_a_csv_on_the_command_line_and_in_a_file(tmp_path):
         ("a,y\n0,5,1\n1,6,0\n", "y", "more values than its header"),
         ("a,y\n0,5\n1,6,0\n", "y", "cannot be read.*line 3, saw 3"),
         ("a;b,y\n0,5\n1,6\n", "y", "header has both , and ;"),
+        ("a\tb;y\n0,5\n1,6\n", "y", "header has both ; and tab"),
         ("a;y\n0,5;1\n1,5;0\n", "y", 'column "a" is text ."0,5"'),
         ("y\n0\n1\n", "y", "no column besides"),
         ("", "y", "cannot be read"),

@@ -1,5 +1,6 @@
 """The language model and the toy of mixtures: what they are, that they learn, mistakes."""
 
+import lzma
 import math
 
 import numpy as np
@@ -118,6 +119,15 @@ def test_texts_without_characters_are_told(tmp_path):
         assert message in str(caught.value)
     with pytest.raises(ConfigError, match="\"tokens\" should be 'bytes' or 'characters'"):
         lm(tokens="words")
+
+
+def test_a_text_may_be_packed(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"in the ")
+    (tmp_path / "b.txt.xz").write_bytes(lzma.compress(b"beginning"))
+    assert read_text(f"{tmp_path}/*") == b"in the \nbeginning"
+    (tmp_path / "b.txt.xz").write_bytes(lzma.compress(b"beginning")[:-20])
+    with pytest.raises(ConfigError, match=r"b\.txt\.xz: cannot be read"):
+        lm(f"{tmp_path}/*")
 
 
 def test_it_learns_and_is_repeatable_and_resumes(tmp_path):

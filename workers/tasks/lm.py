@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.registry import Count, Positive, Reads, Seed
+from offbeat.runtime.tables import read_bytes
 from offbeat.workers.tasks.contract import TASKS
 from offbeat.workers.tasks.module import TorchTask
 from offbeat.workers.tasks.shards import Sampling
@@ -43,7 +44,7 @@ SHAPES = {
 
 
 def read_text(source: str) -> bytes:
-    """The bytes of "topics", of a file, or of the files of a glob in the order of their names."""
+    """The bytes of "topics", of a file, or of the files of a glob by name, all unpacked."""
     if source == BUNDLED:
         from pydoc_data.topics import topics
 
@@ -56,12 +57,11 @@ def read_text(source: str) -> bytes:
             f'lm: no text file "{pattern}"; give a path, a glob such as text:books/*.txt, or '
             f'"{BUNDLED}" for the texts that come with Python'
         )
-    if (size := sum(path.stat().st_size for path in paths)) > MOST_BYTES:
-        raise ConfigError(f"lm: {pattern} is {size:,} bytes; at most {MOST_BYTES:,} are read")
-    try:
-        return b"\n".join(path.read_bytes() for path in paths)
-    except OSError as error:
-        raise ConfigError(f"lm: {error.filename}: cannot be read ({error.strerror})") from None
+    if (size := sum(path.stat().st_size for path in paths)) <= MOST_BYTES:
+        text = b"\n".join(map(read_bytes, paths))
+        if (size := len(text)) <= MOST_BYTES:
+            return text
+    raise ConfigError(f"lm: {pattern} is {size:,} bytes; at most {MOST_BYTES:,} are read")
 
 
 def read_characters(source: str) -> tuple[NDArray[np.int16], str]:
