@@ -19,6 +19,7 @@ import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
+from scipy.io import mmread
 
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.registry import File
@@ -227,7 +228,7 @@ def _market(text: str) -> Found:
     if len(kind) != 4 or kind[2] == "complex" or kind[3] not in ("general", "symmetric"):
         raise ConfigError(f'is "{head[:60]}"; give a real, general or symmetric matrix')
     dense, counted, symmetric = kind[1] == "array", kind[2] == "pattern", kind[3] == "symmetric"
-    # Not by scipy.io.mmread, which takes 0,5 for 0, 5D-1 for 5, and an entry given twice for two.
+    # scipy.io.mmread takes 0,5 and an integer 0.5 for 0, 5D-1 for 5, and no +1.
     for row in rows:
         wide = 3 - dense if row is rows[0] else 1 if dense else 3 - counted
         if len(row) != wide or not all(map(NUMBER.fullmatch, row)):
@@ -235,23 +236,14 @@ def _market(text: str) -> Found:
     (n, m, *said), entries = wholes(rows[0]) or (0, 0, 0), rows[1:]
     if n != m or not 0 < n <= MOST_NODES:
         raise ConfigError(f"is a matrix of {n} x {m}, not n x n with at most {MOST_NODES:,} rows")
-    said = said or [n * (n + 1) // 2 if symmetric else n * n]
-    if len(entries) != said[0]:
+    if len(entries) != (said or [n * (n + 1) // 2 if symmetric else n * n])[0]:
         raise ConfigError(f"has {len(entries)} entries, and not as many as it says")
-    if dense:
-        j, i = np.triu_indices(n) if symmetric else np.divmod(np.arange(n * n), n)
-    else:
-        places = [wholes(row[:2]) or [0, 0] for row in entries]
-        i, j = np.array(places, int).reshape(-1, 2).T - 1
-    if len(i) and not 0 <= min(i.min(), j.min()) <= max(i.max(), j.max()) < n:
-        raise ConfigError(f"has an entry outside of its {n} rows and columns")
-    values = np.array([1.0 if counted else float(row[-1]) for row in entries])
-    if symmetric:
-        off = i != j
-        i, j, values = np.r_[i, j[off]], np.r_[j, i[off]], np.r_[values, values[off]]
-    if len(np.unique(i * n + j)) < len(i):
+    head = f"%%MatrixMarket {' '.join(kind)}".replace("integer", "real")
+    text = "\n".join([head, *map(" ".join, rows)]).replace("+", "")
+    found = sparse.coo_array(mmread(io.BytesIO(text.encode()), spmatrix=False))
+    matrix = found.tocsr()  # which adds what is there twice
+    if matrix.nnz < found.nnz:
         raise ConfigError("has an entry twice (of a symmetric matrix, give the lower half)")
-    matrix = sparse.csr_array((values, (i, j)), shape=(n, n))
     matrix.eliminate_zeros()
     return _of_matrix(matrix, counted=counted)
 

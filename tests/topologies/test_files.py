@@ -133,6 +133,7 @@ RIGHT = [
         None,
     ),
     ("edges.mtx", MARKET + "real symmetric\n% x\n3 3 2\n2 1 0.5\n3 2 0.25\n", PATH, None),
+    ("integer.mtx", MARKET + "integer symmetric\n3 3 2\n2 1 +.5\n% x\n3 2 0.25\n", PATH, None),
     ("pattern.mtx", MARKET + "pattern symmetric\n3 3 2\n2 1\n3 2\n", METROPOLIS, None),
     ("links.json", json.dumps({"nodes": NODES, "links": LINKS}), PATH, NUMBERS),
     ("edges.json", json.dumps({"nodes": NODES, "edges": LINKS}), PATH, NUMBERS),

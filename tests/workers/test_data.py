@@ -71,12 +71,15 @@ def test_other_formats_are_refused_by_name(tmp_path, name):
         ("1 1:1\n-1 1:x\n", 'line 2: "1:x" is not index:value'),
         ("1 1:1\n1.0 2.5 3.5\n", 'line 2: "2.5" is not index:value'),
         ("1 1:1\n1,2 1:3\n", 'line 2: the label "1,2" is no number: it has one label'),
+        ("+1 1:0.5 junk\n", 'line 1: "junk" is not index:value'),
+        ("1 1:1\n-1 1:nan\n", "row 2 has a value that is not finite"),
+        ("", "has no values"),
         ("age,label\n", 'line 1: the label "age,label" is no number'),
     ],
 )
 def test_what_is_wrong_in_a_libsvm_file_has_its_line(tmp_path, text, said):
     (tmp_path / "a.t").write_text(text)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=rf"a\.t: .*{said}"):
         load(str(tmp_path / "a.t"))
 
 
@@ -298,21 +301,6 @@ def test_broken_npz_is_one_sentence(tmp_path, write, said):
         load(str(path))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("text", ["1 1:x\n", "+1 1:0.5 junk\n", "1 3:1 1:2\n", ""])
-def test_broken_libsvm_is_one_sentence(tmp_path, text):
-    path = tmp_path / "a.svm"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match=r"a\.svm"):
-        load(str(path))
-
-
-def test_libsvm_with_nan(tmp_path):
-    path = tmp_path / "a.svm"
-    path.write_text("1 1:1\n-1 1:nan\n")
-    with pytest.raises(ConfigError, match="row 2"):
-        load(str(path))
 
 
 def test_unknown_names():
