@@ -89,7 +89,7 @@ def _npy(path: str) -> Found:
         with unpacked(path) as file:
             return np.load(file), None
     except BROKEN as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
+        raise ConfigError(f"cannot be read ({error})") from None
 
 
 def _read(path: str, weights: Weights | None) -> Found:
@@ -97,12 +97,12 @@ def _read(path: str, weights: Weights | None) -> Found:
     name = next((name for name, (sign, *_) in FORMATS.items() if sign.search(text)), None)
     meant = next((name for name, (_, end, _) in FORMATS.items() if end == ending(path)), None)
     if meant is not None and name != meant:
-        raise ConfigError(f"{path}: cannot be read as {meant}, which it is by its name")
+        raise ConfigError(f"cannot be read as {meant}, which it is by its name")
     if name is None:
         if text.lstrip().startswith(("<", "[")):
-            raise ConfigError(f"{path}: is no format that is known; {TAKEN}")
+            raise ConfigError(f"is no format that is known; {TAKEN}")
         if (graph := _metis(text)) is None and ending(path) in (".graph", ".metis"):
-            raise ConfigError(f"{path}: cannot be read as METIS without weights; {TAKEN}")
+            raise ConfigError(f"cannot be read as METIS without weights; {TAKEN}")
         return _table(path, text, weights) if graph is None else graph
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -111,7 +111,7 @@ def _read(path: str, weights: Weights | None) -> Found:
         except ConfigError:
             raise
         except Exception as error:  # networkx has no error of its own for broken files
-            raise ConfigError(f"{path}: cannot be read as {name} ({error})") from None
+            raise ConfigError(f"cannot be read as {name} ({error})") from None
 
 
 def _weighted(graph: nx.Graph) -> bool:

@@ -191,6 +191,7 @@ REFUSED = [
     ("half.txt", "1 2\n1.5 2\n1 3", 'half.txt line 2: "1.5 2": "1.5" is no node'),
     ("zeros.txt", "1 02\n2 3\n", '"02" and "2" may be one node or two'),
     ("gap.csv", "a,\nb,c\n", 'gap.csv line 1: "a,": "" is no node'),
+    ("nan.txt", "a b nan\n", 'its weight "nan" is no number'),
     ("underscore.txt", "a b 1_0\n", 'its weight "1_0" is no number'),
     ("some.edgelist", "0 1 {'weight': 0.5}\n1 2 {}\n", "edge 1, 2 has no weight, and others have"),
     ("swap.txt", "0 1\n1 0\n", "is W as well as an adjacency matrix or a list of edges"),
@@ -270,7 +271,8 @@ def test_parallel_edges_of_two_weights_are_refused_in_the_same_words(name):
     said = 'weights: edge a, b has 0.1 and 0.3 as its "weight"; give one weight an edge'
     with pytest.raises(ConfigError, match=re.escape(f"{name}: {said}")):
         read(name, PARALLEL[name])
-    assert read(name, PARALLEL[name], weights="metropolis").n == 2  # which asks for none
+    plain = read(name, PARALLEL[name], weights="metropolis")  # which asks for none
+    np.testing.assert_array_equal(plain.matrix().toarray(), np.full((2, 2), 0.5))
     with pytest.raises(ConfigError, match=re.escape(said)):
         from_networkx(
             nx.MultiGraph([("a", "b", {"weight": 0.1}), ("b", "a", {"weight": 0.3})]), "attribute"
