@@ -90,27 +90,30 @@ def call(place, monkeypatch, capsys):
     return call
 
 
-def read(words):
-    """Parse ``words``; answers what the command is given."""
-    context, command = None, typer.main.get_command(cli.app)
-    while hasattr(command, "commands"):
+def command_of(words):
+    """The command that ``words`` name, and what it is given."""
+    command = typer.main.get_command(cli.app)
+    while hasattr(command, "commands") and words and words[0].islower():
         assert words[0] in command.commands, f"offbeat has no command {words[0]}"
         command, words = command.commands[words[0]], words[1:]
-    context = command.make_context(command.name, list(words))
-    for value in context.params.values():
+    return command, words
+
+
+def read(words):
+    command, words = command_of(words)
+    for value in command.make_context(command.name, list(words)).params.values():
         if isinstance(value, Path) and value.parts[0] == "examples":
             assert (ROOT / value).exists()
-    return context
 
 
 def run(words, call, monkeypatch):
-    if not {"ray", "zmq"} & set(words):
-        return call([*words, "--set", "stop.gradients=30"])
     made = []  # other processes are for tests of their own: here, it is what is wanted of them
-    monkeypatch.setattr(cli, "_go_on", lambda *parts, **more: made.append(parts))
+    if there := not {"ray", "zmq"} & set(words):
+        words = [*words, "--set", "stop.gradients=30"]
+    else:
+        monkeypatch.setattr(cli, "_go_on", lambda *parts, **more: made.append(parts))
     call(words)
-    assert len(made) == 1
-    return None
+    assert len(made) == (not there)
 
 
 def script(words):
@@ -139,7 +142,7 @@ def test_a_line_of_the_docs(words, whole, call, monkeypatch):
             assert rest[0] in READ | {"whatif"}, f"no test runs offbeat {rest[0]}"
             read(rest)
     elif program == "offbeat":
-        said_of(rest, call)
+        said_of(rest)
     elif program == "make":
         assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif program == "python":
@@ -148,12 +151,9 @@ def test_a_line_of_the_docs(words, whole, call, monkeypatch):
         assert words[:2] in (["git", "clone"], ["cd", "offbeat"], ["source", ".venv/bin/activate"])
 
 
-def said_of(words, call):
+def said_of(words):
     """A command in a sentence, which may leave words out, or have some to be filled in."""
-    command = typer.main.get_command(cli.app)
-    while hasattr(command, "commands") and words and words[0].islower():
-        assert words[0] in command.commands
-        command, words = command.commands[words[0]], words[1:]
+    command, words = command_of(words)
     known = {name for one in command.params for name in one.opts} | {"--help"}
     if not hasattr(command, "commands"):
         assert {word for word in words if word.startswith("--")} <= known
