@@ -81,7 +81,6 @@ ABC, NUMBERS = ("a", "b", "c"), ("1", "2", "10")
 RIGHT = [
     ("bom.txt", "\ufeff0 1\n1 2\n", METROPOLIS, None),
     ("bom.csv", "0,1\n1,2\n".encode("utf-16"), METROPOLIS, None),
-    ("packed.txt.gz", gzip.compress(b"0 1\n1 2\n"), METROPOLIS, None),
     ("packed.csv", bz2.compress(b"i,j\n0,1\n1,2\n"), METROPOLIS, None),
     ("comma.csv", "i;j;w\n1;2;0,5\n2;10;0,25\n", PATH, NUMBERS),
     ("comma2.csv", "1;2;0,5\n2;10;0,25\n", PATH, NUMBERS),
@@ -221,7 +220,6 @@ REFUSED = [
     ("dynamic.gexf", gexf().replace("<graph ", '<graph mode="dynamic" '), "that changes in time"),
     ("bad.gml", gml((0, 7, "")), "cannot be read as GML (edge #0 has undefined target 7)"),
     ("list.net", VERTICES + "*Edgeslist\n1 2 3\n", "has the sections *vertices, *edgeslist, which"),
-    ("arcs.net", VERTICES + "*Arcslist\n1 2 3\n", "has the sections *vertices, *arcslist, which"),
     ("two.net", VERTICES + "*Arcs\n1 2\n*Edges\n2 3\n", "sections *vertices, *arcs, *edges, which"),
     ("kinds.net", VERTICES + '*Edges :1 "knows"\n1 2\n2 3\n', "without comments and relations"),
     ("comma.net", VERTICES + "*Edges\n1 2 0,5\n2 3\n", 'has a line "1 2 0,5", which is no edge'),

@@ -95,7 +95,6 @@ TABLE = "width,length,kind\n1,0.5,rose\n2,-1,daisy\n3,4e1,rose\n"
         ("a.csv", TABLE.replace(",", ";")),
         ("a.csv", TABLE.replace("1,0.5", "1, 0.5")),
         ("a.tsv", TABLE.replace(",", "\t")),
-        ("a.csv.gz", TABLE),
         ("a.csv.xz", TABLE),
     ],
 )
