@@ -53,7 +53,7 @@ def ours(part: Any) -> bool:
     kind = part if hasattr(part, "__code__") else type(part)
     if str(kind.__module__).split(".")[0] != "offbeat":
         return False
-    inside = [getattr(part, name, None) for name in ("model", "work", "schedule")]
+    inside = [getattr(part, name, None) for name in ("model", "work", "schedule", "order", "outer")]
     inside += getattr(part, "rules", [])
     return all(ours(one) for one in inside if one is not None)
 

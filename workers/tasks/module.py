@@ -257,14 +257,14 @@ class TorchTask:
                 batches.append(self._samples(mine))
             inputs, targets = stacked(batches)
         gradients, losses = self._torch.func.vmap(self._grad)(self._private(x), inputs, targets)
-        return losses.detach().reshape(len(x)), gradients.detach()
+        return losses.detach().reshape(len(x)).to(x.dtype), gradients.detach()
 
     def _one(self, x: Any, inputs: Any, targets: Any) -> tuple[Any, Any]:
         """A loss and a gradient ``[d]``."""
         pieces = [piece.requires_grad_() for piece in self._pieces(self._private(x))]
         value = self._loss(self._outputs(pieces, inputs), targets)
         found = self._torch.autograd.grad(value, pieces, allow_unused=True)
-        return value.detach().reshape(()), self._flat(pieces, found)
+        return value.detach().reshape(()).to(x.dtype), self._flat(pieces, found)
 
     def _flat(self, pieces: list[Any], found: Any) -> Any:
         """Gradients ``[d]`` of the pieces; zero where the loss does not depend on one."""
@@ -354,6 +354,12 @@ def trainable(module: Any) -> dict[str, Any]:
         raise ConfigError(
             "TorchTask: the module is lazy, its parameters are not made yet; give it a batch "
             "first, module(inputs)"
+        )
+    parallel = torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel
+    if isinstance(module, parallel):
+        raise ConfigError(
+            f"TorchTask: a {type(module).__name__} is given; give its .module: a job is computed "
+            "on one device"
         )
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if len(types := {str(p.dtype) for p in named.values()}) != 1:

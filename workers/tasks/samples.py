@@ -122,7 +122,7 @@ class Samples:
         )
 
     def _placed(self, tensor: Any) -> Any:
-        return tensor.to(self.device)
+        return tensor.to(self.device, copy=self._collate is not None)  # it may answer its own
 
 
 def _check(dataset: Any) -> None:
@@ -151,7 +151,9 @@ def _tensors(dataset: Any) -> tuple[tuple[Any, ...], Any] | None:
     if type(dataset) is TensorDataset:
         return dataset.tensors, None
     if type(dataset) is Subset and (inner := _tensors(dataset.dataset)):
-        mine = torch.as_tensor(np.asarray(dataset.indices, np.int64))
+        mine = torch.as_tensor(np.asarray(dataset.indices))
+        if mine.dtype != torch.int64:  # a mask is none
+            return None
         return inner[0], mine if inner[1] is None else inner[1][mine]
     return None
 
