@@ -1,12 +1,13 @@
 """What methods of a user's own are given: memory that nobody else reads."""
 
+from collections.abc import Collection
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.errors import ConfigError, nearest
 from offbeat.workers.tasks.contract import ours
 
 if TYPE_CHECKING:
@@ -60,16 +61,25 @@ class OwnNode:
 
     Args:
         node: whose fields it has.
+        channels: that there are.
     """
 
-    def __init__(self, node: Any) -> None:
-        vars(self)["_node"] = node
+    def __init__(self, node: Any, channels: Collection[str]) -> None:
+        vars(self).update(_node=node, _channels=channels)
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._node, name)
         if name not in VERBS:
             return found
-        return lambda *said: deepcopy(found(*map(deepcopy, said)))
+
+        def does(channel: str, *values: Any) -> Any:
+            if channel not in self._channels:
+                raise ConfigError(
+                    f'the method has no channel "{channel}"{nearest(channel, self._channels)}'
+                )
+            return deepcopy(found(channel, *map(np.array, values)))
+
+        return does
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._node, name, value)
@@ -94,35 +104,34 @@ class OwnGossip:
 
     def init(self, node: Any) -> Any:
         """See ``Gossip``."""
-        return self._method.init(_copied(node))
+        return self._method.init(self._copied(node))
 
     def begin(self, node: Any, gradient: Any) -> None:
         """See ``Gossip``."""
-        self._method.begin(_copied(node), gradient)
+        self._method.begin(self._copied(node), gradient)
 
     def ask(self, node: Any) -> Any:
         """See ``Gossip``."""
-        return self._method.ask(_copied(node))
+        return self._method.ask(self._copied(node))
 
     def tell(self, node: Any, gradient: Any) -> None:
         """See ``Gossip``."""
-        self._method.tell(_copied(node), gradient)
+        self._method.tell(self._copied(node), gradient)
 
     def models(self, node: Any) -> NDArray:
         """See ``Gossip``; the fields stay as they were."""
         held = dict(vars(node))
         try:
-            return np.array(self._method.models(_copied(node)))
+            return np.array(self._method.models(self._copied(node)))
         finally:
             vars(node).clear()
             vars(node).update(held)
 
-
-def _copied(node: Any) -> Any:
-    for name, held in list(vars(node).items()):
-        if not name.startswith("_"):
-            setattr(node, name, deepcopy(held))
-    return OwnNode(node)
+    def _copied(self, node: Any) -> Any:
+        for name, held in list(vars(node).items()):
+            if not name.startswith("_"):
+                setattr(node, name, deepcopy(held))
+        return OwnNode(node, self._method.channels)
 
 
 def private(method: Any) -> Any:
