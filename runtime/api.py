@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from offbeat.algorithms.gossip import Gossip
 from offbeat.algorithms.server import ALGORITHMS, Algorithm
 from offbeat.runtime import checkpoint, metrics
-from offbeat.runtime.backends import ENGINES, Backend
+from offbeat.runtime.backends import ENGINES, Backend, Virtual
 from offbeat.runtime.crew import Crew
 from offbeat.runtime.engine import Engine
 from offbeat.runtime.errors import ConfigError, StorageError, nearest
@@ -494,7 +494,12 @@ def _loop(
 ) -> Loop:
     """The loop of ``e`` on the engine it names, or in this process where it follows a trace."""
     if trace is None and isinstance(task := guarded(e.task), Guarded):
-        task.repeat(e.seed)
+        try:
+            task.repeat(e.seed)
+        except Exception as error:
+            # Where others compute, they may have what this machine lacks.
+            if isinstance(error, ConfigError) or isinstance(e.engine, Virtual):
+                raise
     if isinstance(e.algorithm, Gossip):
         if trace is not None:
             return _gossip(e, records, around, None, trace)

@@ -83,6 +83,26 @@ def test_a_task_of_ones_own_whose_jobs_do_not_repeat_is_refused(more):
         offbeat.run(Forgetful(), method, "3 1..3", stop={"steps": 5}, **more)
 
 
+class Lacking(Rude):
+    """It needs what this machine does not have."""
+
+    def gradient(self, x, worker, draw):
+        raise RuntimeError("no GPU")
+
+
+class Elsewhere:
+    spec, clocks = None, ("virtual",)
+
+    def crew(self, experiment, folder=None):
+        raise LookupError("processes are asked for")
+
+
+@pytest.mark.parametrize(("engine", "met"), [("virtual", RuntimeError), (Elsewhere(), LookupError)])
+def test_a_task_need_not_compute_here_what_others_compute(engine, met):
+    with pytest.raises(met):
+        offbeat.run(Lacking(), "pure", "3", stop={"steps": 5}, engine=engine)
+
+
 class Halving(Gradient):
     """A work that changes the model it is given."""
 
