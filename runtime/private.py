@@ -13,6 +13,7 @@ from offbeat.workers.tasks.contract import ours
 if TYPE_CHECKING:
     from offbeat.algorithms.gossip import Gossip
 
+CALLS = {"init", "begin", "ask", "tell"}  # of a method
 VERBS = {"publish", "mix", "average", "push", "pushed"}  # what a node does for a method
 
 
@@ -100,23 +101,10 @@ class OwnGossip:
     def __getattr__(self, name: str) -> Any:
         if name == "_method":  # while it is unpickled
             raise AttributeError(name)
-        return getattr(self._method, name)
-
-    def init(self, node: Any) -> Any:
-        """See ``Gossip``."""
-        return self._method.init(self._copied(node))
-
-    def begin(self, node: Any, gradient: Any) -> None:
-        """See ``Gossip``."""
-        self._method.begin(self._copied(node), gradient)
-
-    def ask(self, node: Any) -> Any:
-        """See ``Gossip``."""
-        return self._method.ask(self._copied(node))
-
-    def tell(self, node: Any, gradient: Any) -> None:
-        """See ``Gossip``."""
-        self._method.tell(self._copied(node), gradient)
+        found = getattr(self._method, name)
+        if name not in CALLS:
+            return found
+        return lambda node, *gradient: found(self._copied(node), *gradient)
 
     def models(self, node: Any) -> NDArray:
         """See ``Gossip``; the fields stay as they were."""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from offbeat.runtime.errors import ConfigError, nearest
 from offbeat.runtime.tensors import load
+from offbeat.workers.tasks.scores import one_hot
 
 Part = int | str | None  # which part of a sample is its target
 
@@ -199,9 +200,7 @@ def classes(targets: NDArray) -> NDArray | None:
     if flat.shape[1] == 1:
         whole = targets.dtype.kind != "f" or bool((flat == np.floor(flat)).all())
         return flat[:, 0] if whole else None
-    marks = (flat == 0) | (flat == 1)
-    one = targets.ndim == 2 and bool(marks.all() and (flat.sum(axis=1) == 1).all())
-    return flat.argmax(axis=1) if one else None
+    return flat.argmax(axis=1) if targets.ndim == 2 and one_hot(targets) else None
 
 
 @cache
