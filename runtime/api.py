@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from offbeat.algorithms.gossip import Gossip
 from offbeat.algorithms.server import ALGORITHMS, Algorithm
 from offbeat.runtime import checkpoint, metrics
-from offbeat.runtime.backends import ENGINES, Backend
+from offbeat.runtime.backends import ENGINES, Backend, Virtual
 from offbeat.runtime.crew import Crew
 from offbeat.runtime.engine import Engine
 from offbeat.runtime.errors import ConfigError, StorageError, nearest
@@ -493,13 +493,19 @@ def _loop(
     trace: NDArray | None,
 ) -> Loop:
     """The loop of ``e`` on the engine it names, or in this process where it follows a trace."""
+    if trace is None and isinstance(task := guarded(e.task), Guarded):
+        try:
+            task.repeat(e.seed)
+        except Exception as error:
+            # Where others compute, they may have what this machine lacks.
+            if isinstance(error, ConfigError) or isinstance(e.engine, Virtual):
+                raise
     if isinstance(e.algorithm, Gossip):
         if trace is not None:
             return _gossip(e, records, around, None, trace)
         if (loop := e.engine.gossip(e, records, **around)) is not None:
             return loop
-        if (crew := e.engine.crew(e, folder)) is None:
-            _try_out(e)
+        crew = e.engine.crew(e, folder)
         try:
             return _gossip(e, records, around, crew, None)
         except BaseException:
@@ -514,7 +520,6 @@ def _loop(
     sized = isinstance(e.work, Compressed)
     jobs = e.task, e.fleet, e.fleet.timing(e.seed, int(x.nbytes), sized), e.work, x
     if (crew := e.engine.crew(e, folder)) is None:
-        _try_out(e)
         return Engine(e.task, algorithm, VirtualWorkers(*jobs), records, **around)
     try:
         workers = LiveWorkers(*jobs, crew, e.pace) if e.real else RemoteWorkers(*jobs, crew)
@@ -522,12 +527,6 @@ def _loop(
     except BaseException:
         crew.close()
         raise
-
-
-def _try_out(e: Experiment) -> None:
-    """Have a task of the user's own, which this process computes, show that its jobs repeat."""
-    if isinstance(task := guarded(e.task), Guarded):
-        task.repeat(e.seed)
 
 
 def _gossip(

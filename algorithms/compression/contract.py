@@ -258,6 +258,8 @@ class Compressor(ABC):
         if not self.apart:
             x = fetch(x)
         rows = (x if is_tensor(x) else np.ascontiguousarray(x)).reshape(-1, d)
+        if type(self).__module__.split(".")[0] != "offbeat":  # a user's, which may change it
+            rows = library(rows).asarray(rows, copy=True)
         with np.errstate(all="ignore"):
             if not finite(rows):
                 raise ConfigError(f"{self} cannot compress what is not finite")

@@ -168,7 +168,10 @@ def own_gossip(given: Any) -> Gossip:
     """
     made: Gossip = completed(given, Gossip)
     if made is not given:
-        if not hasattr(given, "channels"):
+        known = getattr(given, "channels", None)
+        if not isinstance(known, Mapping) or not all(
+            isinstance(channel, Channel) for channel in known.values()
+        ):
             raise ConfigError(
                 f"{type(given).__name__} has no channels: name what it publishes, as "
                 'channels = {"x": Channel()}'

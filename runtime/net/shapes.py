@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from offbeat.runtime.errors import BadHeader
-from offbeat.workers.tasks.external import PARALLEL
+from offbeat.workers.tasks.external import bare as stripped
 
 FILE = "shapes.json"  # in a run's folder
 MOST_RANK = 16
@@ -51,10 +51,9 @@ def read(text: str, dim: int | None = None) -> Shapes:
 
 
 def bare(shapes: Shapes) -> Shapes:
-    """Without what DataParallel puts before all names: a file does not say who did."""
-    if all(name.startswith(PARALLEL) for name, _ in shapes):
-        return [(name.removeprefix(PARALLEL), shape) for name, shape in shapes]
-    return shapes
+    """Without what wrappers add to names: a file does not say who did."""
+    called = stripped([name for name, _ in shapes])
+    return [(called[name], shape) for name, shape in shapes]
 
 
 def difference(here: Shapes, there: Shapes) -> str:

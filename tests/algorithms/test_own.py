@@ -164,11 +164,31 @@ def without(kind, name):
     return type("Less", (), {k: v for k, v in vars(kind).items() if k not in (name, "__dict__")})()
 
 
+def but(kind, **other):
+    return type("Other", (kind,), other)()
+
+
 @pytest.mark.parametrize(
     ("parts", "said"),
     [
         ({"algorithm": without(OwnGossip, "tell")}, "Less has no tell; see .*Gossip"),
         ({"algorithm": without(OwnGossip, "channels")}, "Less has no channels"),
+        ({"algorithm": but(OwnGossip, channels=["x"])}, "Other has no channels"),
+        (
+            {"algorithm": but(OwnGossip, channels={"y": Channel()}), "topology": "ring"},
+            'no channel "x"; known: y',
+        ),
+        ({"task": but(OwnTask, initial=lambda self, seed: [1.0])}, r"point is list\[1\]; .* \[3\]"),
+        ({"task": but(OwnTask, initial=lambda self, seed: np.ones(3, int))}, r"is int64\[3\]; an"),
+        (
+            {"task": but(OwnTask, gradient=lambda self, x, *job: ((x * x).sum(), x))},
+            r"the loss of one job is float64\[\]; an array of floats \[1\]",
+        ),
+        (
+            {"task": but(OwnTask, gradient=lambda self, x, *job: (x[:, 0], x[0]))},
+            r"the gradient of one job is float64\[3\]; an array of floats \[1, 3\]",
+        ),
+        ({"task": but(OwnTask, evaluate=lambda self, x: 0.5)}, r"answered 0\.5; numbers by name"),
         ({"algorithm": Slotted(0.1)}, "Slotted cannot be completed .*derive it from .*Algorithm"),
         ({"task": without(OwnTask, "evaluate")}, "Less is no task: it has no evaluate"),
         ({"task": without(OwnTask, "dim")}, "Less is no task: it has no dim"),

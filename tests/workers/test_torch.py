@@ -5,40 +5,15 @@ import random
 import numpy as np
 import pytest
 import torch
+from modules import linear, made, table
 from sklearn.datasets import load_breast_cancer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 import offbeat
-from offbeat.algorithms.compression.identity import Identity
-from offbeat.algorithms.gossip import Channel, Gossip
-from offbeat.algorithms.server import Algorithm
-from offbeat.runtime.crew import Order, Runner
-from offbeat.workers.compressed import Compressed
-from offbeat.workers.speeds import Constant, Law
-from offbeat.workers.tasks import TASKS, TorchTask
-from offbeat.workers.tasks.empirical import EmpiricalRisk
-from offbeat.workers.tasks.mlp import MLP
+from offbeat.workers.tasks import TASKS
 from offbeat.workers.tasks.samples import drawn
-from offbeat.workers.tasks.shards import Shards
-from offbeat.workers.work import WORK, Gradient
-
-
-def linear(inputs=6, outputs=3):
-    torch.manual_seed(1)
-    return nn.Linear(inputs, outputs)
-
-
-def table(n=60, targets=None):
-    g = torch.Generator().manual_seed(0)
-    a, y = torch.randn(n, 6, generator=g), torch.randint(3, (n,), generator=g)
-    return TensorDataset(a, y if targets is None else targets(y))
-
-
-def made(module=None, loss=F.cross_entropy, data=None, **options):
-    module, data = module or linear(), table() if data is None else data
-    return TorchTask(module, loss, data, **{"workers": 3, "batch": 8, **options})
 
 
 class Pairs(Dataset):
@@ -212,6 +187,7 @@ WRONG = {
     "width": (lambda: {"module": linear(5)}, r"cannot compute a batch of inputs float32\[8, 6\]"),
     "penalty": (with_penalty, "the loss looks at the module's own parameters"),
     "bfloat16": (lambda: {"module": linear().bfloat16()}, "are torch.bfloat16; keep them in"),
+    "parallel": (lambda: {"module": nn.DataParallel(linear())}, "give its .module: a job is comp"),
     "lazy": (lambda: {"module": nn.LazyLinear(3)}, "the module is lazy"),
     "iterable": (
         lambda: {"data": type("Stream", (IterableDataset,), {"__iter__": lambda self: iter(())})()},
@@ -311,6 +287,27 @@ def test_samples_of_unlike_lengths_with_a_collate_of_ones_own():
     same(padded, whole, rtol=1e-4, atol=1e-6)
 
 
+def test_a_collate_that_answers_what_it_keeps():
+    """The module changes its copy; a loss of few bits is one, too."""
+
+    class Halving(nn.Linear):
+        def forward(self, a):
+            return super().forward(a.mul_(0.5))
+
+    def halving():
+        torch.manual_seed(1)
+        return Halving(6, 3)
+
+    a, y = table().tensors
+    coarse = lambda z, t: F.cross_entropy(z, t).bfloat16()  # noqa: E731
+    kept = made(halving(), coarse, Pairs(), collate=lambda samples: (a, y), batch="full")
+    losses, gradients = kept.gradient(*jobs(kept, 2))
+    whole = F.cross_entropy(F.linear(a / 2, *linear().parameters()), y).item()
+    np.testing.assert_allclose(losses, whole, rtol=1e-2)
+    np.testing.assert_array_equal(gradients[0], gradients[1])
+    assert torch.equal(a, table().tensors[0])
+
+
 def test_channels_last_and_sparse_gradients_are_the_plain_ones():
     def images(memory):
         torch.manual_seed(0)
@@ -366,6 +363,9 @@ def test_subsets_and_lengths_are_what_they_say():
     task = made(data=inner, partition="sorted")
     assert task._data.direct
     same(task, made(data=[inner[i] for i in range(len(inner))], partition="sorted"))
+    mask = torch.arange(60) < 20  # is no list of rows: each sample has an axis more
+    with pytest.raises(offbeat.ConfigError, match="samples make no batch"):
+        made(data=Subset(TensorDataset(a, y), mask))
     same(made(data=Halved(a, y)), made(data=TensorDataset(a[:30], y[:30])))
 
 
@@ -502,217 +502,3 @@ def test_a_file_is_made_by_its_seed_alone(tmp_path):
     (tmp_path / "mine.py").write_text(MINE.replace('"labels"', '"label"'))
     with pytest.raises(offbeat.ConfigError, match='the unknown "label"; did you mean "labels"'):
         TASKS.table(table)
-
-
-# -- Nobody else's memory --------------------------------------------------------------------------
-
-
-class Positive(nn.Module):
-    """Non-negative weights, as they are usually written."""
-
-    def __init__(self, graph=False):
-        super().__init__()
-        torch.manual_seed(0)
-        self.w, self.graph = nn.Parameter(torch.randn(6, 3)), graph
-
-    def forward(self, a):
-        if self.graph:
-            with torch.no_grad():
-                self.w.clamp_(min=0)
-        else:
-            self.w.data.clamp_(min=0)
-        return a @ self.w
-
-
-def in_place(outputs, targets):
-    targets.mul_(0.5)
-    return F.mse_loss(outputs, targets)
-
-
-class Rude:
-    """A numpy task whose torch computes on what it is given, and which answers what it keeps."""
-
-    spec, workers, dim = None, 3, 4
-
-    def __init__(self):
-        self.start, self.answer = np.full(4, 3.0), np.zeros((64, 4))
-
-    def initial(self, seed):
-        return self.start
-
-    def gradient(self, x, worker, draw):
-        t = torch.from_numpy(x).clamp_(max=1.0)
-        found = self.answer[: len(x)]
-        found[:] = t.numpy() - worker[:, None]
-        return found.sum(1), found
-
-    def evaluate(self, x):
-        torch.from_numpy(x).mul_(0.5)
-        return {"loss": float((x**2).sum())}
-
-
-class Forgetful(Rude):
-    def gradient(self, x, worker, draw):
-        return np.zeros(len(x)), np.random.default_rng().random(x.shape)
-
-
-@pytest.mark.parametrize("more", [{}, {"topology": "ring"}])
-def test_a_task_of_ones_own_whose_jobs_do_not_repeat_is_refused(more):
-    method = "dsgd" if more else "pure"
-    with pytest.raises(offbeat.ConfigError, match="Forgetful: a job computed again, after another"):
-        offbeat.run(Forgetful(), method, "3 1..3", stop={"steps": 5}, **more)
-
-
-class Halving(Gradient):
-    """A work that changes the model it is given."""
-
-    def update(self, task, x, worker, draw, steps, kept):
-        torch.from_numpy(x).mul_(0.5)
-        return task.gradient(x, worker, draw)
-
-
-class Pure(Algorithm):
-    """Whose author computes in place."""
-
-    def start(self, server):
-        for worker in range(server.n):
-            server.assign(worker)
-
-    def arrive(self, server, update):
-        torch.from_numpy(update.x).fill_(100.0)
-        torch.from_numpy(server.x).mul_(1.5)
-        server.apply(0.1 * update.payload)
-        server.assign(update.worker)
-
-
-class Dsgd(Gossip):
-    """Whose author computes in place; unless ``quiet``, as the contract wants it."""
-
-    def __init__(self, quiet):
-        super().__init__({"x": Channel()})
-        self.quiet = quiet
-
-    def init(self, node):
-        node.publish("x", node.x)
-
-    def ask(self, node):
-        if self.quiet:
-            node.x += node.mix("x")
-        else:
-            node.x = node.x + node.mix("x")
-        return node.x
-
-    def tell(self, node, gradient):
-        if self.quiet:
-            node.x -= 0.1 * gradient
-        else:
-            node.x = node.x - 0.1 * gradient
-        node.publish("x", node.x)
-
-
-@pytest.mark.parametrize("mode", ["synchronous", "asynchronous"])
-def test_a_gossip_method_of_ones_own_may_compute_in_place(mode):
-    one, other = (
-        offbeat.run("quadratic(10, noise=0.1)", Dsgd(quiet), "4 1..4", topology="ring", mode=mode,
-                    stop={"steps": 50})
-        for quiet in (True, False)
-    )  # fmt: skip
-    assert one.final == other.final
-    np.testing.assert_array_equal(one.x, other.x)
-
-
-class Shouting(MLP):
-    """A model of a user's own, which changes the samples it is given."""
-
-    def gradient(self, x, a, y, c):
-        a *= 0.5
-        y[:] = 0
-        return super().gradient(x, a, y, c)
-
-
-def test_a_model_of_ones_own_leaves_the_data_as_they_are():
-    a, y = np.random.default_rng(0).random((30, 4)), np.arange(30) % 3
-    shards = Shards(a, y, [np.arange(15), np.arange(15, 30)], batch="full")
-    task = EmpiricalRisk(shards, Shouting([4, 5, 3]))
-    x = np.ones((1, task.dim))
-    first = task.evaluate(x[0])
-    for _ in range(2):
-        task.gradient(x, np.array([1]), np.array([0]))
-    assert task.evaluate(x[0]) == first
-    np.testing.assert_array_equal(shards.features, a)
-    np.testing.assert_array_equal(shards.labels, y)
-
-
-def test_what_is_derived_from_a_fast_path_is_asked_itself():
-    class Late(Constant):
-        def finish(self, worker, number, start_s, steps=1):
-            return super().finish(worker, number, start_s, steps) + 5
-
-    law = Law([1.0, 1.0], lambda means, seed: Late(means))
-    timing = offbeat.Fleet(workers=2, speeds=law).timing(0, 0)
-    np.testing.assert_array_equal(timing.finish_all(0, np.zeros(2)), [6.0, 6.0])
-
-    class Rounded(Identity):
-        pass
-
-    method = Dsgd(True)
-    assert method.exact
-    method.compressor = Rounded()
-    assert not method.exact
-    with pytest.raises(offbeat.ConfigError, match="write coded in place of update"):
-        type("Mine", (Compressed,), {"update": lambda *job: job})
-
-
-def regressing(module, **options):
-    g = torch.Generator().manual_seed(0)
-    data = TensorDataset(torch.randn(60, 6, generator=g), torch.rand(60, 3, generator=g))
-    return made(module, in_place, data, **options)
-
-
-RUDE = {
-    "module": (lambda: regressing(Positive()), "gradient", "pure(lr=0.1)"),
-    "no_grad": (lambda: regressing(Positive(graph=True)), "gradient", "pure(lr=0.1)"),
-    "full": (lambda: regressing(Positive(), batch="full"), "gradient", "pure(lr=0.1)"),
-    "local": (lambda: regressing(Positive()), "local-steps(sgd, steps=2)", "local-sgd"),
-    "task": (Rude, "gradient", "pure(lr=0.1)"),
-    "work": (Rude, Halving(), "pure(lr=0.1)"),
-    "compressed": (Rude, "compressed(topk(0.5))", "pure(lr=0.1)"),
-    "method": (made, "gradient", Pure()),
-    "gossip": (lambda: regressing(Positive()), "gradient", "dsgd(lr=0.1)"),
-    "gossip task": (Rude, Halving(), "dsgd(lr=0.1)"),
-}
-
-
-@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
-@pytest.mark.parametrize("kind", RUDE)
-def test_looking_more_often_changes_nothing(kind):
-    task, work, method = RUDE[kind]
-    gossip = {"topology": "ring"} if "dsgd" in str(method) else {}
-    results = [
-        offbeat.run(task(), method, "3 1..3", work=work, stop={"steps": 120},
-                    evaluate={"steps": every}, **gossip)
-        for every in (10, 40, 120)
-    ]  # fmt: skip
-    assert len({result.final["loss"] for result in results}) == 1
-    for result in results[1:]:
-        np.testing.assert_array_equal(result.x, results[0].x)
-    if kind == "method":
-        plain = offbeat.run(task(), "pure(lr=0.1)", "3 1..3", stop={"steps": 120})
-        np.testing.assert_array_equal(results[0].x, plain.x)
-
-
-@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
-@pytest.mark.parametrize("work", ["gradient", "local-steps(sgd, steps=3)", Halving()])
-@pytest.mark.parametrize("task", [Rude, lambda: regressing(Positive())])
-def test_a_process_that_computes_leaves_the_model_as_it_is(task, work):
-    """As on Ray, where it is other processes' too: one order and several, twice the same."""
-    work = WORK.parse(work) if isinstance(work, str) else work
-    runner = Runner(task(), work)
-    x = runner.task.initial(0) - 1
-    before = x.copy()
-    x.flags.writeable = False
-    orders = [Order(i, i, i, 7 * i, work.steps, 0, x, None) for i in range(3)]
-    together = [answer.payload.copy() for answer in runner.compute(orders)]
-    singly = [runner.compute([order])[0].payload for order in orders]
-    np.testing.assert_array_equal(x, before)
-    np.testing.assert_array_equal(together, singly)

@@ -1,6 +1,9 @@
 """The contract of a task."""
 
+from collections.abc import Mapping
+from copy import deepcopy
 from functools import partial
+from numbers import Real
 from typing import Any, Protocol
 
 import numpy as np
@@ -53,7 +56,7 @@ def ours(part: Any) -> bool:
     kind = part if hasattr(part, "__code__") else type(part)
     if str(kind.__module__).split(".")[0] != "offbeat":
         return False
-    inside = [getattr(part, name, None) for name in ("model", "work", "schedule")]
+    inside = [getattr(part, name, None) for name in ("model", "work", "schedule", "order", "outer")]
     inside += getattr(part, "rules", [])
     return all(ours(one) for one in inside if one is not None)
 
@@ -74,15 +77,11 @@ class Guarded:
 
     def initial(self, seed: int) -> NDArray:
         """See ``Task``."""
-        return np.array(self.task.initial(seed))
+        return deepcopy(self.task.initial(seed))
 
     def gradient(self, x: Any, worker: NDArray, draw: NDArray) -> tuple[Any, Any]:
         """See ``Task``."""
-        copied = x.copy() if isinstance(x, np.ndarray) else x.clone()
-        losses, gradients = self.task.gradient(copied, worker, draw)
-        if isinstance(gradients, np.ndarray):
-            return np.array(losses), np.array(gradients)
-        return losses.clone(), gradients.clone()
+        return deepcopy(self.task.gradient(deepcopy(x), worker, draw))
 
     def evaluate(self, x: NDArray) -> dict[str, float]:
         """See ``Task``."""
@@ -92,20 +91,40 @@ class Guarded:
         """Compute two jobs of the run's beginning, evaluate, and compute them again.
 
         Raises:
-            ConfigError: the task keeps a state that shows in this.
+            ConfigError: what it answers is not the contract's, or it keeps a state that shows.
         """
-        x = self.initial(seed)[None]
+        name, x = type(self.task).__name__, self.initial(seed)
+        _fits(f"{name}: the starting point", x, [self.task.dim])
         jobs = [(np.array([at]), np.array([at])) for at in (0, self.workers - 1)]
-        first = [self.gradient(x, *job) for job in jobs]
-        self.evaluate(x[0])
-        again = [self.gradient(x, *job) for job in reversed(jobs)][::-1]
+        first = [self.gradient(x[None], *job) for job in jobs]
+        if not getattr(self.task, "apart", False):
+            for losses, gradients in first:
+                _fits(f"{name}: the loss of one job", losses, [1])
+                _fits(f"{name}: the gradient of one job", gradients, [1, len(x)])
+        facts = self.evaluate(x)
+        if not (isinstance(facts, Mapping) and all(isinstance(f, Real) for f in facts.values())):
+            raise ConfigError(
+                f"{name}: evaluate answered {facts!r}; numbers by name are wanted, as "
+                '{"loss": 0.5}'
+            )
+        again = [self.gradient(x[None], *job) for job in reversed(jobs)][::-1]
         for one, other in zip(first, again, strict=True):
             if not all(map(partial(np.array_equal, equal_nan=True), one, other)):
                 raise ConfigError(
-                    f"{type(self.task).__name__}: a job computed again, after another, gives "
-                    "another result; it must follow from x, worker and draw alone, so that a run "
-                    "can be resumed and replayed: see offbeat.runtime.randomness"
+                    f"{name}: a job computed again, after another, gives another result; it must "
+                    "follow from x, worker and draw alone, so that a run can be resumed and "
+                    "replayed: see offbeat.runtime.randomness"
                 )
+
+
+def _fits(what: str, found: Any, shape: list[int]) -> None:
+    """Refuse what is no array of floats of that shape."""
+    array = isinstance(found, np.ndarray) and found.dtype.kind == "f"
+    if not array or [*found.shape] != shape:
+        told = getattr(found, "dtype", type(found).__name__)
+        raise ConfigError(
+            f"{what} is {told}{list(np.shape(found))}; an array of floats {shape} is wanted"
+        )
 
 
 def guarded(task: Task) -> Task:

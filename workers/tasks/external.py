@@ -113,15 +113,15 @@ def external(
     return External(shapes, len(start), start.dtype.str, workers, start)
 
 
-def _bare(names: Sequence[str]) -> dict[str, str]:
-    """Names in a file -> the same without what wrappers add.
+def bare(names: Sequence[str]) -> dict[str, str]:
+    """Names -> the same without what wrappers add.
 
-    >>> _bare(["module.a._orig_mod.b"]), _bare(["module.a", "b"])
+    >>> bare(["module.a._orig_mod.b"]), bare(["module.a", "b"])
     ({'module.a._orig_mod.b': 'a.b'}, {'module.a': 'module.a', 'b': 'b'})
     """
     found = {name: name.replace(COMPILED, "") for name in names}
     if all(name.startswith(PARALLEL) for name in found.values()):
-        return {name: bare.removeprefix(PARALLEL) for name, bare in found.items()}
+        return {name: kept.removeprefix(PARALLEL) for name, kept in found.items()}
     return found
 
 
@@ -129,8 +129,8 @@ def _read(path: Path) -> tuple[Shapes, NDArray]:
     """Names and shapes in a safetensors file, and its entries ``[d]``, in order of names."""
     try:
         with safe_open(path, framework="numpy") as source:
-            bare = _bare(source.keys())
-            names = sorted(bare, key=bare.__getitem__)
+            called = bare(source.keys())
+            names = sorted(called, key=called.__getitem__)
             formats = {name: source.get_slice(name).get_dtype() for name in names}
             if odd := [name for name in names if formats[name] not in _FORMATS]:
                 raise ConfigError(
@@ -142,5 +142,5 @@ def _read(path: Path) -> tuple[Shapes, NDArray]:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     if len(set(formats.values())) != 1:
         raise ConfigError(f"{path}: needs parameters of one type, not {len(set(formats.values()))}")
-    shapes = [(bare[name], tensor.shape) for name, tensor in found]
+    shapes = [(called[name], tensor.shape) for name, tensor in found]
     return shapes, np.concatenate([tensor.reshape(-1) for _, tensor in found])

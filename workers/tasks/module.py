@@ -24,7 +24,7 @@ from offbeat.workers.tasks.contract import TASKS, ours
 from offbeat.workers.tasks.samples import Samples, generators, stacked
 from offbeat.workers.tasks.scores import Hits
 from offbeat.workers.tasks.shards import BatchSize, Draws, Sampling
-from offbeat.workers.tasks.trials import tried
+from offbeat.workers.tasks.trials import UNMAPPED, tried
 
 log = logging.getLogger("offbeat")
 VMAP_FROM = 16  # jobs from which one vmapped call beats a loop (it costs a fixed millisecond)
@@ -32,7 +32,6 @@ EVALUATED = 1024  # samples evaluated at a time
 OWN_FILE = "torch"  # the task that runs a file of the user's
 MADE = {"labels", "accuracy", "target", "collate"}  # what such a file may say besides
 DTYPES = ("torch.float32", "torch.float64")
-UNMAPPED = "this module cannot be vmapped (%s); jobs are computed singly"
 
 
 class TorchTask:
@@ -257,14 +256,14 @@ class TorchTask:
                 batches.append(self._samples(mine))
             inputs, targets = stacked(batches)
         gradients, losses = self._torch.func.vmap(self._grad)(self._private(x), inputs, targets)
-        return losses.detach().reshape(len(x)), gradients.detach()
+        return losses.detach().reshape(len(x)).to(x.dtype), gradients.detach()
 
     def _one(self, x: Any, inputs: Any, targets: Any) -> tuple[Any, Any]:
         """A loss and a gradient ``[d]``."""
         pieces = [piece.requires_grad_() for piece in self._pieces(self._private(x))]
         value = self._loss(self._outputs(pieces, inputs), targets)
         found = self._torch.autograd.grad(value, pieces, allow_unused=True)
-        return value.detach().reshape(()), self._flat(pieces, found)
+        return value.detach().reshape(()).to(x.dtype), self._flat(pieces, found)
 
     def _flat(self, pieces: list[Any], found: Any) -> Any:
         """Gradients ``[d]`` of the pieces; zero where the loss does not depend on one."""
@@ -292,7 +291,7 @@ class TorchTask:
         samples held out where there are any, else of all workers' samples.
         """
         flat, draws = self.load(x), self._draws
-        total, gradient, marks = 0.0, self._torch.zeros_like(flat), Tally()
+        total, gradient, marks = 0.0, self._torch.zeros_like(flat), list[Any]()
         shares = [self._order[draws.share(worker)] for worker in range(self.workers)]
         with self.evaluating() as seed:
             for mine in shares:
@@ -306,35 +305,19 @@ class TorchTask:
                     gradient += self._flat(pieces, found)
                     total += float(value.detach())
                     if self._hits is not None and not len(self._away):
-                        marks.add(self._hits(outputs, targets))
+                        marks.append(self._hits(outputs, targets))
             for rows in chunks(self._away):
                 assert self._hits is not None
                 seed(int(rows[0]))
                 inputs, targets = self._samples(rows)
                 with self._torch.no_grad():
                     outputs = self._outputs(self._pieces(self._private(flat)), inputs)
-                    marks.add(self._hits(outputs, targets))
+                    marks.append(self._hits(outputs, targets))
         facts = {"loss": total, "grad_norm": float(gradient.norm())}
-        return facts | ({} if marks.share is None else {"accuracy": marks.share})
-
-
-class Tally:
-    """The share of what is right; None where that is not known of all."""
-
-    def __init__(self) -> None:
-        self._right, self._count, self._whole = 0.0, 0, True
-
-    def add(self, right: Any) -> None:
-        """Count ``right [...]``, or None."""
-        self._whole &= right is not None
-        if right is not None:
-            self._right += float(right.sum())
-            self._count += right.numel()
-
-    @property
-    def share(self) -> float | None:
-        """Of all that was counted."""
-        return self._right / self._count if self._whole and self._count else None
+        count = 0 if any(right is None for right in marks) else sum(r.numel() for r in marks)
+        if count:
+            facts["accuracy"] = sum(float(right.sum()) for right in marks) / count
+        return facts
 
 
 def chunks(rows: NDArray) -> list[NDArray]:
@@ -354,6 +337,12 @@ def trainable(module: Any) -> dict[str, Any]:
         raise ConfigError(
             "TorchTask: the module is lazy, its parameters are not made yet; give it a batch "
             "first, module(inputs)"
+        )
+    parallel = torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel
+    if isinstance(module, parallel):
+        raise ConfigError(
+            f"TorchTask: a {type(module).__name__} is given; give its .module: a job is computed "
+            "on one device"
         )
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if len(types := {str(p.dtype) for p in named.values()}) != 1:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from offbeat.runtime.errors import ConfigError, nearest
 from offbeat.runtime.tensors import load
+from offbeat.workers.tasks.scores import one_hot
 
 Part = int | str | None  # which part of a sample is its target
 
@@ -122,7 +123,7 @@ class Samples:
         )
 
     def _placed(self, tensor: Any) -> Any:
-        return tensor.to(self.device)
+        return tensor.to(self.device, copy=self._collate is not None)  # it may answer its own
 
 
 def _check(dataset: Any) -> None:
@@ -151,7 +152,9 @@ def _tensors(dataset: Any) -> tuple[tuple[Any, ...], Any] | None:
     if type(dataset) is TensorDataset:
         return dataset.tensors, None
     if type(dataset) is Subset and (inner := _tensors(dataset.dataset)):
-        mine = torch.as_tensor(np.asarray(dataset.indices, np.int64))
+        mine = torch.as_tensor(np.asarray(dataset.indices))
+        if mine.dtype != torch.int64:  # a mask is none
+            return None
         return inner[0], mine if inner[1] is None else inner[1][mine]
     return None
 
@@ -197,9 +200,7 @@ def classes(targets: NDArray) -> NDArray | None:
     if flat.shape[1] == 1:
         whole = targets.dtype.kind != "f" or bool((flat == np.floor(flat)).all())
         return flat[:, 0] if whole else None
-    marks = (flat == 0) | (flat == 1)
-    one = targets.ndim == 2 and bool(marks.all() and (flat.sum(axis=1) == 1).all())
-    return flat.argmax(axis=1) if one else None
+    return flat.argmax(axis=1) if targets.ndim == 2 and one_hot(targets) else None
 
 
 @cache

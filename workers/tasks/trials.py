@@ -24,6 +24,7 @@ from offbeat.workers.tasks.scores import Hits, known, said
 
 log = getLogger("offbeat")
 FEW = 8  # samples at most that are looked at together
+UNMAPPED = "this module cannot be vmapped (%s); jobs are computed singly"
 CLOSE = 1e-3  # relative difference of what is equal but for rounding
 STATE = (
     "a job's result must follow from seed, worker and job alone; draw from the global generators "
@@ -220,7 +221,7 @@ def _maps(task: Any) -> bool:
         try:
             _, gradients = task.together(x, rows, numbers, seed)
         except Exception as error:
-            log.warning("this module cannot be vmapped (%s); jobs are computed singly", error)
+            log.warning(UNMAPPED, error)
             return False
         for mine, number, found in zip(rows, numbers, gradients, strict=True):
             seed(number)
