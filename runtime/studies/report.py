@@ -430,7 +430,7 @@ def _timelines(runs: Sequence[Run]) -> list[dict[str, Any]]:
         if len(made) == MOST_TIMELINES or run.folder is None or not _traced(run):
             continue
         if len(trace := read_trace(run.folder / "trace.jsonl")):
-            workers = int(run.line["settings"]["fleet"]["workers"])
+            workers = recorded.settings(run.folder)["fleet"]["workers"]  # a study may not say it
             gossip = run.line["topology"] is not None
             made.append({"name": tables.name(run.axes), **timeline(trace, workers, gossip)})
     return made

@@ -14,7 +14,7 @@ from cells import work
 
 from offbeat.runtime import api, cli
 from offbeat.runtime.errors import ConfigError, StorageError
-from offbeat.runtime.studies import cell, judge, pool, study, table
+from offbeat.runtime.studies import cell, judge, pool, report, study, table
 from offbeat.runtime.studies.study import Study
 
 SMALL = {
@@ -351,10 +351,13 @@ print([line.get("error") for _, line in cells])
 
 
 def test_run_folders_where_asked(tmp_path):
-    made = small(seeds=1, grid={"algorithm": ["pure"]})
+    shared = {**SMALL["experiment"], "fleet": "2 1..2"}  # as text: a page asks the run's own file
+    made = small(seeds=1, grid={"algorithm": ["pure"]}, experiment=shared)
     ((one, line),) = study.run(made, tmp_path, folders=True)
     folder = tmp_path / study.FOLDERS / one.key
     assert api.replay(folder).final["loss"] == line["final"]["loss"]
+    (drawn,) = report.data([tmp_path])["timelines"]
+    assert drawn["workers"] == 2
 
 
 # -- Tuning ---------------------------------------------------------------------------------------

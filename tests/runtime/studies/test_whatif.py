@@ -132,6 +132,18 @@ def test_what_was_made_in_python_is_predicted_where_it_can_be_made(tmp_path):
     assert found[0].seconds == found[1].seconds  # the same method, said otherwise
 
 
+def test_a_file_that_was_edited_is_not_taken_for_the_run(tmp_path):
+    record(tmp_path / "a", "pure(lr=0.05)", 1)
+    file = tmp_path / "a" / "experiment.toml"
+    file.write_text(file.read_text().replace("lr = 0.05", "lr = 0.5"))
+    with pytest.raises(
+        ConfigError, match=r"not that of the run: algorithm\.lr is 0\.5, and was 0\.05"
+    ):
+        predict(tmp_path / "a", seeds=1)
+    with pytest.raises(ConfigError, match=r"algorithm\.lr is"):
+        predict(tmp_path / "a", task="logistic:iris", seeds=1)
+
+
 def test_mistakes_are_told(tmp_path):
     record(tmp_path / "a", "pure(lr=0.05)", 1, record={"trace": False})
     with pytest.raises(ConfigError, match="has no trace"):
