@@ -133,7 +133,7 @@ def _check(folder: Path, table: Mapping[str, Any], task: Task | str | None) -> N
     """Refuse records, and settings as far as a file holds them, that are not those of the run."""
     state = api.checkpointed(folder)
     check_trace(folder, state)
-    made = {} if task is None else {"task": task}
+    made: dict[str, Any] = {} if task is None else {"task": task}
     if MADE_BY_HAND not in json.dumps({**table, **dict.fromkeys(made)}):
         apart = ("stop.", *(f"{key}." for key in made))
         check_same(folder, state, api.load_experiment(folder, **made), apart=apart)
