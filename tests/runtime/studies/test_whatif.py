@@ -1,5 +1,6 @@
 """Traces in, answers out."""
 
+import json
 import math
 
 import pytest
@@ -70,6 +71,9 @@ def test_a_fleet_comes_from_a_run_or_a_table(tmp_path):
     # What was under way at the end was not recorded.
     ends = [column(trace, "end_s")[:2400] for trace in (again.trace, result.trace)]
     assert ends[0] == pytest.approx(ends[1])
+    path, times = tmp_path / "recorded" / "trace.jsonl", recorded_times(tmp_path / "recorded", 8)
+    path.write_text("\n".join(map(json.dumps, result.trace.tolist())))  # as peers write: 1.0
+    assert recorded_times(path, 8) == times
     path = tmp_path / "times.csv"
     path.write_text("worker,start_s,end_s\n0,10,11.5\n1,10,13\n0,11.5,14\n")
     assert recorded_times(path, 2) == [[1.5, 2.5], [3.0]]
