@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from common import arguments, finish, where
 
-from offbeat.runtime.studies import report, study, table
+from offbeat.runtime.studies import fits, lines, report, study, table
 from offbeat.runtime.studies.study import Study
 
 FILES = Path(__file__).parents[1] / "examples" / "studies"
@@ -59,7 +59,7 @@ def step_size(rows: Rows) -> list[Claim]:
     for method, power in expected.items():
         rates = values(rows, "algorithm.lr")
         floors = [middle(rows, "floor", algorithm=method, algorithm__lr=lr) for lr in rates]
-        fit = report.slope(rates, floors)
+        fit = fits.slope(rates, floors)
         assert fit is not None
         close = abs(fit["slope"] - power) < 0.15
         made.append(Claim("step_size", f"{method}: error ~ lr^{power}", told(fit), close))
@@ -137,7 +137,7 @@ def gap_law(rows: Rows) -> dict[str, Any] | None:
     """
     least = max((r["gap"] for r in rows if not r["steps_to_target"]), default=0.0)
     marks = [r for r in rows if r["gap"] > least]
-    return report.slope([r["gap"] for r in marks], [r["steps_to_target"] for r in marks])
+    return fits.slope([r["gap"] for r in marks], [r["steps_to_target"] for r in marks])
 
 
 def told(fit: dict[str, Any] | None) -> str:
@@ -255,7 +255,7 @@ def main() -> None:
         wall_s = time.perf_counter() - began_s
         failed = sum(row["error"] is not None for row in rows)
         edge = sum(bool(row.get("tuned_at_edge")) for row in rows)
-        done = study.read_cells(folder).values()
+        done = lines.read_cells(folder).values()
         spent_s = sum(line.get("wall_s") or 0.0 for line in done)
         print(
             f"{place}: {len(done)} runs, {len(rows)} rows, {failed} failed, {edge} with the best "

@@ -13,10 +13,11 @@ from offbeat.algorithms.gossip import Gossip
 from offbeat.deploy.hosts import MOST_HOSTS, MOST_NAME, PORT, Hosts, endpoint, name
 from offbeat.runtime import files
 from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.experiment import Experiment, read
+from offbeat.runtime.experiment import Experiment, read, read_toml
 from offbeat.runtime.net.link import WINDOW
 from offbeat.runtime.net.wire import PIECE_BYTES
 from offbeat.runtime.registry import Reads
+from offbeat.topologies.saved import SAVED
 from offbeat.workers.tasks import device as devices
 from offbeat.workers.work import OwnLoop
 
@@ -194,7 +195,7 @@ def plan(
     listed = [node.device for node in nodes.nodes()] if isinstance(nodes, Hosts) else []
     for used in (device, *listed):
         _check_device(file, what, used)
-    text, shipped = _shipped(file.read_text(), place.format(run=called))
+    text, shipped = _shipped(file, place.format(run=called))
     return Plan(
         name=called,
         text=text,
@@ -212,7 +213,7 @@ def plan(
     )
 
 
-def _shipped(text: str, place: str) -> tuple[str, dict[str, Path]]:
+def _shipped(file: Path, place: str) -> tuple[str, dict[str, Path]]:
     """An experiment's text for nodes that have its files in ``place``, and what is to be there.
 
     Each text that names files has a folder that is called by what is in them, so that nothing that
@@ -230,9 +231,12 @@ def _shipped(text: str, place: str) -> tuple[str, dict[str, Path]]:
             f"{prefix}{Path(place, folder, Path(path).expanduser().absolute().relative_to(root))}"
         )
 
-    made = files.rewritten(tomllib.loads(text), moved)
+    made = files.rewritten(read_toml(file), moved)
+    graph = made.get("topology")
+    if isinstance(graph, dict) and graph.get("name") == SAVED:  # a run's, which lies beside it
+        made["topology"] = graph | {"path": moved(graph["path"], Reads())}
     made.pop("files", None)  # of paths that are none there
-    return (tomli_w.dumps(made) if sources else text), sources
+    return (tomli_w.dumps(made) if sources else file.read_text()), sources
 
 
 def _check_device(file: Path, what: Experiment, device: str) -> None:

@@ -1,9 +1,8 @@
 """Run, resume, replay: from a description to a result."""
 
-import copy
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +16,8 @@ from numpy.typing import NDArray
 from offbeat.algorithms.gossip import Gossip
 from offbeat.algorithms.server import ALGORITHMS, Algorithm
 from offbeat.runtime import checkpoint, metrics
-from offbeat.runtime.backends import ENGINES, Backend, Virtual
-from offbeat.runtime.crew import Crew
+from offbeat.runtime.backends import ENGINES, Backend
+from offbeat.runtime.build import Progress, loop
 from offbeat.runtime.engine import Engine
 from offbeat.runtime.errors import ConfigError, StorageError, nearest
 from offbeat.runtime.experiment import (
@@ -30,33 +29,23 @@ from offbeat.runtime.experiment import (
     read,
     with_more,
 )
-from offbeat.runtime.farmed import FarmedWork
 from offbeat.runtime.folders import begun, check_same, check_trace, check_whole
 from offbeat.runtime.logs import tell
 from offbeat.runtime.loop import Loop, uninterrupted
-from offbeat.runtime.pairs import Pairs
 from offbeat.runtime.records import TRACE_COLUMNS, Records, read_timers, read_trace
-from offbeat.runtime.remote import LiveWorkers, RemoteWorkers
 from offbeat.runtime.replayed import (
-    RecordedClock,
-    RecordedTiming,
     Replayed,
     of_peers,
     peers,
     read_inputs,
 )
-from offbeat.runtime.rounds import Rounds
 from offbeat.runtime.settings import DEFAULT_STEPS, Evaluate, Stop
-from offbeat.runtime.virtual import VirtualWorkers
 from offbeat.topologies import TOPOLOGIES, Topology, from_matrix, from_networkx, saved
 from offbeat.topologies.saved import SAVED
-from offbeat.workers.compressed import Compressed
 from offbeat.workers.fleet import Fleet
 from offbeat.workers.tasks import TASKS, Task
-from offbeat.workers.tasks.contract import Guarded, guarded
 from offbeat.workers.work import WORK, Work
 
-Progress = Callable[[float], None]
 GRAPH = "graph.json"  # of a graph made in Python
 DRAWN = {"picture.png", "report.html", "report-figures"}
 # What a run folder holds.
@@ -260,7 +249,7 @@ def execute(
     """Run ``experiment`` from its beginning, recorded in ``folder`` if one is given."""
     if folder is not None:
         prepare(experiment, folder)
-    return _finish(_engine(experiment, folder, progress), experiment, folder)
+    return _finish(loop(experiment, folder, progress), experiment, folder)
 
 
 def prepare(experiment: Experiment, folder: Path) -> None:
@@ -344,7 +333,7 @@ def resume(
         )
     if overrides or engine is not None or changed:
         _record(experiment, folder)
-    return _finish(_engine(experiment, folder, progress), experiment, folder, state, notes)
+    return _finish(loop(experiment, folder, progress), experiment, folder, state, notes)
 
 
 def replay(
@@ -384,7 +373,7 @@ def replay(
         length = state["records"]["lengths"]["trace.jsonl"]
         return _replay(experiment, read_inputs(folder / "trace.jsonl", length))
     trace = read_trace(folder / "trace.jsonl")[: state["records"]["flushed"]]
-    engine = _engine(experiment, None, None, trace)
+    engine = loop(experiment, None, None, trace)
     if isinstance(engine, Engine):
         rung = read_timers(folder / "trace.jsonl") if experiment.real else None
         engine.workers.follow(state["records"]["events"], rung)
@@ -398,8 +387,8 @@ def replay(
 def _replay(experiment: Experiment, inputs: dict[int, Any]) -> Result:
     """What gossip nodes were given, given to them again."""
     records = Records(experiment.fleet, None)
-    loop = Replayed(experiment, inputs, records, stop=experiment.stop, evaluate=experiment.evaluate)
-    return _finish(loop, experiment, None)
+    e = experiment
+    return _finish(Replayed(e, inputs, records, stop=e.stop, evaluate=e.evaluate), e, None)
 
 
 def recorded(folder: Path) -> NDArray:
@@ -441,112 +430,6 @@ def _write(path: Path, text: str) -> None:
         checkpoint.write_whole(path, text.encode())
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error.strerror})") from None
-
-
-def _engine(
-    experiment: Experiment,
-    folder: Path | None,
-    progress: Progress | None,
-    trace: NDArray | None = None,
-) -> Loop:
-    """What runs ``experiment``; with its jobs timed as in ``trace``, if there is one."""
-    e = experiment
-
-    identity = e.identity() if folder is not None else {}
-
-    def save(state: dict[str, Any]) -> None:
-        assert folder is not None
-        state["experiment"] = identity
-        try:
-            checkpoint.write(folder / "checkpoint", state["records"]["flushed"], state)
-            tell("saved", f"saved a checkpoint of step {state['step']}", step=state["step"])
-        except OSError as error:
-            kept = checkpoint.exist(folder / "checkpoint")
-            raise StorageError(
-                f"{folder / 'checkpoint'}: cannot be written ({error.strerror}); "
-                + ("the last checkpoint is intact" if kept else "nothing is saved yet")
-                + ": make room or mend the rights, then resume the run"
-            ) from None
-
-    records = Records(e.fleet, folder, e.record.trace, e.record.nodes)
-    around: dict[str, Any] = {
-        "stop": e.stop,
-        "evaluate": e.evaluate,
-        "seed": e.seed,
-        "save": None if folder is None else save,
-        "save_every_s": e.record.save_every_s,
-        "max_failed_saves": e.record.max_failed_saves,
-        "progress": progress,
-    }
-    try:
-        return _loop(e, folder, records, around, trace)
-    except BaseException:
-        records.close()
-        raise
-
-
-def _loop(
-    e: Experiment,
-    folder: Path | None,
-    records: Records,
-    around: dict[str, Any],
-    trace: NDArray | None,
-) -> Loop:
-    """The loop of ``e`` on the engine it names, or in this process where it follows a trace."""
-    if trace is None and isinstance(task := guarded(e.task), Guarded):
-        try:
-            task.repeat(e.seed)
-        except Exception as error:
-            # Where others compute, they may have what this machine lacks.
-            if isinstance(error, ConfigError) or isinstance(e.engine, Virtual):
-                raise
-    if isinstance(e.algorithm, Gossip):
-        if trace is not None:
-            return _gossip(e, records, around, None, trace)
-        if (loop := e.engine.gossip(e, records, **around)) is not None:
-            return loop
-        crew = e.engine.crew(e, folder)
-        try:
-            return _gossip(e, records, around, crew, None)
-        except BaseException:
-            if crew is not None:
-                crew.close()
-            raise
-    x = e.task.initial(e.seed)
-    algorithm = copy.deepcopy(e.algorithm)
-    if trace is not None:
-        workers = VirtualWorkers(e.task, e.fleet, RecordedTiming(trace), e.work, x)
-        return Engine(e.task, algorithm, workers, records, **around)
-    sized = isinstance(e.work, Compressed)
-    jobs = e.task, e.fleet, e.fleet.timing(e.seed, int(x.nbytes), sized), e.work, x
-    if (crew := e.engine.crew(e, folder)) is None:
-        return Engine(e.task, algorithm, VirtualWorkers(*jobs), records, **around)
-    try:
-        workers = LiveWorkers(*jobs, crew, e.pace) if e.real else RemoteWorkers(*jobs, crew)
-        return Engine(e.task, algorithm, workers, records, **around)
-    except BaseException:
-        crew.close()
-        raise
-
-
-def _gossip(
-    e: Experiment,
-    records: Records,
-    around: dict[str, Any],
-    crew: Crew | None,
-    trace: NDArray | None,
-) -> Loop:
-    """The loop of a gossip method in this process, whose gradients a crew may compute."""
-    assert isinstance(e.algorithm, Gossip)
-    assert e.topology is not None
-    parts = e.task, e.algorithm, e.topology, e.fleet
-    timing = e.fleet.timing(e.seed, 0)
-    if trace is not None:
-        timing.clock = RecordedClock(trace)
-    work: Work = e.work if crew is None else FarmedWork(e.work, crew)
-    if e.asynchronous:
-        return Pairs(*parts, timing, records, work=work, **around)
-    return Rounds(*parts, timing, records, work=work, replicas=e.replicas, **around)
 
 
 def _finish(

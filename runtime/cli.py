@@ -4,8 +4,8 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -157,12 +157,11 @@ def run(
     if overwrite and out is None:
         raise ConfigError("--overwrite needs --out: it says what may be replaced")
     folder = out or _fresh(stem)
-    if overwrite:
-        _clear(folder)
-    if len(experiments) == 1:
-        _go_on({str(experiments[0].algorithm.spec.name): folder}, folder, experiments[0])  # type: ignore[union-attr]
-    else:
-        _go_on(_prepare_all(experiments, folder), folder)
+    with _replaced(folder) if overwrite else nullcontext():
+        if len(experiments) == 1:
+            _go_on({str(experiments[0].algorithm.spec.name): folder}, folder, experiments[0])  # type: ignore[union-attr]
+        else:
+            _go_on(_prepare_all(experiments, folder), folder)
 
 
 @app.command()
@@ -258,10 +257,31 @@ def _fresh(stem: str) -> Path:
     return folder
 
 
-def _clear(folder: Path) -> None:
-    """Remove a former run, and nothing that is not one."""
+@contextmanager
+def _replaced(folder: Path) -> Iterator[None]:
+    """Remove a former run, and nothing that is not one; it comes back where no other begins."""
     if not folder.is_dir() or not any(folder.iterdir()):
+        yield
         return
+    _check_replaced(folder)
+    aside = folder.with_name(f".{folder.name}.replaced")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+        folder.rename(aside)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be replaced ({error.strerror})") from None
+    try:
+        yield
+    finally:
+        if any(folder.rglob("*.safetensors")):  # its first checkpoint
+            shutil.rmtree(aside)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
+
+
+def _check_replaced(folder: Path) -> None:
+    """Raise ConfigError where a folder holds anything but runs."""
     parts = _parts(folder)
     runs = [part for part in parts if part.is_dir()] or [folder]
     written = {"runs.txt", *api.DRAWN, *(part.name for part in parts)} if parts else set()
@@ -274,7 +294,6 @@ def _clear(folder: Path) -> None:
     if foreign or folder.resolve() in (Path.cwd(), *Path.cwd().parents):
         what = ", ".join(sorted(foreign)[:3]) or "the folder you are in"
         raise ConfigError(f"{folder}: holds something other than a run ({what}); left alone")
-    shutil.rmtree(folder)
 
 
 def _parts(folder: Path) -> list[Path]:

@@ -307,7 +307,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is not TOML: {error}") from None
     topology = table.get("topology")
     if isinstance(topology, dict) and topology.get("name") == SAVED:
-        topology["path"] = str(path.parent.resolve() / str(topology.get("path", "")))
+        there = Path(str(topology.get("path", ""))).expanduser()
+        topology["path"] = str(path.parent.resolve() / there)
     return table
 
 

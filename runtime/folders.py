@@ -33,7 +33,7 @@ def check_same(
     experiment: Experiment,
     *,
     changed: bool = False,
-    apart: str = "stop.",
+    apart: str | tuple[str, ...] = "stop.",
 ) -> None:
     """Raise ConfigError where ``experiment`` is not what a checkpoint's ``state`` is of.
 
@@ -71,7 +71,7 @@ def check_given(folder: Path, there: Experiment, given: Experiment) -> None:
         )
 
 
-def _without(identity: Mapping[str, Any], apart: str) -> dict[str, Any]:
+def _without(identity: Mapping[str, Any], apart: str | tuple[str, ...]) -> dict[str, Any]:
     return {key: value for key, value in identity.items() if not key.startswith(apart)}
 
 

@@ -7,7 +7,7 @@ from pydantic_core import ArgsKwargs
 
 from offbeat.runtime.errors import ConfigError, nearest
 from offbeat.runtime.metrics import METRICS, directed
-from offbeat.runtime.registry import Count, Positive, settings
+from offbeat.runtime.registry import Count, Finite, Positive, settings
 
 BOUNDS = ("steps", "seconds", "gradients", "wall_s")
 DEFAULT_STEPS = 5000
@@ -33,13 +33,13 @@ class Stop:
     seconds: Positive | None = None
     gradients: Count | None = None
     wall_s: Positive | None = None
-    targets: dict[str, float] = Field(default_factory=dict)
+    targets: dict[str, Finite] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
     def _named(cls, given: ArgsKwargs) -> ArgsKwargs:
         rules = dict(given.kwargs or {})
-        if "metric" in rules:
+        if rules.pop("metric", "loss") != "loss":  # as former run folders have it, of no target
             raise ConfigError(
                 "a target is said by its metric's name, as stop.accuracy = 0.9, and without "
                 "stop.metric"

@@ -63,6 +63,8 @@ def place(tmp_path_factory):
     (folder / "experiment.toml").write_text(EXPERIMENT)
     hosts = (ROOT / "examples" / "served" / "hosts.toml").read_text()
     (folder / "hosts.toml").write_text(f'server = "n0"\n{hosts}')
+    for name in ("server", "w1"):  # a line that makes them again says that they are there
+        keys.new(folder / "keys" / name, name)
     for number in (1, 2):
         offbeat.run(
             "logistic:digits", "shuffled", "4 1..4", stop={"steps": 50, "gradients": 60},

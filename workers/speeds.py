@@ -12,7 +12,6 @@ import re
 import tomllib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from operator import index
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -380,7 +379,10 @@ def _trace_rows(path: Path) -> tuple[list[str] | int, list[tuple[int, int, float
         try:
             row = json.loads(line)
             if isinstance(row, list) and not isinstance(row[0], str):
-                rows.append((number, index(row[1]), row[6] - row[5]))
+                worker, rest = divmod(row[1], 1)  # peers write 1.0
+                if rest:
+                    raise ValueError
+                rows.append((number, int(worker), row[6] - row[5]))
         except (ValueError, IndexError, TypeError):
             raise ConfigError(f'{path} line {number}: "{line[:40]}" is no worker,seconds') from None
     return 0, rows

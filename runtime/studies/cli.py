@@ -14,6 +14,7 @@ from offbeat.runtime.logs import at_terminal
 from offbeat.runtime.overrides import apply_override
 from offbeat.runtime.studies import study as studies
 from offbeat.runtime.studies import table as tables
+from offbeat.runtime.studies.lines import read_cells
 
 WIDE = 140  # characters a line, where no terminal says
 INTERRUPTED = 130
@@ -61,7 +62,7 @@ def study(
                 progress=progress,
             )  # fmt: skip
     except KeyboardInterrupt:
-        done = len(studies.read_cells(folder))
+        done = len(read_cells(folder))
         _say(f"interrupted; {done:,} runs are done and stay; go on with the same command")
         raise typer.Exit(INTERRUPTED) from None
     finally:

@@ -150,7 +150,7 @@ def _targets(plt: Any, data: dict[str, Any]) -> Any:
             subs = (1, 2, 5) if max(middles) < TWO_DECADES * min(middles) else (1,)
             axes.xaxis.set_major_locator(LogLocator(subs=subs))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-        axes.set_xlabel(measure["label"], fontsize=8)
+        axes.set_xlabel(measure["label"].replace(", ", ",\n"), fontsize=8)
         axes.grid(alpha=0.25)
     panels[0, 0].set_yticks(range(len(shown)), [name for _, name, _ in shown], fontsize=7)
     panels[0, 0].invert_yaxis()

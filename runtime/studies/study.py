@@ -15,12 +15,10 @@ of where those are), so a study that was interrupted, or whose grid
 has grown, runs what is missing and nothing else.
 """
 
-import fcntl
 import hashlib
 import inspect
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from copy import deepcopy
@@ -28,15 +26,14 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
-from time import monotonic
-from typing import Any, BinaryIO
+from typing import Any
 
 import tomli_w
 
 from offbeat.algorithms.gossip import ALGORITHMS
 from offbeat.runtime import files
 from offbeat.runtime.checkpoint import write_whole
-from offbeat.runtime.errors import ConfigError, StorageError, nearest
+from offbeat.runtime.errors import ConfigError, nearest
 from offbeat.runtime.experiment import KEYS, make_settings, read_toml
 from offbeat.runtime.overrides import apply_override, once, put
 from offbeat.runtime.registry import (
@@ -49,12 +46,12 @@ from offbeat.runtime.registry import (
     settings,
 )
 from offbeat.runtime.studies import cell, judge, pool
+from offbeat.runtime.studies.lines import CellsFile, Done, Line, read_cells
 from offbeat.topologies import TOPOLOGIES
 from offbeat.workers.tasks import TASKS
 from offbeat.workers.work import WORK
 
-CELLS, FILE, FOLDERS = "cells.jsonl", "study.toml", "runs"
-SYNC_S = 2.0  # between two times that results are forced to the disk
+FILE, FOLDERS = "study.toml", "runs"
 PARTS = {"task": TASKS, "algorithm": ALGORITHMS, "topology": TOPOLOGIES, "work": WORK}
 SECTIONS = (
     "name",
@@ -71,9 +68,6 @@ SECTIONS = (
 )
 BUDGETS = ("steps", "seconds", "gradients")  # what a share of a run is a share of
 MOST_CELLS = 1_000_000
-
-Line = dict[str, Any]  # of the cells' file; see ``cell.run``
-Done = dict[str, Line]  # by cell
 
 
 @settings
@@ -381,83 +375,6 @@ def _defaults(part: str, name: str) -> dict[str, Any]:
 
 
 # -- The folder -------------------------------------------------------------------------------
-
-
-def read_cells(folder: Path) -> Done:
-    """What is done, by cell; a last line that was torn by a power cut does not count."""
-    done: Done = {}
-    try:
-        with (folder / CELLS).open("rb") as file:
-            for number, text in enumerate(file, start=1):
-                if text.endswith(b"\n"):
-                    try:
-                        line = cell.decode(text)
-                        done[line["cell"]] = line
-                    except (ValueError, KeyError, TypeError):
-                        raise StorageError(
-                            f"{folder / CELLS} line {number}: is not what was written; remove the "
-                            "line, and its cell is run again"
-                        ) from None
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise StorageError(f"{folder / CELLS}: cannot be read ({error.strerror})") from None
-    return done
-
-
-class CellsFile:
-    """The file of finished cells: a line each, forced to the disk every two seconds."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / CELLS
-        self._synced_s = monotonic()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file: BinaryIO = self.path.open("a+b")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with its process
-            self._cut()
-        except BlockingIOError:
-            self._file.close()
-            raise ConfigError(
-                f"{folder}: a study is running in it; wait, or give another"
-            ) from None
-        except OSError as error:
-            raise StorageError(f"{self.path}: cannot be written ({error.strerror})") from None
-
-    def _cut(self) -> None:
-        """Remove a torn last line."""
-        end = self._file.seek(0, os.SEEK_END)
-        while end:
-            start = max(0, end - 2**16)
-            self._file.seek(start)
-            at = self._file.read(end - start).rfind(b"\n")
-            end = start + at + 1 if at >= 0 else start
-            if at >= 0:
-                break
-        self._file.truncate(end)
-
-    def add(self, line: bytes) -> None:
-        """Append a finished cell."""
-        try:
-            self._file.write(line)
-            self._file.flush()
-            if monotonic() - self._synced_s > SYNC_S:
-                self.sync()
-        except OSError as error:
-            raise StorageError(
-                f"{self.path}: cannot be written ({error.strerror}); what is in it stays: make "
-                "room, then run the study again"
-            ) from None
-
-    def sync(self) -> None:
-        """Force it to the disk."""
-        os.fsync(self._file.fileno())
-        self._synced_s = monotonic()
-
-    def close(self) -> None:
-        """The end."""
-        self.sync()
-        self._file.close()
 
 
 Progress = Callable[[int, int, int], None]  # cells done, of how many, failed

@@ -18,6 +18,7 @@ from offbeat.runtime.experiment import read_toml
 from offbeat.runtime.metrics import METRICS, said
 from offbeat.runtime.studies import recorded, report
 from offbeat.runtime.studies import study as studies
+from offbeat.runtime.studies.lines import read_cells
 from offbeat.runtime.studies.table import REACHED
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -81,7 +82,7 @@ def _fraction(folder: Path, last: dict[str, Any]) -> float:
 
 def _study(folder: Path) -> tuple[Group, bool]:
     study = studies.Study.read(folder / studies.FILE, build=False)
-    done = studies.read_cells(folder)
+    done = read_cells(folder)
     missing, wanted = study.plan(done)
     failed = [line for line in done.values() if "error" in line]
     text = Text(f"{study.name}: {len(done):,} runs done, {len(missing):,} to go")

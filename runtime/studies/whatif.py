@@ -4,6 +4,7 @@ The recorded seconds of each worker's jobs are run through again in their order,
 for each prediction, under the virtual clock; further workers take after the recorded ones.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from offbeat.runtime import api, checkpoint, metrics
 from offbeat.runtime.backends import ENGINES
 from offbeat.runtime.errors import ConfigError, Diverged, nearest
 from offbeat.runtime.experiment import Experiment, make_fleet, make_part
-from offbeat.runtime.folders import check_trace
+from offbeat.runtime.folders import check_same, check_trace
 from offbeat.runtime.randomness import rng
 from offbeat.runtime.records import column, read_trace
 from offbeat.runtime.registry import MADE_BY_HAND
@@ -87,7 +88,7 @@ def predict(
     if not (folder / "trace.jsonl").exists() or not (folder / "metrics.jsonl").exists():
         raise ConfigError(f"{folder}: has no trace; run with record.trace = true")
     if checkpoint.exist(folder / "checkpoint"):
-        check_trace(folder, api.checkpointed(folder))
+        _check(folder, table, task)
     rows = recorded.rows(folder / "metrics.jsonl")
     goal, better = _goal(folder, rows, target, task or table["task"])
     came_s = _came(folder, rows, goal, better)
@@ -126,6 +127,16 @@ def predict(
         as_it_was = (method, topology, size) == (None, None, was)
         found.append(Prediction(name, size, seconds, as_it_was))
     return goal, came_s, found
+
+
+def _check(folder: Path, table: Mapping[str, Any], task: Task | str | None) -> None:
+    """Refuse records, and settings as far as a file holds them, that are not those of the run."""
+    state = api.checkpointed(folder)
+    check_trace(folder, state)
+    made: dict[str, Any] = {} if task is None else {"task": task}
+    if MADE_BY_HAND not in json.dumps({**table, **dict.fromkeys(made)}):
+        apart = ("stop.", *(f"{key}." for key in made))
+        check_same(folder, state, api.load_experiment(folder, **made), apart=apart)
 
 
 def _came(folder: Path, rows: Sequence[dict[str, Any]], goal: Target, better: str) -> float:

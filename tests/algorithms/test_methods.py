@@ -276,7 +276,7 @@ def test_a_method_cannot_change_the_model_in_place():
         def arrive(self, server, update):
             server.x -= 0.1 * update.payload
 
-    with pytest.raises(ValueError, match="read-only"):
+    with pytest.raises(offbeat.ConfigError, match=r"sets server.x, .* server.apply\(delta\) takes"):
         offbeat.run(quadratic(5, workers=2), Careless(), "2 1.0", stop={"steps": 3})
 
 

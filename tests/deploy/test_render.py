@@ -12,10 +12,12 @@ import tomllib
 from pathlib import Path
 
 import deploying
+import networkx as nx
 import pytest
 import typer
 import yaml
 
+import offbeat
 from offbeat.deploy import cli, render
 from offbeat.deploy import plan as plans
 from offbeat.deploy.hosts import read_hosts
@@ -324,6 +326,20 @@ def test_all_files_that_an_experiment_reads_are_brought(shape, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path / "slurm")
     read_there = read(Path("experiment.toml"))[0].files()
     assert {tmp_path / "slurm" / "files" / one for one in found} == set(read_there)
+
+
+def test_the_graph_that_a_run_left_is_brought(tmp_path, monkeypatch):
+    """Its path is from the run's folder, not from where one is; below a home, from there."""
+    offbeat.run("quadratic", "dsgd", "3", nx.path_graph(3), stop={"steps": 1}, folder=tmp_path)
+    (tmp_path / "hosts.toml").write_text(deploying.HOSTS.replace('"cuda"', '"cpu"'))
+    text = (tmp_path / "experiment.toml").read_text()
+    made = [deploying.deploy(tmp_path, recipe, "peers", text=text) for recipe in ("slurm", "ssh")]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made[1].rename(tmp_path / "offbeat-run")
+    (tmp_path / "graph.json").unlink()
+    for out in (made[0], tmp_path / "offbeat-run"):
+        graph = read(out / "experiment.toml")[0].topology.graph()
+        assert sorted(graph.edges) == [(0, 1), (1, 2)]
 
 
 def test_a_globs_files_are_brought_and_none_that_were_there_before(tmp_path, monkeypatch):

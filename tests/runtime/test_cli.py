@@ -311,6 +311,19 @@ def test_overwrite_needs_a_run_even_where_the_name_fits(offbeat_, tmp_path):
     assert offbeat_("run", "proj/experiment.toml", "--out", "file", "--overwrite")[0] == 6
 
 
+def test_overwrite_leaves_a_run_where_no_other_begins(offbeat_, tmp_path):
+    words = ["--task", "quadratic", "--algorithm", "pure", "--steps", "9", "--out", "out"]
+    assert offbeat_("run", *words)[0] == 0
+    before = (tmp_path / "out" / "trace.jsonl").read_bytes()
+    words += ["--overwrite", "--speeds", "1..4"]
+    code, _, err = offbeat_("run", *words, "--engine", "zmq(bind='tcp://256.0.0.1:*')")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert (tmp_path / "out" / "trace.jsonl").read_bytes() == before
+    assert offbeat_("run", *words)[0] == 0
+    assert (tmp_path / "out" / "trace.jsonl").read_bytes() != before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_one_method_that_diverges_does_not_stop_the_others(offbeat_, tmp_path):
     words = ["--task", "quadratic", "--steps", "400", "--out", "out[b]"]
     for method in ("pure", "pure(lr=1e6)", "shuffled"):

@@ -50,6 +50,7 @@ def test_a_task_says_which_way_its_own_metrics_go():
         ({"steps": 5, "distance2": 0.1}, r'stop.distance2: this run has no metric "distance2"'),
         ({"steps": 5, "accuracy": "high"}, '"accuracy" should be a number, not .high.'),
         ({"steps": 5, "accuracy": math.nan}, '"accuracy" should be a finite number'),
+        ({"steps": 5, "targets": {"accuracy": math.nan}}, '"targets" should be a finite number'),
         ({"steps": 5, "metric": "accuracy", "loss": 0.9}, "stop.accuracy = 0.9, and without"),
         ({"stepz": 5}, 'a target stepz may never be reached; .*did you mean "steps"'),
     ],

@@ -229,7 +229,7 @@ def test_processes_that_die_under_a_real_clock(policy, tmp_path):
     assert told.count("left") == (0 if policy == "pause" else deaths * N // 2)
     if policy != "pause":
         assert result.facts["lost" if policy == "lose" else "reassigned"] > 0
-    again = offbeat.replay(tmp_path / "run", task=task.inner)
+    again = offbeat.replay(tmp_path / "run", task=Faulty(tmp_path, {}))
     same(again, result)
 
 

@@ -27,7 +27,7 @@ from offbeat.runtime import api, cli, plots
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.experiment import from_table
 from offbeat.runtime.records import TRACE_COLUMNS
-from offbeat.runtime.studies import cell, figures, recorded, report, study, watch
+from offbeat.runtime.studies import cell, figures, fits, lines, recorded, report, study, watch
 from offbeat.runtime.studies import table as tables
 from offbeat.runtime.studies.scenes import COMMUNICATE, COMPUTE, QUEUE, graphs, timeline
 from offbeat.runtime.studies.study import Study
@@ -174,7 +174,7 @@ def test_curves_are_what_was_recorded(folders):
 def test_numbers_of_the_page_are_those_of_the_table(folders):
     """Medians over the seeds, in the page's units."""
     made = Study(GOSSIP)
-    done = study.read_cells(folders / "study")
+    done = lines.read_cells(folders / "study")
     frame = pandas.DataFrame(tables.rows(made, [(c, done[c.key]) for c in made.plan(done)[1]]))
     middle = frame.groupby(["algorithm", "topology"]).median(numeric_only=True)
     shown = report.data([folders / "study"])["table"]
@@ -213,7 +213,7 @@ def test_a_study_is_shown_where_its_data_are_no_longer(tmp_path, monkeypatch):
 
 def test_runs_of_another_version_are_told(folders, tmp_path):
     shutil.copytree(folders / "study", tmp_path / "study")
-    monkey = tmp_path / "study" / study.CELLS
+    monkey = tmp_path / "study" / lines.CELLS
     first, *others = monkey.read_bytes().splitlines(keepends=True)
     other = cell.decode(first) | {"version": "9.0", "cell": "0"}
     monkey.write_bytes(b"".join([cell.encode(other), *others]))
@@ -245,12 +245,12 @@ def test_runs_that_differ_in_the_seed_alone_are_one_setting(tmp_path):
 
 def test_the_slope_of_rounds_against_the_gap_is_fitted():
     gaps = np.array([0.5, 0.1, 0.02, 0.004])
-    fit = report.slope(gaps, 30 * gaps**-1.5)
+    fit = fits.slope(gaps, 30 * gaps**-1.5)
     assert fit["slope"] == pytest.approx(-1.5)
     assert fit["error"] == pytest.approx(0, abs=1e-6)
     noisy = 30 * gaps**-1.0 * np.array([1.1, 0.9, 1.1, 0.9])
-    assert abs(report.slope(gaps, noisy)["slope"] + 1) < 3 * report.slope(gaps, noisy)["error"]
-    assert report.slope([0.1, 0.2], [1.0, 2.0]) is None
+    assert abs(fits.slope(gaps, noisy)["slope"] + 1) < 3 * fits.slope(gaps, noisy)["error"]
+    assert fits.slope([0.1, 0.2], [1.0, 2.0]) is None
 
 
 def test_the_time_of_workers_is_computing_sending_and_waiting():
@@ -533,12 +533,12 @@ def test_a_study_that_goes_on_is_counted(folders, tmp_path):
     assert watch.look(folders / "study")[1]
     made = Study(GOSSIP)
     shutil.copytree(folders / "study", tmp_path / "study")
-    path = tmp_path / "study" / study.CELLS
+    path = tmp_path / "study" / lines.CELLS
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:5]))
     shown, ended = watch.look(tmp_path / "study")
     assert not ended
     assert "5 runs done, 11 to go" in str(shown.renderables[0])
-    assert len(made.plan(study.read_cells(tmp_path / "study"))[0]) == 11
+    assert len(made.plan(lines.read_cells(tmp_path / "study"))[0]) == 11
 
 
 def test_the_server_is_for_this_machine_only(folders):

@@ -14,7 +14,7 @@ from cells import work
 
 from offbeat.runtime import api, cli
 from offbeat.runtime.errors import ConfigError, StorageError
-from offbeat.runtime.studies import cell, judge, pool, study, table
+from offbeat.runtime.studies import cell, judge, lines, pool, report, study, table
 from offbeat.runtime.studies.study import Study
 
 SMALL = {
@@ -121,26 +121,26 @@ experiment.stop.steps = 10
 
 def test_what_is_done_is_never_run_again_and_a_grid_may_grow(tmp_path):
     study.run(small(), tmp_path)
-    before = (tmp_path / study.CELLS).read_bytes()
+    before = (tmp_path / lines.CELLS).read_bytes()
     study.run(small(), tmp_path)
-    assert (tmp_path / study.CELLS).read_bytes() == before
+    assert (tmp_path / lines.CELLS).read_bytes() == before
     study.run(small(seeds=3), tmp_path)
-    after = (tmp_path / study.CELLS).read_bytes()
+    after = (tmp_path / lines.CELLS).read_bytes()
     assert after.startswith(before)
     assert (before.count(b"\n"), after.count(b"\n")) == (8, 12)
 
 
 def test_a_torn_line_is_run_again_and_a_damaged_one_is_told(tmp_path):
     study.run(small(), tmp_path)
-    path = tmp_path / study.CELLS
+    path = tmp_path / lines.CELLS
     whole = path.read_bytes()
     path.write_bytes(whole[:-10])
-    assert len(study.read_cells(tmp_path)) == 7
+    assert len(lines.read_cells(tmp_path)) == 7
     study.run(small(), tmp_path)
-    assert len(study.read_cells(tmp_path)) == path.read_bytes().count(b"\n") == 8
+    assert len(lines.read_cells(tmp_path)) == path.read_bytes().count(b"\n") == 8
     path.write_bytes(whole.replace(b'{"cell"', b'{"call"', 1))
     with pytest.raises(StorageError, match="line 1: is not what was written"):
-        study.read_cells(tmp_path)
+        lines.read_cells(tmp_path)
 
 
 def test_a_flipped_bit_in_a_row_is_told_wherever_it_is(tmp_path):
@@ -149,9 +149,9 @@ def test_a_flipped_bit_in_a_row_is_told_wherever_it_is(tmp_path):
     for at in range(8 * (len(whole) - 1)):
         data = bytearray(whole)
         data[at // 8] ^= 1 << at % 8
-        (tmp_path / study.CELLS).write_bytes(data)
+        (tmp_path / lines.CELLS).write_bytes(data)
         with pytest.raises(StorageError, match="line 1: is not what was written"):
-            study.read_cells(tmp_path)
+            lines.read_cells(tmp_path)
 
 
 def on_data(source, scale):
@@ -173,15 +173,15 @@ def test_cells_are_of_what_is_in_the_files_not_of_where_it_is(tmp_path, monkeypa
     other = losses(study.run(Study(table), tmp_path / "s"))
     assert other != first
     assert other == losses(study.run(Study(table), tmp_path / "new"))
-    assert len(study.read_cells(tmp_path / "s")) == 8
+    assert len(lines.read_cells(tmp_path / "s")) == 8
     (tmp_path / "a.npz").rename(tmp_path / "b.npz")
     table["experiment"]["task"] = "logistic(b.npz, batch=2)"
     assert losses(study.run(Study(table), tmp_path / "s")) == other
-    assert len(study.read_cells(tmp_path / "s")) == 8
+    assert len(lines.read_cells(tmp_path / "s")) == 8
     (tmp_path / "b.npz").unlink()  # a page needs what was recorded, nothing else
     monkeypatch.chdir("/")
     shown = Study.read(tmp_path / "s" / study.FILE, build=False)
-    missing, wanted = shown.plan(done := study.read_cells(tmp_path / "s"))
+    missing, wanted = shown.plan(done := lines.read_cells(tmp_path / "s"))
     assert not missing
     assert losses((one, done[one.key]) for one in wanted) == other
 
@@ -197,7 +197,7 @@ def test_no_cell_is_of_files_that_were_replaced_in_the_midst(tmp_path, monkeypat
 
 
 def test_a_folder_has_one_study_at_a_time(tmp_path):
-    first = study.CellsFile(tmp_path)
+    first = lines.CellsFile(tmp_path)
     with pytest.raises(ConfigError, match="a study is running in it"):
         study.run(small(), tmp_path)
     first.close()
@@ -210,11 +210,11 @@ def test_a_failed_cell_is_a_row_and_is_run_again_only_when_asked(tmp_path):
     rows = table.rows(made, cells)
     assert [row["error"] is None for row in rows] == [True, True, False, False]
     assert "Diverged" in rows[2]["error"]
-    before = (tmp_path / study.CELLS).read_bytes()
+    before = (tmp_path / lines.CELLS).read_bytes()
     study.run(made, tmp_path)
-    assert (tmp_path / study.CELLS).read_bytes() == before
+    assert (tmp_path / lines.CELLS).read_bytes() == before
     study.run(made, tmp_path, retry=True)
-    assert (tmp_path / study.CELLS).read_bytes().count(b"\n") == 6
+    assert (tmp_path / lines.CELLS).read_bytes().count(b"\n") == 6
 
 
 def test_a_process_that_raises_dies_or_hangs_costs_its_cell_only():
@@ -241,7 +241,7 @@ grid.algorithm = ["pure", "shuffled"]
 """)
     words = [sys.executable, "-m", "offbeat.runtime.cli", "study", str(path), "--out", str(out)]
     first = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    cells = out / study.CELLS
+    cells = out / lines.CELLS
     deadline = time.monotonic() + 120
     while not cells.exists() or cells.read_bytes().count(b"\n") < 10:
         assert time.monotonic() < deadline
@@ -257,7 +257,7 @@ grid.algorithm = ["pure", "shuffled"]
     assert again.returncode == 0, again.stderr
     after = cells.read_bytes()
     assert after.startswith(before)
-    assert after.count(b"\n") == len(study.read_cells(out)) == 120
+    assert after.count(b"\n") == len(lines.read_cells(out)) == 120
     rows = pandas.read_parquet(out / "results.parquet")
     assert len(rows) == 120
     assert rows["loss"].notna().all()
@@ -277,7 +277,7 @@ def test_a_metric_that_runs_do_not_have_is_told_before_the_first_cell(more, said
     with pytest.raises(ConfigError) as error:
         study.run(small(**more), tmp_path, jobs=1)
     assert said in str(error.value)
-    assert study.read_cells(tmp_path) == {}
+    assert lines.read_cells(tmp_path) == {}
 
 
 def test_a_target_that_rises_is_reached_when_it_is_there(tmp_path):
@@ -314,7 +314,7 @@ def test_tuning_takes_the_highest_of_what_rises(tune, tmp_path):
     )
     ((one, _),) = study.run(made, tmp_path, jobs=1)
     floors = {}
-    for line in study.read_cells(tmp_path).values():
+    for line in lines.read_cells(tmp_path).values():
         floors[line["settings"]["algorithm"]["lr"]] = table.row(line, made.target)["floor"]
     assert floors[1e-9] > floors[0.2] + 0.1
     assert one.axes["algorithm.lr"] == 1e-9
@@ -331,7 +331,7 @@ def test_what_another_process_finished_meanwhile_is_not_run_again(tmp_path, monk
 
     monkeypatch.setattr(study, "CellsFile", wait)
     study.run(small(), tmp_path)
-    assert (tmp_path / study.CELLS).read_bytes().count(b"\n") == 8
+    assert (tmp_path / lines.CELLS).read_bytes().count(b"\n") == 8
 
 
 def test_a_script_need_not_guard_itself(tmp_path):
@@ -351,10 +351,13 @@ print([line.get("error") for _, line in cells])
 
 
 def test_run_folders_where_asked(tmp_path):
-    made = small(seeds=1, grid={"algorithm": ["pure"]})
+    shared = {**SMALL["experiment"], "fleet": "2 1..2"}  # as text: a page asks the run's own file
+    made = small(seeds=1, grid={"algorithm": ["pure"]}, experiment=shared)
     ((one, line),) = study.run(made, tmp_path, folders=True)
     folder = tmp_path / study.FOLDERS / one.key
     assert api.replay(folder).final["loss"] == line["final"]["loss"]
+    (drawn,) = report.data([tmp_path])["timelines"]
+    assert drawn["workers"] == 2
 
 
 # -- Tuning ---------------------------------------------------------------------------------------
@@ -365,7 +368,7 @@ def test_each_setting_takes_its_best_candidate(tmp_path):
     made = small(seeds=[0, 1], tune={"grid": {"algorithm.lr": values}, "by": "floor"})
     cells = study.run(made, tmp_path)
     rows = table.rows(made, cells)
-    done = study.read_cells(tmp_path)
+    done = lines.read_cells(tmp_path)
     for axes in made.settings():
         floors = {}
         for lr in values:
@@ -387,7 +390,7 @@ def test_halving_spends_the_same_on_every_method(tmp_path):
     assert made._shares() == [0.25, 0.5, 1.0]
     study.run(made, tmp_path)
     spent = {"pure": [], "shuffled": []}
-    for line in study.read_cells(tmp_path).values():
+    for line in lines.read_cells(tmp_path).values():
         spent[line["settings"]["algorithm"]["name"]].append(line["final"]["step"])
     assert sorted(spent["pure"]) == sorted(spent["shuffled"]) == [15] * 4 + [30] * 2 + [60]
 

@@ -1,5 +1,6 @@
 """Traces in, answers out."""
 
+import json
 import math
 
 import pytest
@@ -70,6 +71,9 @@ def test_a_fleet_comes_from_a_run_or_a_table(tmp_path):
     # What was under way at the end was not recorded.
     ends = [column(trace, "end_s")[:2400] for trace in (again.trace, result.trace)]
     assert ends[0] == pytest.approx(ends[1])
+    path, times = tmp_path / "recorded" / "trace.jsonl", recorded_times(tmp_path / "recorded", 8)
+    path.write_text("\n".join(map(json.dumps, result.trace.tolist())))  # as peers write: 1.0
+    assert recorded_times(path, 8) == times
     path = tmp_path / "times.csv"
     path.write_text("worker,start_s,end_s\n0,10,11.5\n1,10,13\n0,11.5,14\n")
     assert recorded_times(path, 2) == [[1.5, 2.5], [3.0]]
@@ -130,6 +134,18 @@ def test_what_was_made_in_python_is_predicted_where_it_can_be_made(tmp_path):
     _, _, found = predict(tmp_path / "method", ["pure(lr=0.05)", made], target={"loss": 0.05})
     assert [one.name for one in found] == ["pure(lr=0.05)", "Method"]
     assert found[0].seconds == found[1].seconds  # the same method, said otherwise
+
+
+def test_a_file_that_was_edited_is_not_taken_for_the_run(tmp_path):
+    record(tmp_path / "a", "pure(lr=0.05)", 1)
+    file = tmp_path / "a" / "experiment.toml"
+    file.write_text(file.read_text().replace("lr = 0.05", "lr = 0.5"))
+    with pytest.raises(
+        ConfigError, match=r"not that of the run: algorithm\.lr is 0\.5, and was 0\.05"
+    ):
+        predict(tmp_path / "a", seeds=1)
+    with pytest.raises(ConfigError, match=r"algorithm\.lr is"):
+        predict(tmp_path / "a", task="logistic:iris", seeds=1)
 
 
 def test_mistakes_are_told(tmp_path):
