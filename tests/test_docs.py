@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 
 import offbeat
 from offbeat.runtime import cli
+from offbeat.runtime.net import keys
 
 ROOT = Path(__file__).parents[1]
 NAMED = subprocess.run(
@@ -63,8 +65,6 @@ def place(tmp_path_factory):
     (folder / "experiment.toml").write_text(EXPERIMENT)
     hosts = (ROOT / "examples" / "served" / "hosts.toml").read_text()
     (folder / "hosts.toml").write_text(f'server = "n0"\n{hosts}')
-    for name in ("server", "w1"):  # a line that makes them again says that they are there
-        keys.new(folder / "keys" / name, name)
     for number in (1, 2):
         offbeat.run(
             "logistic:digits", "shuffled", "4 1..4", stop={"steps": 50, "gradients": 60},
@@ -118,6 +118,16 @@ def run(words, call, monkeypatch):
     assert len(made) == (not there)
 
 
+def with_keys(words):
+    """What the lines before have made, whichever ran before this one."""
+    if words[1] == "new":
+        shutil.rmtree("keys", ignore_errors=True)
+        return
+    for name in ("server", "w1"):
+        if not Path("keys", name).exists():
+            keys.new(Path("keys", name), name)
+
+
 def script(words):
     """A script that is there, and the options of it that are given."""
     source = (ROOT / words[0]).read_text()
@@ -131,6 +141,8 @@ def script(words):
 def test_a_line_of_the_docs(words, whole, call, monkeypatch):
     program, *rest = words
     if program == "offbeat" and whole:
+        if rest[0] == "keys":
+            with_keys(rest)
         rest = [
             re.sub(r"\$\(offbeat (.*)\)", lambda inner: call(shlex.split(inner[1])), word)
             for word in rest
