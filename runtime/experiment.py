@@ -4,6 +4,7 @@ import json
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
@@ -15,7 +16,7 @@ from offbeat.algorithms.base import completed
 from offbeat.algorithms.gossip import Gossip
 from offbeat.algorithms.gossip.contract import own_gossip
 from offbeat.algorithms.server import ALGORITHMS, Algorithm
-from offbeat.runtime import files, metrics
+from offbeat.runtime import files, metrics, trees
 from offbeat.runtime.backends import ENGINES, Backend, Virtual, Zmq, virtual
 from offbeat.runtime.errors import ConfigError, nearest
 from offbeat.runtime.network import Network
@@ -243,6 +244,11 @@ class Experiment:
         flat = files.flat(table)
         found = {key: value for key, value in flat if not key.startswith(apart)}
         found["clock"] = "real" if self.real else "virtual"
+        for key in ("task", "algorithm", "work"):
+            if found.get(f"{key}.name", "").startswith(MADE_BY_HAND):
+                part = self.task.initial(self.seed) if key == "task" else getattr(self, key)
+                with suppress(ConfigError):  # what no checkpoint could hold is known by its class
+                    found[f"{key}.digest"] = trees.digest(part)
         known: dict[str, Any] = json.loads(json.dumps(found))  # as a checkpoint has it
         return known
 

@@ -4,11 +4,13 @@ An object becomes the dictionary of its fields; loading fills the fields of an o
 make, so that only state is stored and the object itself is built from its settings.
 """
 
+import hashlib
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 
+from offbeat.runtime import checkpoint
 from offbeat.runtime.errors import ConfigError
 
 LEAVES = (bool, int, float, str, type(None), np.ndarray)
@@ -38,6 +40,11 @@ def dump(value: Any, where: str = "the algorithm") -> Any:
             "keep state in numbers, text, arrays, lists and dictionaries"
         )
     return {"fields": {k: dump(v, f"{where}.{k}") for k, v in vars(value).items() if k != "spec"}}
+
+
+def digest(value: Any) -> str:
+    """What tells ``value`` from others; raises ConfigError as ``dump`` does."""
+    return hashlib.blake2b(checkpoint.dumps({"tree": dump(value)}), digest_size=8).hexdigest()
 
 
 def load(target: Any, tree: Any, where: str = "the algorithm") -> Any:

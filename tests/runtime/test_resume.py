@@ -15,10 +15,12 @@ from typer.testing import CliRunner
 import offbeat
 from offbeat import ConfigError, StorageError
 from offbeat.algorithms.server import Algorithm
+from offbeat.algorithms.server.method import Finisher, Method, Schedule, StepSize
 from offbeat.runtime import api, checkpoint, files, records, trees
 from offbeat.runtime.api import load_experiment
 from offbeat.runtime.cli import app
 from offbeat.runtime.experiment import from_table
+from offbeat.workers.tasks import Quadratic
 
 RUN = {"task": "quadratic(5, noise=0.2)", "algorithm": "shuffled", "fleet": "6 lognormal(1.0)"}
 
@@ -135,7 +137,7 @@ def test_summary_and_metrics_are_json(folder):
 
 
 def test_runs_made_by_hand_resume_with_their_objects(tmp_path):
-    task = offbeat.workers.tasks.Quadratic(np.eye(4))
+    task = Quadratic(np.eye(4))
     offbeat.run(task, "pure", "4 1..4", stop={"steps": 50}, folder=tmp_path / "run")
     with pytest.raises(ConfigError, match=r'"python:Quadratic".*resume.*task='):
         offbeat.resume(tmp_path / "run")
@@ -152,6 +154,29 @@ def edited(folder, *pairs):
         assert before in text
         text = text.replace(before, after, 1)
     path.write_text(text)
+
+
+def test_objects_of_one_class_are_told_apart(tmp_path):
+    """By the fields of a method, and by where a task begins."""
+
+    class Shifted(Quadratic):
+        def initial(self, seed):
+            return super().initial(seed) + 1.0
+
+    def made(lr=0.1, kind=Shifted):
+        return {
+            "task": kind(np.eye(3)),
+            "algorithm": Method(Schedule(Finisher()), [StepSize(lr)]),
+        }
+
+    folder = tmp_path / "run"
+    offbeat.run(**made(), fleet="3 1..3", stop={"steps": 30}, folder=folder)
+    for parts, told in ((made(lr=0.2), "algorithm.digest is"), (made(kind=Quadratic), "task.name")):
+        with pytest.raises(ConfigError, match=told):
+            offbeat.resume(folder, **parts, overrides=["stop.steps=60"])
+    Shifted.initial = Quadratic.initial
+    with pytest.raises(ConfigError, match=r"task.digest is"):
+        offbeat.replay(folder, **made())
 
 
 def test_a_changed_experiment_is_not_resumed_as_the_run(folder):
