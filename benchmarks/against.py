@@ -46,7 +46,9 @@ def figures(tree: Path, imports: Path, benchmark: str, words: list[str]) -> dict
         found = json.loads(run.stdout.splitlines()[-1])["figures"]
     except (IndexError, ValueError, KeyError):
         raise SystemExit(f"{benchmark} in {tree} printed no figures:\n{run.stdout}") from None
-    return {key: value for key, value in found.items() if isinstance(value, int | float)}
+    rows = {key: value if isinstance(value, dict) else {"": value} for key, value in found.items()}
+    flat = {f"{key} {name}".strip(): v for key, row in rows.items() for name, v in row.items()}
+    return {key: value for key, value in flat.items() if isinstance(value, int | float)}
 
 
 def main() -> None:
