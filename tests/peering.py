@@ -16,8 +16,9 @@ from offbeat.runtime import api, checkpoint
 from offbeat.runtime.errors import OffbeatError
 from offbeat.runtime.experiment import from_table
 from offbeat.runtime.net import keys
+from offbeat.runtime.net.alike import Seat, alone
 from offbeat.runtime.net.cli import asking
-from offbeat.runtime.net.peer import PeerProcess, Seat, alone
+from offbeat.runtime.net.peer import PeerProcess
 from offbeat.runtime.node import OPEN, gossip_node
 
 LIMIT_S = 60.0  # of anything that a test waits for

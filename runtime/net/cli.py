@@ -222,7 +222,8 @@ def mount(
     ) -> None:
         """Be one node of a gossip run; started again, it returns to the run."""
         from offbeat.runtime.experiment import read
-        from offbeat.runtime.net.peer import PeerProcess, Seat, alone
+        from offbeat.runtime.net.alike import Seat, alone
+        from offbeat.runtime.net.peer import PeerProcess
 
         with telling(form):
             listed = read_hosts(hosts)

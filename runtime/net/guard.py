@@ -24,22 +24,27 @@ from urllib.parse import urlsplit
 
 import zmq
 
+from offbeat.runtime.errors import Refused
 from offbeat.runtime.net import sockets, wire
-from offbeat.runtime.net.jobs import MOST_WRONG
+from offbeat.runtime.net.jobs import MOST_WRONG, Liveness
 from offbeat.runtime.net.link import WINDOW
 
 # Between two looks: mostly, and where something waits, or somebody is new.
 LOOK_S, ALARMED_S = 0.1, 0.01
-SHARE = 50  # the time between two looks is as many times what one takes
+SHARE = 50  # the time between two looks is as many times what one computes
+LATEST_S = 1.0  # but no longer
 NOTICED = 2**16  # bytes that wait
+AGAIN = 16  # messages that are sent again to who has been busy for hours
 MOST_LARGE = 4  # arrays of a message that are as large as they may be
 BESIDES = 2 * wire.MOST_HEADER  # bytes of a node's rare messages, as its greeting
-BEATS = 256  # bytes that may come in a heartbeat's time and are, or may wait as, no message
+# Bytes that may come in a heartbeat's time and are, or may wait as, no message; ZeroMQ's own come
+# at the usual pace from who does not know the run's yet.
+BEATS, USUAL_S = 256, Liveness().heartbeat_s
 MOST_SILENT = 4096  # connections that nothing was heard over
 MOST_OF_A_KEY = 16  # connections of one member
 _RECEIVED = struct.Struct("=Q"), 128, 136  # tcpi_bytes_received: at which byte of TCP_INFO
 _EVENT = struct.Struct("=HI")
-_COUNTED = zmq.EVENT_ACCEPTED | zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED
+_BEGUN = zmq.EVENT_ACCEPTED | zmq.EVENT_CONNECTED
 
 
 def raise_limit() -> int:
@@ -62,14 +67,22 @@ def needs(kinds: Mapping[str, wire.Kind]) -> int:
         arrays = sorted(sizes)[-MOST_LARGE:]
         pieces = wire.PIECE_BYTES if arrays and arrays[-1] > wire.PIECE_BYTES else 0
         largest = max(largest, pieces, sum(one for one in arrays if one <= wire.PIECE_BYTES))
-    return WINDOW * (largest + wire.INLINE_BYTES)
+    return (WINDOW + AGAIN) * (largest + wire.INLINE_BYTES)
 
 
 class Connection:
-    """One of them: what came over it, and what was heard."""
+    """One of them: what came over it, and what was heard.
 
-    def __init__(self, number: int, port: int) -> None:
-        """Duplicate descriptor ``number``; raises OSError where it is not, or no more, our own."""
+    Args:
+        number: of its descriptor, for as long as that is not another's.
+        place: port, or path of ``ipc``, where the side that did not begin it listens.
+        ours: whether this side began it.
+
+    Raises:
+        OSError: the descriptor is not, or no more, such a connection's.
+    """
+
+    def __init__(self, number: int, place: int | str | bytes, *, ours: bool) -> None:
         # A duplicate can be asked, and ended, when the number may be another's already.
         copy = os.dup(number)
         try:
@@ -78,33 +91,40 @@ class Connection:
             os.close(copy)
             raise
         try:
-            if self.socket.family != os_socket.AF_UNIX and port not in self._ports():
+            there = self.socket.getpeername() if ours else self.socket.getsockname()
+            if place != (there if self.socket.family == os_socket.AF_UNIX else there[1]):
                 raise OSError("the descriptor is another's")
-            self.inode = os.fstat(self.socket.fileno()).st_ino
+            self.inode = os.fstat(copy).st_ino
         except OSError:
             self.socket.close()
             raise
         self.number, self.address, self.node = number, b"", ""
-        self.heard = self.cut = self.closed = False
+        self.cut = self.closed = False
+        self.heard = ours
         self.wrong = 0  # messages, in a row
         self.received = self.read = self.unread = 0  # bytes: came, as whole messages, neither
-        self._besides, self._looked_s = 0.0, time.monotonic()  # of them, no message's
-        self.drains = 0  # when all it left had been read
-
-    def _ports(self) -> set[int]:
-        return {self.socket.getsockname()[1], self.socket.getpeername()[1]}
+        self.spoke_s = self._looked_s = time.monotonic()  # when a message was read last
+        self._besides, self._spoke = 0.0, 0  # bytes that are no message's; of which it knows
+        self.drains = 0  # when all it left will have been read
 
     def look(self, now_s: float, rate: float) -> None:
         """See what waits; ``rate``: bytes a second that are no messages, or small ones."""
-        try:
-            info = self.socket.getsockopt(os_socket.IPPROTO_TCP, os_socket.TCP_INFO, _RECEIVED[2])
-            (self.received,) = _RECEIVED[0].unpack_from(info, _RECEIVED[1])
-        except (OSError, struct.error):  # ipc, or a kernel that does not count
-            return
-        waits = self.received - self.read
-        most = self._besides + rate * (now_s - self._looked_s)
-        self._besides, self._looked_s = min(most, waits), now_s
-        self.unread = round(waits - self._besides)
+        read = self.read
+        if not self.closed:
+            try:
+                info = self.socket.getsockopt(
+                    os_socket.IPPROTO_TCP, os_socket.TCP_INFO, _RECEIVED[2]
+                )
+                (self.received,) = _RECEIVED[0].unpack_from(info, _RECEIVED[1])
+            except (OSError, struct.error):  # ipc, or a kernel that does not count
+                self.received = read
+            if read != self.read:
+                return  # more was read meanwhile; the next look sees it
+            most = self._besides + rate * (now_s - self._looked_s)
+            self._besides, self._looked_s = min(most, self.received - read), now_s
+            if read != self._spoke:
+                self._spoke, self.spoke_s = read, now_s
+        self.unread = max(0, round(self.received - read - self._besides))
 
     def gone(self) -> bool:
         """Whether libzmq has let go of it."""
@@ -144,15 +164,18 @@ class Guard:
         self._context = context
         # Unread of a connection, and of all, also of those that are closed.
         self._most, self._total = needs + BESIDES, nodes * needs + 2 * BESIDES
-        self._rate = BEATS / heartbeat_s
+        self._rate = BEATS / min(heartbeat_s, USUAL_S)
         self._sealed = 33 if keyed else 0  # bytes of a frame, beside its length and flags
         self._budget = max(16, min(MOST_SILENT, (raise_limit() - _open()) // 4))
-        self._table: dict[tuple[zmq.Socket, int], Connection] = {}
+        self._table: dict[tuple[zmq.Socket, int], Connection] = {}  # of those that are open
+        self._inodes: set[int] = set()  # theirs
+        self._left: dict[Connection, None] = {}  # closed, and not all was read of what they left
+        self._before: dict[tuple[zmq.Socket, int], Connection] = {}  # the last, without a message
         self._by_address: dict[bytes, Connection] = {}
         self._silent: dict[Connection, None] = {}  # oldest first
-        self._of: dict[str, dict[Connection, None]] = {}  # key's name -> its own
+        self._of: dict[str, dict[Connection, None]] = {}  # key's name -> its own; "": without one
         self._watched: dict[zmq.Socket, tuple[zmq.Socket, Any, int]] = {}  # by monitor
-        self._ports: dict[zmq.Socket, int] = {}
+        self._places: dict[zmq.Socket, int | str | bytes] = {}
         self._told: deque[tuple[Any, int, int]] = deque()
         self._cuts: deque[tuple[str, str]] = deque(maxlen=WINDOW)
         self.ended = 0  # connections that were cut
@@ -166,7 +189,7 @@ class Guard:
     def watch(self, socket: zmq.Socket, events: int, key: Any = None) -> None:
         """Watch ``socket``, before it is bound or connected; ``events`` are those to be told."""
         where = f"inproc://guard-{id(socket)}"
-        socket.monitor(where, events | _COUNTED)
+        socket.monitor(where, events | _BEGUN)
         monitor = self._context.socket(zmq.PAIR)
         monitor.linger = monitor.rcvhwm = 0  # at a limit libzmq would wait for its reader
         monitor.connect(where)
@@ -175,7 +198,7 @@ class Guard:
     def start(self) -> None:
         """Begin to look, once all are bound or connected."""
         for socket, *_ in self._watched.values():
-            self._ports[socket] = _port(socket.getsockopt_string(zmq.LAST_ENDPOINT))
+            self._places[socket] = _place(socket.getsockopt_string(zmq.LAST_ENDPOINT))
         self._thread.start()
 
     def close(self) -> None:
@@ -197,30 +220,30 @@ class Guard:
         self, socket: zmq.Socket, address: bytes, frames: Sequence[zmq.Frame], nbytes: int
     ) -> Connection | None:
         """Count a message ``frames`` of ``nbytes``; answers over which connection it came."""
-        one = self._by_address.get(address) or self._first(socket, address, frames[0])
-        if one is not None:
-            sealed = self._sealed
-            one.read += nbytes + (2 + sealed) * len(frames)
-            if nbytes + sealed > 255:  # the length of such a frame is written in eight bytes
-                one.read += 7 * sum(len(frame) + sealed > 255 for frame in frames)
-        return one
+        one = self._by_address.get(address)
+        if one is None and (one := self._first(socket, address, frames[0])) is None:
+            return None
+        sealed = self._sealed
+        one.read += nbytes + (2 + sealed) * len(frames)
+        if nbytes + sealed > 255:  # the length of such a frame is written in eight bytes
+            one.read += 7 * sum(len(frame) + sealed > 255 for frame in frames)
+        return one if one.address else None
 
     def _first(self, socket: zmq.Socket, address: bytes, frame: zmq.Frame) -> Connection | None:
-        """Over which connection ``frame`` came, the first of its address."""
+        """Over which connection ``frame`` came, as far as is known, the first of its address."""
         try:
             number: Any = frame.get(zmq.SRCFD)
         except zmq.ZMQError:
             return None
-        one = self._table.get((socket, number))
-        if one is None or one.address:  # the thread has not heard of it yet
-            with self._lock:
-                self._opened(socket, number)
-            one = self._table.get((socket, number))
-        if one is None or one.address:
-            return None
-        one.address = address
-        self._by_address[address] = one
-        return one
+        with self._lock:
+            one = self._opened(socket, number)  # of which the thread may not have heard yet
+            before = self._before.get((socket, number))
+            if before is not None and before.drains > self._drains:
+                return one or before  # it may be what is left of one that had this number before
+            if one is not None and not one.address:
+                one.address = address
+                self._by_address[address] = one
+            return one
 
     def drained(self) -> None:
         """Nothing is left to be read."""
@@ -242,12 +265,13 @@ class Guard:
     def _known(self, one: Connection, node: str) -> None:
         one.heard, one.node = True, node
         self._silent.pop(one, None)
-        if not node or one.closed:
+        if one.cut or one.closed:
             return
         mine = self._of.setdefault(node, {})
         mine[one] = None
-        if len(mine) > MOST_OF_A_KEY:
-            self._end(next(iter(mine)), f"{node} has {MOST_OF_A_KEY} others")
+        if len(mine) > (most := MOST_OF_A_KEY if node else self._budget):
+            longest = min(mine, key=lambda other: other.spoke_s)
+            self._end(longest, f"{node or 'who has no key'} has {most} others")
 
     def cut(self, cuts: list[tuple[bytes, str]]) -> None:
         """End the connections of ``cuts``: addresses, and why; the list is empty then."""
@@ -263,7 +287,16 @@ class Guard:
             yield self._told.popleft()
 
     def ends(self) -> Iterator[tuple[str, str]]:
-        """The last connections that were cut: whence, and why."""
+        """The last connections that were cut: whence, and why.
+
+        Raises:
+            Refused: nothing looks at connections any more.
+        """
+        if not self._thread.is_alive():
+            raise Refused(
+                "the thread that bounds what others may send has ended; start this process again, "
+                "and it goes on where it was"
+            )
         while self._cuts:
             yield self._cuts.popleft()
 
@@ -275,17 +308,17 @@ class Guard:
             poller.register(monitor, zmq.POLLIN)
         due_s = 0.0
         while not self._stop.is_set():
-            left_s = due_s - time.monotonic()
+            left_s = min(due_s - time.monotonic(), LOOK_S)
             for monitor, _ in poller.poll(max(0, round(1000 * left_s))):
                 self._hear(monitor)
-            began_s = time.monotonic()
-            if began_s < due_s:
+            if time.monotonic() < due_s:
                 continue
+            before_s = time.thread_time()  # not of the clock, which also others use up
             with self._lock:
-                self._look(began_s)
-            now_s = time.monotonic()
+                self._look()
+            took_s, now_s = time.thread_time() - before_s, time.monotonic()
             alarmed = now_s < self._alarm_s or self._waiting > NOTICED
-            due_s = now_s + max(ALARMED_S if alarmed else LOOK_S, SHARE * (now_s - began_s))
+            due_s = now_s + min(LATEST_S, max(ALARMED_S if alarmed else LOOK_S, SHARE * took_s))
 
     def _hear(self, monitor: zmq.Socket) -> None:
         socket, key, wanted = self._watched[monitor]
@@ -295,74 +328,76 @@ class Guard:
             except zmq.Again:
                 return
             monitor.recv()  # its endpoint
-            if event & (zmq.EVENT_ACCEPTED | zmq.EVENT_CONNECTED):
+            if event & _BEGUN:  # that one ended is seen: its number may be the next one's by now
                 with self._lock:
                     self._opened(socket, value, ours=event == zmq.EVENT_CONNECTED)
-            elif event == zmq.EVENT_DISCONNECTED:
-                with self._lock:
-                    if (one := self._table.get((socket, value))) is not None:
-                        self._closed(one)
             if event & wanted:
                 self._told.append((key, event, value))
 
-    def _opened(self, socket: zmq.Socket, number: int, *, ours: bool = False) -> None:
-        if (old := self._table.get((socket, number))) is not None:
-            if not old.closed and not old.gone():
-                return
-            self._closed(old)
+    def _opened(self, socket: zmq.Socket, number: int, *, ours: bool = False) -> Connection | None:
+        """The connection that has ``number``, if one of the socket's has."""
+        place = socket, number
+        if (old := self._table.get(place)) is not None:
+            if not old.gone():
+                return old
+            self._closed(place, old)
         try:
-            one = Connection(number, self._ports[socket])
+            one = Connection(number, self._places[socket], ours=ours)
         except OSError:  # it is closed already
-            return
-        self._table[socket, number] = one
-        if ours:  # this side began it
-            one.heard = True
-            return
+            return None
+        if one.inode in self._inodes:  # the number is one of the duplicates'
+            one.socket.close()
+            return None
+        self._table[place] = one
+        self._inodes.add(one.inode)
+        if ours:
+            return one
         self._silent[one] = None
         self._alarm_s = time.monotonic() + sockets.HANDSHAKE_MS / 1000
         if self._waiting > self._total:
             self._end(one, "too much waits unread to let more come in")
         elif len(self._silent) > self._budget:
             self._end(next(iter(self._silent)), f"{self._budget} others are as silent")
+        return one
 
-    def _closed(self, one: Connection) -> None:
-        if one.closed:
-            return
+    def _closed(self, place: tuple[zmq.Socket, int], one: Connection) -> None:
         one.look(time.monotonic(), self._rate)
         one.closed, one.drains = True, self._drains + 2
         one.socket.close()
-        self._silent.pop(one, None)
+        self._inodes.discard(one.inode)
+        del self._table[place]
+        self._left[one] = None
+        if not one.address:
+            self._before[place] = one
         self._forget(one)
 
     def _forget(self, one: Connection) -> None:
+        self._silent.pop(one, None)
         if (mine := self._of.get(one.node)) is not None:
             mine.pop(one, None)
             if not mine:
                 del self._of[one.node]
 
-    def _look(self, now_s: float) -> None:
-        waiting, here = 0, []
-        for place, one in list(self._table.items()):
-            if not one.closed:
-                one.look(now_s, self._rate)
-                if one.gone():
-                    self._closed(one)
-            if one.closed:
-                if one.drains <= self._drains:  # all it left was read
-                    del self._table[place]
-                    self._by_address.pop(one.address, None)
-                    continue
-            elif not one.cut:
-                here.append(one)
-                if one.unread > self._most:
-                    self._end(one, f"{one.unread} bytes wait that nobody needs")
-            waiting += max(0, one.unread)
-        self._waiting = waiting
-        if waiting > self._total and here:
+    def _look(self) -> None:
+        now_s = time.monotonic()
+        for one in [*self._table.values(), *self._left]:
+            one.look(now_s, self._rate)
+        here = [one for one in self._table.values() if not one.cut]
+        for one in here:
+            if one.unread > self._most:
+                self._end(one, f"{one.unread} bytes wait that nobody needs")
+        self._waiting = sum(one.unread for one in [*self._table.values(), *self._left])
+        if self._waiting > self._total and here:
             fair = sum(one.unread for one in here) / len(here)
             for one in here:
                 if one.unread >= max(fair, NOTICED):
-                    self._end(one, f"{waiting} bytes wait of all, {one.unread} of this one")
+                    self._end(one, f"{self._waiting} bytes wait of all, {one.unread} of this one")
+        for place, one in list(self._table.items()):
+            if one.gone():
+                self._closed(place, one)
+        for one in [one for one in self._left if one.drains <= self._drains]:
+            del self._left[one]  # all it left was read
+            self._by_address.pop(one.address, None)
 
     def _end(self, one: Connection, why: str) -> None:
         if one.cut or one.closed:
@@ -370,7 +405,6 @@ class Guard:
         self._cuts.append((one.peer, why))
         self.ended += 1
         one.end()
-        self._silent.pop(one, None)
         self._forget(one)
 
 
@@ -381,7 +415,8 @@ def _open() -> int:
         return 64
 
 
-def _port(endpoint: str) -> int:
-    with suppress(ValueError):
+def _place(endpoint: str) -> int | str | bytes:
+    path = endpoint.removeprefix("ipc://")
+    if path == endpoint:
         return urlsplit(endpoint).port or 0
-    return 0
+    return f"\0{path[1:]}".encode() if path.startswith("@") else path

@@ -40,6 +40,7 @@ from offbeat.runtime.net.jobs import (
     Roster,
 )
 from offbeat.runtime.net.link import Full, Link
+from offbeat.runtime.net.seat import Seat
 from offbeat.runtime.net.wire import (
     Assembly,
     Buffer,
@@ -56,26 +57,6 @@ from offbeat.runtime.net.wire import (
 SERVER = "server"  # the name under which it speaks
 MOST_SHOWN = 400  # workers in a status
 HARMLESS = (OldIncarnation, StaleJob, NotFinite)  # what honest nodes cause, too
-
-
-class Seat:
-    """What the server holds of one member beside its place in the roster."""
-
-    def __init__(self, member: Member, address: bytes, link: Link, assembly: Assembly):
-        self.member, self.address, self.link = member, address, link
-        self.assembly = assembly
-        self.last: NDArray | None = None  # the model it was sent last
-        self.where = ""
-        self.jobs = self.nbytes = 0  # results, and bytes of arrays to and fro
-        self.staleness, self.loss = 0, float("nan")  # of the last one
-        self.rates = 0.0, 0.0  # jobs and bytes a second, lately
-        self.before: tuple[float, int, int] = (member.heard_s, 0, 0)  # of which this is the last
-
-    def at(self, address: bytes, now_s: float) -> None:
-        """It speaks from ``address``; from another than before, it has connected anew."""
-        if address != self.address:
-            self.address = address
-            self.link.lost(now_s)
 
 
 class Hub:
@@ -171,20 +152,7 @@ class Hub:
     def status(self, now_s: float) -> dict[str, Any]:
         """How the run is."""
         rows = [
-            {
-                "worker": seat.member.slot,
-                "node": seat.member.node,
-                "where": seat.where,
-                "state": self._state(seat.member, now_s),
-                "jobs": seat.jobs,
-                "jobs_s": seat.rates[0],
-                "bytes_s": seat.rates[1],
-                "staleness": seat.staleness,
-                "loss": seat.loss
-                if math.isfinite(seat.loss)
-                else None,  # JSON has no other numbers
-                "waiting": seat.link.pending,
-            }
+            seat.row(suspected=self.roster.suspects(seat.member, now_s))
             for seat in sorted(self.seats.values(), key=lambda seat: seat.member.slot)
         ]
         results = self.jobs.counts["accepted"]
@@ -204,20 +172,6 @@ class Hub:
             "workers": rows[:MOST_SHOWN],
             "counts": dict(self.counts),
         }
-
-    def _state(self, member: Member, now_s: float) -> str:
-        if not member.ready:
-            return "building"
-        return "suspected" if self.roster.suspects(member, now_s) else "here"
-
-    def _measure(self, now_s: float) -> None:
-        """Rates of the last second."""
-        self._rates_s = now_s + 1.0
-        for seat in self.seats.values():
-            then_s, jobs, nbytes = seat.before
-            spent_s = max(now_s - then_s, 1e-3)
-            seat.rates = (seat.jobs - jobs) / spent_s, (seat.nbytes - nbytes) / spent_s
-            seat.before = now_s, seat.jobs, seat.nbytes
 
     # -- What comes in ---------------------------------------------------------------------------
 
@@ -535,7 +489,9 @@ class Hub:
         for seat in self.seats.values():
             self._flush(seat, now_s)
         if now_s >= self._rates_s:
-            self._measure(now_s)
+            self._rates_s = now_s + 1.0
+            for seat in self.seats.values():
+                seat.measure(now_s)
 
     def _tell(
         self,
@@ -557,10 +513,7 @@ class Hub:
     def _flush(self, seat: Seat, now_s: float) -> None:
         member, link = seat.member, seat.link
         for sequence, parcel in link.out(now_s):
-            frames = pack(
-                parcel, run=self.run, node=SERVER, incarnation=self.incarnation,
-                to=member.incarnation, sequence=sequence, acknowledged=link.acknowledged,
-            )  # fmt: skip
+            frames = self._packed(parcel, member.incarnation, link.acknowledged, sequence)
             self.outbox.append((seat.address, frames))
         if link.owes(now_s):
             self._post(seat.address, "pulse", say.Pulse(), member.incarnation, link.acknowledged)
@@ -572,8 +525,8 @@ class Hub:
         (parcel,) = parcels(kind, body)
         self.outbox.append((address, self._packed(parcel, to, acknowledged)))
 
-    def _packed(self, parcel: Parcel, to: int, acknowledged: int) -> list[Any]:
+    def _packed(self, parcel: Parcel, to: int, acknowledged: int, sequence: int = 0) -> list[Any]:
         return pack(
             parcel, run=self.run, node=SERVER, incarnation=self.incarnation, to=to,
-            acknowledged=acknowledged,
+            sequence=sequence, acknowledged=acknowledged,
         )  # fmt: skip

@@ -23,19 +23,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
-from importlib.metadata import version
 from logging import INFO, WARNING
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import zmq
 from threadpoolctl import threadpool_limits
 
-from offbeat.algorithms.gossip import Gossip
-from offbeat.runtime import checkpoint, files, folders, trees
+from offbeat.runtime import checkpoint, folders, trees
 from offbeat.runtime.errors import (
     ConfigError,
     CrewError,
@@ -48,6 +45,7 @@ from offbeat.runtime.hosted import Hosted, Parcel, Report
 from offbeat.runtime.logs import FIRST_S, REMIND_S, Note, Seldom, identify, tell
 from offbeat.runtime.net import keys, mesh, sockets
 from offbeat.runtime.net import messages as say
+from offbeat.runtime.net.alike import Seat, check, lines
 from offbeat.runtime.net.guard import Guard, needs
 from offbeat.runtime.net.jobs import Liveness
 from offbeat.runtime.net.mesh import Mesh
@@ -56,10 +54,9 @@ from offbeat.runtime.net.server import Claim
 from offbeat.runtime.net.wire import PIECE_BYTES, pack, parcels
 from offbeat.runtime.node import Compute, gossip_node
 from offbeat.runtime.records import Records
-from offbeat.runtime.registry import MADE_BY_HAND
 from offbeat.workers.tasks import device as devices
 from offbeat.workers.tasks.contract import guarded
-from offbeat.workers.tasks.external import ELSEWHERE, External
+from offbeat.workers.tasks.external import ELSEWHERE
 from offbeat.workers.work import OwnLoop
 
 AT_ONCE = 256  # messages that are read before anything else is looked at
@@ -67,57 +64,8 @@ LEAVE_S = 10.0  # for the node's state, once the process is asked to end
 FAREWELL_S = 0.5  # for the last words to be on their way
 RECONNECT_MS = 100, 1000
 KNOCK_S = 2.0  # after a neighbour has refused this peer's key, before it knocks again
-COMMON = (
-    *("seed", "mode", "replicas", "pace"),
-    *("task", "algorithm", "fleet", "topology", "work", "stop"),
-)
 MOST_UNASKED = 2**16  # messages of a neighbour where none are awaited, at a look
 MOST_WATCHERS = 16  # whose reports are on their way at a time
-
-
-class Seat(NamedTuple):
-    """A node of the run: its name, and where it is reached."""
-
-    name: str
-    endpoint: str
-
-
-def lines(experiment: Experiment, seats: Sequence[Seat]) -> str:
-    """What has to be alike at all peers, a line a setting.
-
-    Raises:
-        ConfigError: the task cannot be made from text, or no such run can be.
-    """
-    for key in ("task", "work"):
-        spec = getattr(experiment, key).spec
-        if spec is None or not spec.portable():
-            raise ConfigError(
-                f"the {key} was made by hand ({MADE_BY_HAND}...), and peers elsewhere could not "
-                "make it again; register it, and give its name"
-            )
-    table = files.rewritten(experiment.table(), files.content)  # which may lie elsewhere there
-    found = {f"offbeat {version('offbeat')}": None}
-    for key in COMMON:
-        said = files.flat(table.get(key), key)
-        found |= {f"{where} = {value}": None for where, value in said if value is not None}
-    task, x = experiment.task, experiment.task.initial(experiment.seed)
-    begins = f", beginning as {task.digest()}" if isinstance(task, External) else ""
-    found |= dict.fromkeys(
-        [f"model {x.dtype}[{x.size}]{begins}", "nodes " + " ".join(s.name for s in seats)]
-    )
-    return "\n".join(found)
-
-
-def check(experiment: Experiment) -> None:
-    """Raise ConfigError where peers cannot run ``experiment`` by themselves."""
-    stop = experiment.stop
-    if not isinstance(experiment.algorithm, Gossip):
-        raise ConfigError("a method with a server has no peers; see offbeat serve")
-    if unseen := [*stop.targets, *(["gradients"] if stop.gradients is not None else [])]:
-        raise ConfigError(
-            "peers stop after steps (rounds), seconds or wall_s: none of them sees the others' "
-            f"models; remove stop.{' and stop.'.join(unseen)}, or let offbeat run watch them"
-        )
 
 
 class PeerProcess:
@@ -787,10 +735,3 @@ def _prepare(experiment: Experiment, device: str) -> None:
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     devices.placed(experiment.task, device)
-
-
-def alone(experiment: Experiment) -> Experiment:
-    """``experiment`` as a peer runs it."""
-    from offbeat.runtime.backends import zmq as made
-
-    return replace(experiment, engine=made(), clock="real")

@@ -44,7 +44,8 @@ WATCHER = "watcher"
 def planned(folder: Path) -> tuple[list[str], Callable[[str], object]]:
     """The names of the peers that ``folder`` has a plan for, and what runs one of them."""
     from offbeat.runtime.experiment import read
-    from offbeat.runtime.net.peer import PeerProcess, Seat
+    from offbeat.runtime.net.alike import Seat
+    from offbeat.runtime.net.peer import PeerProcess
 
     plan, file = json.loads((folder / PLAN).read_text()), folder / "experiment.toml"
     device = tomllib.loads(file.read_text())["task"].get("device", "cpu")
@@ -98,7 +99,7 @@ class ZmqGossip(Watched[Chair]):
     def __init__(
         self, experiment: "Experiment", options: "Zmq", records: Records, **around: Any
     ) -> None:
-        from offbeat.runtime.net.peer import Seat, lines
+        from offbeat.runtime.net.alike import Seat, lines
 
         n = experiment.fleet.workers
         if options.keys or not options.bind.startswith("tcp://127.0.0.1:"):

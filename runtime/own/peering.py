@@ -12,7 +12,8 @@ from offbeat.runtime.crew import Answer
 from offbeat.runtime.errors import ConfigError, StorageError
 from offbeat.runtime.experiment import Experiment
 from offbeat.runtime.net import shapes
-from offbeat.runtime.net.peer import PeerProcess, Seat
+from offbeat.runtime.net.alike import Seat
+from offbeat.runtime.net.peer import PeerProcess
 from offbeat.runtime.node import Compute
 from offbeat.runtime.own.desk import Desk, log, ordered
 from offbeat.runtime.own.flat import Flat, fit

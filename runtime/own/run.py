@@ -267,7 +267,7 @@ def _peering(
     """Makes the peer of a node."""
     from offbeat.deploy.hosts import read_hosts
     from offbeat.runtime.experiment import read
-    from offbeat.runtime.net.peer import Seat, alone
+    from offbeat.runtime.net.alike import Seat, alone
     from offbeat.runtime.own.peering import Peering
 
     if not isinstance(hosts, Mapping):

@@ -1,5 +1,6 @@
 """What a process bears of those who talk to it: counted by the byte, few at a time."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 import zmq
 
+from offbeat.runtime.errors import Refused
 from offbeat.runtime.net import guard, keys, mesh, sockets, wire
 from offbeat.runtime.net.guard import Guard
 from offbeat.runtime.net.jobs import GRAVE, MOST_OFFENCES, MOST_WRONG, Liveness
+from offbeat.runtime.net.link import Link
 
 LIMIT_S = 20.0
 NEEDS = 2**16
@@ -29,7 +32,7 @@ def until(condition):
 class Place:
     """A guarded socket, and whoever talks to it."""
 
-    def __init__(self, stack, folder=None):
+    def __init__(self, stack, folder=None, heartbeat_s=0.25):
         self.stack, self.folder = stack, folder
         self.context = stack.enter_context(zmq.Context())
         self.router = stack.enter_context(sockets.limited(self.context, zmq.ROUTER, Liveness()))
@@ -37,7 +40,7 @@ class Place:
             gate = keys.Gate(self.context, folder)
             stack.callback(gate.close)
             keys.as_server(self.router, keys.identity(folder, keys.SERVER))
-        self.guard = Guard(self.context, NEEDS, 2, 0.25, keyed=folder is not None)
+        self.guard = Guard(self.context, NEEDS, 2, heartbeat_s, keyed=folder is not None)
         stack.callback(self.guard.close)
         self.guard.watch(self.router, 0)
         self.endpoint = sockets.bound(self.router, "tcp://127.0.0.1:*")
@@ -187,6 +190,23 @@ def test_one_key_has_so_many_connections(stack, folder, monkeypatch):
     assert [one.cut for one in ones] == [True, False, False]
 
 
+def test_who_spoke_lately_stays(stack):
+    """Also without keys there are not more than can be borne."""
+    place = Place(stack)
+    place.guard._budget = 2
+    first, ones = place.dealer(), []
+    first.send(b"here")
+    ones.append(place.read())
+    for k in range(2):
+        place.dealer().send(b"here")
+        ones.append(place.read())
+        until(lambda k=k: ones[k]._spoke)
+        first.send(b"again")
+        assert place.read() is ones[0]
+        until(lambda: ones[0]._spoke == ones[0].read)
+    assert [one.cut for one in ones] == [False, True, False]
+
+
 @pytest.mark.parametrize(("blame", "most"), [(1, MOST_WRONG), (GRAVE, MOST_OFFENCES + 1)])
 def test_who_says_nothing_of_use_is_cut(stack, blame, most):
     place = Place(stack)
@@ -211,9 +231,91 @@ def test_a_descriptor_that_is_another_s_is_left_alone(stack):
     with socket.create_server(("127.0.0.1", 0)) as other, socket.socket() as mine:
         mine.connect(other.getsockname())
         with pytest.raises(OSError, match=r"another's"):
-            guard.Connection(mine.fileno(), port=1)
+            guard.Connection(mine.fileno(), other.getsockname()[1], ours=False)
+        guard.Connection(mine.fileno(), other.getsockname()[1], ours=True).socket.close()
+    left, right = socket.socketpair()
+    with left, right, pytest.raises(OSError, match=r"another's"):
+        guard.Connection(left.fileno(), "/run/offbeat", ours=False)
     with open(__file__) as file, pytest.raises(OSError, match="Socket operation on non-socket"):
-        guard.Connection(file.fileno(), port=1)
+        guard.Connection(file.fileno(), 1, ours=False)
+
+
+def test_a_duplicate_is_no_connection(stack):
+    """A number that is told late may be one of the guard's own by then."""
+    place = Place(stack)
+    place.dealer().send(b"first")
+    one = place.read()
+    with place.guard._lock:
+        assert place.guard._opened(place.router, one.number) is one
+        assert place.guard._opened(place.router, one.socket.fileno()) is None
+    assert os.fstat(one.number).st_ino == os.fstat(one.socket.fileno()).st_ino
+
+
+def leave(place, *messages):
+    """Say ``messages`` over a connection that is closed then."""
+    with place.context.socket(zmq.DEALER) as made:
+        made.linger = -1
+        made.connect(place.endpoint)
+        for message in messages:
+            made.send(message)
+    until(lambda: place.guard._left and not place.guard._table)
+
+
+def test_what_closed_connections_left_counts_until_it_is_read(stack):
+    place = Place(stack)
+    for k in range(4):
+        leave(place, *[bytes(NEEDS // 4)] * 3)
+        until(lambda k=k: place.guard._waiting > (k + 1) * NEEDS * 3 // 4)
+    for _ in range(3 * 4):
+        assert place.read() is None  # whose it was, nobody knows any more
+    for _ in range(2):
+        place.guard.drained()
+    until(lambda: not place.guard._left and place.guard._waiting == 0)
+    assert place.guard._by_address == {}
+
+
+def test_a_number_that_is_another_connection_s_by_now_is_not_counted_to_it(stack):
+    place = Place(stack)
+    place.router.poll(0)
+    leave(place, b"the first")
+    second = place.dealer()
+    second.send(b"the second")
+    until(lambda: place.guard._table)
+    place.read(), place.read()
+    for _ in range(2 * (NEEDS + guard.BESIDES) // 10_000):
+        second.send(bytes(10_000))
+        one = place.read(judge=None)
+    assert one is None
+    place.guard.drained(), place.guard.drained()
+    for _ in range(2 * (NEEDS + guard.BESIDES) // 10_000):
+        second.send(bytes(10_000))
+        one = place.read()
+    time.sleep(2 * guard.LOOK_S)
+    assert place.guard._waiting <= 10_000
+    assert place.guard.ended == 0
+    assert one.heard
+
+
+def test_zeromq_s_own_beats_are_no_messages_however_slow_the_run_s_are(stack):
+    place = Place(stack, heartbeat_s=900.0)
+    dealer = place.stack.enter_context(place.context.socket(zmq.DEALER))
+    dealer.linger, dealer.heartbeat_ivl = 0, 10
+    dealer.connect(place.endpoint)
+    dealer.send(b"first")
+    one = place.read()
+    began = one.received
+    until(lambda: one.received > began + 1000)
+    assert one.unread < 300
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_process_that_nobody_guards_any_more_ends(stack, monkeypatch):
+    place = Place(stack)
+    assert list(place.guard.ends()) == []
+    monkeypatch.setattr(place.guard, "_look", lambda: 1 / 0)
+    place.guard._thread.join(LIMIT_S)
+    with pytest.raises(Refused, match="it goes on where it was"):
+        list(place.guard.ends())
 
 
 def test_a_connection_of_our_own_ends_when_it_is_given_up(stack):
@@ -235,13 +337,24 @@ def test_a_connection_of_our_own_ends_when_it_is_given_up(stack):
         until(lambda: (dealer.getsockopt(zmq.EVENTS), not open_(theirs))[1])
 
 
+def test_who_is_busy_for_hours_is_sent_no_more_than_is_needed():
+    link, now_s, sent = Link(resend_s=sockets.PIECE_S), 0.0, 0
+    for _ in range(400):
+        link.send(b"piece")
+    while now_s < 3 * 3600:
+        sent += len(link.out(now_s)) * (wire.PIECE_BYTES + 200)
+        now_s = link.due_s()
+    large = {"result": wire.Kind(guard.Connection, {"x": wire.ArraySpec("<f8", (5 * 10**7,))})}
+    assert 64 * 2**20 < sent <= guard.needs(large)
+
+
 def test_what_a_node_may_need_follows_the_run():
     small = {"result": wire.Kind(guard.Connection, {"payload": wire.ArraySpec("<f8", (10,))})}
     large = {"result": wire.Kind(guard.Connection, {"payload": wire.ArraySpec("<f8", (10**7,))})}
-    assert guard.needs(mesh.spoken(np.zeros(10))) == 64 * (4 * 100 + wire.INLINE_BYTES)
-    assert guard.needs({}) == 64 * wire.INLINE_BYTES
-    assert guard.needs(small) == 64 * (100 + wire.INLINE_BYTES)
-    assert guard.needs(large) == 64 * (wire.PIECE_BYTES + wire.INLINE_BYTES)
+    assert guard.needs(mesh.spoken(np.zeros(10))) == 80 * (4 * 100 + wire.INLINE_BYTES)
+    assert guard.needs({}) == 80 * wire.INLINE_BYTES
+    assert guard.needs(small) == 80 * (100 + wire.INLINE_BYTES)
+    assert guard.needs(large) == 80 * (wire.PIECE_BYTES + wire.INLINE_BYTES)
 
 
 def test_as_many_files_may_be_open_as_the_system_allows():

@@ -12,9 +12,10 @@ from peering import LIMIT_S, Ring, made, table
 
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.net import messages as say
+from offbeat.runtime.net.alike import Seat
 from offbeat.runtime.net.cli import asking, shown
 from offbeat.runtime.net.mesh import DONE
-from offbeat.runtime.net.peer import PeerProcess, Seat
+from offbeat.runtime.net.peer import PeerProcess
 from offbeat.runtime.net.wire import pack, parcels
 
 STEPS = 8

@@ -14,7 +14,8 @@ from loops import digits_loop, free_port, little, together
 import offbeat
 from offbeat.runtime.errors import CrewError
 from offbeat.runtime.experiment import read
-from offbeat.runtime.net.peer import PeerProcess, Seat, alone
+from offbeat.runtime.net.alike import Seat, alone
+from offbeat.runtime.net.peer import PeerProcess
 from offbeat.runtime.studies import report
 from offbeat.workers.tasks import TASKS
 
