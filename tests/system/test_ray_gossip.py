@@ -185,8 +185,8 @@ def test_an_actor_that_is_killed_joins_again(mode, tmp_path):
     engine = Deadly([(20, 1), (60, 2)])
     result = run(
         method, engine, "random-regular", f"{N} 0.01", 450, task, mode=mode,
-        evaluate={"steps": 100}, record={"save_every_s": 1e6},  # a save would let go those whom Killing holds
-        folder=tmp_path / "run",
+        evaluate={"steps": 100}, folder=tmp_path / "run",
+        record={"save_every_s": 1e6},  # to save would let go those whom Killing holds back
     )  # fmt: skip
     assert len(set(engine.loop.killed)) == 2
     told = [event["event"] for event in result.events]
