@@ -1,6 +1,8 @@
 """Code of a user's own, in place and with torch: nobody else's memory changes."""
 
 import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from offbeat.algorithms.server import Algorithm
 from offbeat.runtime.crew import Order, Runner
 from offbeat.workers.compressed import Compressed
 from offbeat.workers.speeds import Constant, Law
+from offbeat.workers.tasks.contract import guarded
 from offbeat.workers.tasks.empirical import EmpiricalRisk
 from offbeat.workers.tasks.mlp import MLP
 from offbeat.workers.tasks.shards import Shards
@@ -354,3 +357,51 @@ def test_a_process_that_computes_leaves_the_model_as_it_is(task, work):
     singly = [runner.compute([order])[0].payload for order in orders]
     np.testing.assert_array_equal(x, before)
     np.testing.assert_array_equal(together, singly)
+
+
+# -- Two threads -----------------------------------------------------------------------------------
+
+
+class Slow(nn.Module):
+    """Between its two looks at its parameters there is time for another thread."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.inner = nn.Linear(6, 3)
+
+    def forward(self, a):
+        first = self.inner(a)
+        time.sleep(0.002)
+        return first + self.inner(a)
+
+
+def test_a_task_that_is_evaluated_meanwhile_computes_the_same():
+    """As a peer does, whose evaluations have a thread of their own."""
+
+    class Own:
+        spec, workers, dim = None, 3, 4
+
+        def initial(self, seed):
+            return np.arange(4.0)
+
+        def gradient(self, x, worker, draw):
+            self.at = x
+            time.sleep(0.002)
+            return np.zeros(len(x)), 2 * self.at
+
+        def evaluate(self, x):
+            self.at = x[None]
+            time.sleep(0.002)
+            return {"loss": float(self.at.sum())}
+
+    for task in (made(Slow()), guarded(Own())):
+        x = task.initial(0)
+        job = x[None], np.array([1]), np.array([2])
+        true, facts = task.gradient(*job)[1], task.evaluate(2 * x)
+        with ThreadPoolExecutor(1) as side:
+            seen = [side.submit(task.evaluate, 2 * x) for _ in range(10)]
+            gradients = [task.gradient(*job)[1] for _ in range(30)]
+        assert all(one.result() == facts for one in seen)
+        for gradient in gradients:
+            np.testing.assert_array_equal(gradient, true)

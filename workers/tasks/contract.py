@@ -1,10 +1,11 @@
 """The contract of a task."""
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from copy import deepcopy
-from functools import partial
+from functools import partial, wraps
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.registry import Registry, Spec
 
+F = TypeVar("F", bound=Callable[..., Any])
 TASKS = Registry("task")
 
 
@@ -42,6 +44,24 @@ class Task(Protocol):
     def evaluate(self, x: NDArray) -> dict[str, float]:
         """Facts about the full objective at ``x [d]``: loss, grad_norm, accuracy, ..."""
         ...
+
+
+_ALONE = threading.RLock()
+
+
+def alone(method: F) -> F:
+    """Decorator: of a process's threads, one at a time.
+
+    A peer evaluates while it computes a job; torch puts the parameters of either into one module,
+    and both seed the process's generators.  A user's code may be no better prepared.
+    """
+
+    @wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _ALONE:
+            return method(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 def ours(part: Any) -> bool:
@@ -79,10 +99,12 @@ class Guarded:
         """See ``Task``."""
         return deepcopy(self.task.initial(seed))
 
+    @alone
     def gradient(self, x: Any, worker: NDArray, draw: NDArray) -> tuple[Any, Any]:
         """See ``Task``."""
         return deepcopy(self.task.gradient(deepcopy(x), worker, draw))
 
+    @alone
     def evaluate(self, x: NDArray) -> dict[str, float]:
         """See ``Task``."""
         return self.task.evaluate(x.copy())

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from offbeat.runtime.errors import ConfigError
 from offbeat.runtime.registry import Count, Positive, Reads, Seed
 from offbeat.runtime.tables import read_bytes
-from offbeat.workers.tasks.contract import TASKS
+from offbeat.workers.tasks.contract import TASKS, alone
 from offbeat.workers.tasks.module import TorchTask
 from offbeat.workers.tasks.shards import Sampling
 
@@ -151,6 +151,7 @@ class LanguageModel(TorchTask):
         tokens = self._train[first[..., None] + self._span].long()
         return tokens[..., :-1], tokens[..., 1:]
 
+    @alone
     def evaluate(self, x: NDArray) -> dict[str, float]:
         """Mean loss and perplexity on the text held out."""
         total, flat = 0.0, self.load(x)

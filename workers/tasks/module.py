@@ -20,7 +20,7 @@ from offbeat.runtime.registry import Count, Fraction, Reads, Seed, Spec, validat
 from offbeat.runtime.tensors import fetch, load, memory
 from offbeat.workers.partition import divided, held_out
 from offbeat.workers.tasks import device as devices
-from offbeat.workers.tasks.contract import TASKS, ours
+from offbeat.workers.tasks.contract import TASKS, alone, ours
 from offbeat.workers.tasks.samples import Samples, generators, stacked
 from offbeat.workers.tasks.scores import Hits
 from offbeat.workers.tasks.shards import BatchSize, Draws, Sampling
@@ -208,6 +208,7 @@ class TorchTask:
         """The module's parameters as they were given, for every seed."""
         return self._initial.copy()
 
+    @alone
     def gradient(self, x: Any, worker: NDArray, draw: NDArray) -> tuple[Any, Any]:
         """Losses ``[k]`` and gradients ``[k, d]``; see ``Task``.
 
@@ -284,6 +285,7 @@ class TorchTask:
         finally:
             self._module.train()
 
+    @alone
     def evaluate(self, x: NDArray) -> dict[str, float]:
         """Facts in evaluation mode: loss and grad_norm of f, over all workers' samples; accuracy.
 
