@@ -3,8 +3,8 @@
 from copy import copy
 from typing import Any
 
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.registry import Registry
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.base.registry import Registry
 
 ALGORITHMS = Registry(
     "algorithm",

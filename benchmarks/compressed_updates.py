@@ -15,9 +15,9 @@ import numpy as np
 from common import arguments, finish, where
 from numpy.typing import NDArray
 
-from offbeat.runtime.crew import Crew, Event, Order, Runner
-from offbeat.runtime.registry import Spec
-from offbeat.runtime.remote import RemoteWorkers
+from offbeat.runtime.base.registry import Spec
+from offbeat.runtime.compute.backend import ComputeBackend, ComputeEvent, JobRequest, Runner
+from offbeat.runtime.server.remote import RemoteWorkers
 from offbeat.workers.compressed import compressed
 from offbeat.workers.fleet import Fleet
 from offbeat.workers.work import Work, gradient
@@ -57,16 +57,16 @@ class Given:
         return {}
 
 
-class Idle(Crew):
+class Idle(ComputeBackend):
     """Keeps the last order."""
 
-    order: Order
+    order: JobRequest
 
-    def submit(self, order: Order) -> None:
-        """See ``Crew``."""
+    def submit(self, order: JobRequest) -> None:
+        """See ``ComputeBackend``."""
         self.order = order
 
-    def collect(self, timeout_s: float) -> list[Event]:
+    def collect(self, timeout_s: float) -> list[ComputeEvent]:
         """Nothing."""
         return []
 

@@ -30,10 +30,10 @@ from numpy.typing import NDArray
 
 import offbeat
 from offbeat.algorithms.gossip import Gossip, beer, motef
-from offbeat.runtime.records import Records
-from offbeat.runtime.rounds import Rounds
-from offbeat.runtime.settings import Evaluate, Stop
-from offbeat.runtime.stacked import Broadcast, Round
+from offbeat.runtime.experiment.settings import Evaluate, Stop
+from offbeat.runtime.gossip.rounds import Rounds
+from offbeat.runtime.gossip.stacked import Broadcast, RoundGraph
+from offbeat.runtime.run.records import Records
 from offbeat.topologies import TOPOLOGIES
 from offbeat.workers.tasks import LeastSquares, Quadratic, Task
 
@@ -318,7 +318,7 @@ class PlainSum(Broadcast):
         super().start(value)
         self.total, self.known = value, value.copy()
 
-    def exchange(self, now: Round) -> NDArray:
+    def exchange(self, now: RoundGraph) -> NDArray:
         """See ``Wire``."""
         if self.value is not None:
             self.total = self.total + now.matrix @ (self.value - self.known)

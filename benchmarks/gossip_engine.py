@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from offbeat.algorithms.gossip import Gossip, beer, choco, dsgd, motef
-from offbeat.runtime.records import Records
-from offbeat.runtime.rounds import Rounds
-from offbeat.runtime.settings import Evaluate, Stop
+from offbeat.runtime.experiment.settings import Evaluate, Stop
+from offbeat.runtime.gossip.rounds import Rounds
+from offbeat.runtime.run.records import Records
 from offbeat.topologies import TOPOLOGIES
 from offbeat.workers.fleet import Fleet
 from offbeat.workers.tasks import Quadratic

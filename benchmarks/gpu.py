@@ -18,9 +18,9 @@ import torch
 from common import arguments, finish, where
 
 import offbeat
-from offbeat.runtime import tensors
-from offbeat.runtime.crew import Order, Runner
-from offbeat.runtime.records import column
+from offbeat.runtime.base import tensors
+from offbeat.runtime.compute.backend import JobRequest, Runner
+from offbeat.runtime.run.records import column
 from offbeat.workers.compressed import SENT, Compressed
 from offbeat.workers.tasks import device as devices
 from offbeat.workers.tasks import lm
@@ -88,7 +88,7 @@ def steps(device: Any, size: str, repeats: int) -> tuple[dict[str, float], dict[
             optimiser.step()
 
     def ours() -> None:
-        runner.compute([Order(0, 0, 0, next(draw), STEPS, 0, x, None)])
+        runner.compute([JobRequest(0, 0, 0, next(draw), STEPS, 0, x, None)])
 
     spent: dict[str, list[float]] = {"bare": [], "ours": []}
     for _ in range(repeats):

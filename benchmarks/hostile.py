@@ -25,9 +25,10 @@ from common import arguments, finish, where
 from zmq_engine import forked, port, reap
 
 import offbeat
-from offbeat.runtime.net import keys, worker
-from offbeat.runtime.net import messages as say
-from offbeat.runtime.net.wire import pack, parcels
+from offbeat.runtime.on_zeromq import worker
+from offbeat.runtime.protocol import messages as say
+from offbeat.runtime.protocol.wire import pack, parcels
+from offbeat.runtime.transport import keys
 
 JOB_S = 0.01
 BUSY_S = 0.2  # of an evaluation

@@ -25,7 +25,7 @@ from common import arguments, finish, where
 from numpy.typing import NDArray
 
 import offbeat
-from offbeat.runtime.plots import COLOURS
+from offbeat.runtime.api.plots import COLOURS
 from offbeat.workers.tasks import LanguageModel, lm
 from offbeat.workers.tasks.lm import BYTES, SHAPES
 from offbeat.workers.tasks.transformer import Transformer, next_token_loss

@@ -26,12 +26,12 @@ from numpy.typing import NDArray
 
 import offbeat
 from offbeat.algorithms.server import pure
-from offbeat.runtime import backends
-from offbeat.runtime.actors.crew import INLINE_BYTES, Host, RayCrew, Seat
-from offbeat.runtime.actors.start import load, start
-from offbeat.runtime.experiment import Experiment
-from offbeat.runtime.memory import keep_freed
-from offbeat.runtime.registry import Spec
+from offbeat.runtime.base.registry import Spec
+from offbeat.runtime.base.tensors import keep_freed
+from offbeat.runtime.experiment import engines as backends
+from offbeat.runtime.experiment.experiment import Experiment
+from offbeat.runtime.on_ray.server import INLINE_BYTES, ActorSlot, RayBackend, ServerActor
+from offbeat.runtime.on_ray.start import load, start
 
 LR = 0.01
 
@@ -91,17 +91,17 @@ def bare(ray: Any, actors: list[Any], d: int, updates: int) -> float:
     return spent_s
 
 
-class Kept(RayCrew):
+class Kept(RayBackend):
     """Takes actors that are there already, and leaves them."""
 
     held: ClassVar[list[Any]] = []
 
-    def _fill(self, seat: Seat) -> None:
+    def _fill(self, seat: ActorSlot) -> None:
         if not self.held:
             super()._fill(seat)
             return
         seat.actor = self.held.pop()
-        seat.ready = seat.actor.__ray_call__.remote(Host.__init__, *self._parts)
+        seat.ready = seat.actor.__ray_call__.remote(ServerActor.__init__, *self._parts)
 
     def close(self) -> None:
         for seat in self._seats:
@@ -114,7 +114,7 @@ class Kept(RayCrew):
 class Engine(backends.Ray):
     """``ray``, whose actors stay for the next run."""
 
-    def crew(self, experiment: Experiment, folder: Path | None = None) -> RayCrew:
+    def crew(self, experiment: Experiment, folder: Path | None = None) -> RayBackend:
         return Kept(experiment, self)
 
 
@@ -196,7 +196,7 @@ def starting(n: int) -> dict[str, float]:
         stop=offbeat.Stop(steps=1), evaluate=offbeat.Evaluate(),
     )  # fmt: skip
     began_s = time.perf_counter()
-    crew = RayCrew(experiment, backends.ray())
+    crew = RayBackend(experiment, backends.ray())
     took_s = time.perf_counter() - began_s
     mine = [
         process

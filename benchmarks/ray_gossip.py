@@ -22,9 +22,9 @@ from common import arguments, finish, where
 from ray_engine import Copy
 
 import offbeat
-from offbeat.runtime.actors.crew import INLINE_BYTES
-from offbeat.runtime.actors.start import load, start
-from offbeat.runtime.memory import keep_freed
+from offbeat.runtime.base.tensors import keep_freed
+from offbeat.runtime.on_ray.server import INLINE_BYTES
+from offbeat.runtime.on_ray.start import load, start
 
 LR = 0.01
 WARM_S = 1.0

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from common import arguments, finish, where
 
-from offbeat.runtime.studies import fits, lines, report, study, table
+from offbeat.runtime.report import report
+from offbeat.runtime.studies import fits, lines, study, table
 from offbeat.runtime.studies.study import Study
 
 FILES = Path(__file__).parents[1] / "examples" / "studies"

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 from common import arguments, finish, where
 
-from offbeat.runtime import api
+from offbeat.runtime.api import api
 from offbeat.runtime.studies import cell, study
 from offbeat.runtime.studies.study import Study
 

@@ -21,7 +21,7 @@ from scipy.special import expit
 
 import offbeat
 from offbeat.algorithms.server import pure
-from offbeat.runtime.registry import Spec
+from offbeat.runtime.base.registry import Spec
 from offbeat.workers.tasks import EmpiricalRisk
 from offbeat.workers.tasks.logistic import Binary
 from offbeat.workers.tasks.shards import Shards

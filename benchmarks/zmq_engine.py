@@ -26,12 +26,13 @@ import numpy as np
 import zmq
 from common import arguments, finish, where
 
-from offbeat.runtime.backends import ENGINES
-from offbeat.runtime.crew import Answer, Back, Order
-from offbeat.runtime.experiment import from_table
-from offbeat.runtime.net import keys, worker
-from offbeat.runtime.net.messages import kinds
-from offbeat.runtime.net.server import ZmqCrew
+from offbeat.runtime.compute.backend import Back, JobRequest, JobResult
+from offbeat.runtime.experiment.engines import ENGINES
+from offbeat.runtime.experiment.experiment import from_table
+from offbeat.runtime.on_zeromq import worker
+from offbeat.runtime.on_zeromq.server import ZmqBackend
+from offbeat.runtime.protocol.messages import kinds
+from offbeat.runtime.transport import keys
 
 PIECE = 2**20
 LARGE = {"1 MB": 10**6 // 8, "10 MB": 10**7 // 8, "100 MB": 10**8 // 8}  # numbers of 8 bytes
@@ -159,8 +160,8 @@ class Echo:
     def __init__(self, d: int) -> None:
         self._payload = np.zeros(d)
 
-    def compute(self, orders: list[Order]) -> list[Answer]:
-        return [Answer(order.serial, 0.0, self._payload, {}, 0.0) for order in orders]
+    def compute(self, orders: list[JobRequest]) -> list[JobResult]:
+        return [JobResult(order.serial, 0.0, self._payload, {}, 0.0) for order in orders]
 
 
 def ours(n: int, d: int, jobs: int, folder: Path | None) -> float:
@@ -176,7 +177,7 @@ def ours(n: int, d: int, jobs: int, folder: Path | None) -> float:
     table = {"task": f"quadratic({d})", "algorithm": "pure", "fleet": {"workers": n}}
     (experiment,) = from_table(table)
     engine = ENGINES["zmq"](address, keys=str(folder or ""), processes=0)
-    crew = ZmqCrew(experiment, engine, None)
+    crew = ZmqBackend(experiment, engine, None)
     here = 0
     while here < n:
         here += sum(isinstance(event, Back) for event in crew.collect(1.0))
@@ -186,7 +187,7 @@ def ours(n: int, d: int, jobs: int, folder: Path | None) -> float:
     def give(who: int) -> None:
         nonlocal serial
         serial += 1
-        crew.submit(Order(serial, who, who, serial, 1, serial, models[serial % 3], None))
+        crew.submit(JobRequest(serial, who, who, serial, 1, serial, models[serial % 3], None))
 
     owner = {}
     for who in range(n):
@@ -194,7 +195,7 @@ def ours(n: int, d: int, jobs: int, folder: Path | None) -> float:
         owner[serial] = who
     while done < jobs:
         for event in crew.collect(1.0):
-            assert isinstance(event, Answer)
+            assert isinstance(event, JobResult)
             done += 1
             if done == 0:
                 began_s = time.perf_counter()

@@ -13,8 +13,8 @@ from offbeat.deploy import render
 from offbeat.deploy.hosts import PORT, read_hosts
 from offbeat.deploy.manifests import EXPERIMENT, FILES
 from offbeat.deploy.plan import SHIPPED, Plan, image, plan, word
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.logs import at_terminal
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.base.logs import at_terminal
 
 deploy = typer.Typer(help="Write files that bring a run to other machines.", no_args_is_help=True)
 WIDE = 140  # characters a line, where no terminal says

@@ -25,9 +25,9 @@ from zmq.auth import load_certificate
 from offbeat.algorithms.gossip import Gossip
 from offbeat.deploy.hosts import Host, Hosts, endpoint
 from offbeat.deploy.plan import SERVER, as_run
-from offbeat.runtime import files
-from offbeat.runtime.errors import ConfigError, nearest
-from offbeat.runtime.net import keys as keyring
+from offbeat.runtime.base.errors import ConfigError, nearest
+from offbeat.runtime.experiment import files
+from offbeat.runtime.transport import keys as keyring
 
 CONNECT_S = 3.0  # for a host to answer
 TRIES = 3  # of which the fastest is the latency

@@ -11,8 +11,8 @@ from typing import Annotated, Any, NamedTuple
 import tomli_w
 from pydantic import AfterValidator, Field
 
-from offbeat.runtime.errors import ConfigError, nearest
-from offbeat.runtime.registry import settings
+from offbeat.runtime.base.errors import ConfigError, nearest
+from offbeat.runtime.base.registry import settings
 
 PORT = 5555
 MOST_HOSTS = 4096
@@ -33,7 +33,7 @@ def name(text: str) -> str:
     >>> name("GPU 1")
     Traceback (most recent call last):
     ...
-    offbeat.runtime.errors.ConfigError: "GPU 1" is no name; take lower-case letters, digits and \
+    offbeat.ConfigError: "GPU 1" is no name; take lower-case letters, digits and \
 hyphens, a letter first, at most 40
     """
     if not NAME.fullmatch(text):

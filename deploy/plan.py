@@ -11,12 +11,12 @@ import tomli_w
 
 from offbeat.algorithms.gossip import Gossip
 from offbeat.deploy.hosts import MOST_HOSTS, MOST_NAME, PORT, Hosts, endpoint, name
-from offbeat.runtime import files
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.experiment import Experiment, read, read_toml
-from offbeat.runtime.net.link import WINDOW
-from offbeat.runtime.net.wire import PIECE_BYTES
-from offbeat.runtime.registry import Reads
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.base.registry import Reads
+from offbeat.runtime.experiment import files
+from offbeat.runtime.experiment.experiment import Experiment, read, read_toml
+from offbeat.runtime.protocol.channel import WINDOW
+from offbeat.runtime.protocol.wire import PIECE_BYTES
 from offbeat.topologies.saved import SAVED
 from offbeat.workers.tasks import device as devices
 from offbeat.workers.work import OwnLoop
@@ -305,7 +305,7 @@ def word(text: str, option: str) -> str:
     >>> word("/opt/my runs", "--dir")
     Traceback (most recent call last):
     ...
-    offbeat.runtime.errors.ConfigError: --dir: "/opt/my runs" has characters that scripts would \
+    offbeat.ConfigError: --dir: "/opt/my runs" has characters that scripts would \
 have to quote; take letters, digits and _ . / ~ + -
     """
     if not WORD.fullmatch(text) or text.startswith("-"):

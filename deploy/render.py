@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from offbeat.deploy import manifests
 from offbeat.deploy.hosts import Host, Hosts
 from offbeat.deploy.plan import SERVER, Plan, server_endpoint
-from offbeat.runtime.errors import ConfigError, StorageError
+from offbeat.runtime.base.errors import ConfigError, StorageError
 
 CPU_BASE = "python:3.11-slim-bookworm"
 CUDA_BASE = "nvidia/cuda:12.8.1-base-ubuntu24.04"

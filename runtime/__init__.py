@@ -1,1 +1,3 @@
-"""What makes it run: engines, records, checkpoints, replay, the command line."""
+"""What makes it run: engines, records, checkpoints, replay, the command line.  Private."""
+
+from offbeat.runtime import moved as moved

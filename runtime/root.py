@@ -11,28 +11,47 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from offbeat.runtime.api import Result, replay, resume, run
-    from offbeat.runtime.errors import ConfigError, Diverged, OffbeatError, StorageError
-    from offbeat.runtime.own.run import join, weights
-    from offbeat.runtime.settings import Evaluate, Stop
+    from offbeat.runtime.api.api import Result, replay, resume, run
+    from offbeat.runtime.base.errors import (
+        ComputeError,
+        ConfigError,
+        Diverged,
+        Fenced,
+        OffbeatError,
+        PeerError,
+        Refused,
+        StorageError,
+    )
+    from offbeat.runtime.experiment.experiment import Experiment
+    from offbeat.runtime.experiment.settings import Evaluate, Stop
+    from offbeat.runtime.join.run import join, weights
     from offbeat.workers.fleet import Fleet, Outage
 
 # Imported when asked for: a process that only computes loads no more than it needs.
 _FROM = {
-    "offbeat.runtime.api": ("Result", "replay", "resume", "run"),
-    "offbeat.runtime.errors": ("ConfigError", "Diverged", "OffbeatError", "StorageError"),
-    "offbeat.runtime.own.run": ("join", "weights"),
-    "offbeat.runtime.settings": ("Evaluate", "Stop"),
+    "offbeat.runtime.api.api": ("Result", "replay", "resume", "run"),
+    "offbeat.runtime.base.errors": (
+        *("ComputeError", "ConfigError", "Diverged", "Fenced"),
+        *("OffbeatError", "PeerError", "Refused", "StorageError"),
+    ),
+    "offbeat.runtime.experiment.experiment": ("Experiment",),
+    "offbeat.runtime.join.run": ("join", "weights"),
+    "offbeat.runtime.experiment.settings": ("Evaluate", "Stop"),
     "offbeat.workers.fleet": ("Fleet", "Outage"),
 }
 
 __all__ = [
+    "ComputeError",
     "ConfigError",
     "Diverged",
     "Evaluate",
+    "Experiment",
+    "Fenced",
     "Fleet",
     "OffbeatError",
     "Outage",
+    "PeerError",
+    "Refused",
     "Result",
     "Stop",
     "StorageError",

@@ -16,12 +16,12 @@ from offbeat.algorithms.gossip import (
     motef_vr,
     noloco,
 )
-from offbeat.runtime.network import Network
-from offbeat.runtime.pairs import Pairs
-from offbeat.runtime.peer import Links, Peer
-from offbeat.runtime.records import Records
-from offbeat.runtime.rounds import Rounds
-from offbeat.runtime.settings import Evaluate, Stop
+from offbeat.runtime.experiment.settings import Evaluate, Stop
+from offbeat.runtime.gossip.pairs import Pairs
+from offbeat.runtime.gossip.rounds import Rounds
+from offbeat.runtime.node.channels import LocalView, NodeChannels
+from offbeat.runtime.node.network import Network
+from offbeat.runtime.run.records import Records
 from offbeat.topologies import TOPOLOGIES
 from offbeat.workers.fleet import Fleet
 from offbeat.workers.tasks import LeastSquares
@@ -111,7 +111,9 @@ class Peers:
         self.network = Network(made, Fleet(workers=n, loss=loss), method, 0)
         start = np.repeat(task.initial(0)[None], n, axis=0) if initial is None else initial
         self.nodes = [
-            Peer(i, n, method, start[i], fixed=self.network.fixed, common=initial is None, seed=0)
+            NodeChannels(
+                i, n, method, start[i], fixed=self.network.fixed, common=initial is None, seed=0
+            )
             for i in range(n)
         ]
         for i, node in enumerate(self.nodes):
@@ -129,7 +131,7 @@ class Peers:
     def advance(self):
         now = self.network.round(self.k)
         self.k += 1  # of the draw
-        links = [Links(now, i) for i in range(len(self.nodes))]
+        links = [LocalView(now, i) for i in range(len(self.nodes))]
         sent = [node.outbox(mine) for node, mine in zip(self.nodes, links, strict=True)]
         for i, node in enumerate(self.nodes):
             node.inbox(links[i], {j: node.read(m[i]) for j, m in enumerate(sent) if i in m})

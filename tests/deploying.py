@@ -5,7 +5,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from offbeat.runtime.cli import app
+from offbeat.runtime.commands.cli import app
 
 SERVER = """
 pace = 0.05

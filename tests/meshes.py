@@ -10,11 +10,11 @@ from collections import Counter
 import numpy as np
 from simulated import experiment
 
-from offbeat.runtime.hosted import Parcel
-from offbeat.runtime.net import mesh
-from offbeat.runtime.net.jobs import Liveness
-from offbeat.runtime.net.mesh import Mesh
-from offbeat.runtime.node import Compute, Send, gossip_node
+from offbeat.runtime.gossip.hosted import Envelope
+from offbeat.runtime.node.node import Compute, Send, gossip_node
+from offbeat.runtime.protocol import peer as mesh
+from offbeat.runtime.protocol.peer import PeerProtocol
+from offbeat.runtime.protocol.roster import Liveness
 
 MOST_EVENTS = 400_000  # of one run: beyond, it hangs
 LIVENESS = Liveness(4.0)
@@ -29,7 +29,7 @@ class Party:
         self.net, self.i, self.state = net, i, state
         e = net.experiment
         born = gossip_node(e, i)
-        self.mesh = Mesh(
+        self.mesh = PeerProtocol(
             net.runs[i], net.texts[i], i, net.names, sorted(born.neighbours), net.kinds, LIVENESS,
             incarnation=incarnation, nonce=int(net.rng.integers(1, mesh.PROCESS)),
             saved=state is not None, joins=born.bears, now_s=net.now,
@@ -90,7 +90,7 @@ class Party:
     def _do(self, effects, again=False):
         for e in effects:
             if isinstance(e, Send):
-                parcel = Parcel(
+                parcel = Envelope(
                     e.to,
                     self.i,
                     self.node.incarnation,

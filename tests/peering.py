@@ -12,20 +12,23 @@ from pathlib import Path
 import numpy as np
 from simulated import put_in
 
-from offbeat.runtime import api, checkpoint
-from offbeat.runtime.errors import OffbeatError
-from offbeat.runtime.experiment import from_table
-from offbeat.runtime.net import keys
-from offbeat.runtime.net.alike import Seat, alone
-from offbeat.runtime.net.cli import asking
-from offbeat.runtime.net.peer import PeerProcess
-from offbeat.runtime.node import OPEN, gossip_node
+from offbeat.runtime.api import api
+from offbeat.runtime.base.errors import OffbeatError
+from offbeat.runtime.commands.network import asking
+from offbeat.runtime.experiment.experiment import from_table
+from offbeat.runtime.node.node import OPEN, gossip_node
+from offbeat.runtime.on_zeromq.alike import PeerAddress, alone
+from offbeat.runtime.on_zeromq.peer import PeerProcess
+from offbeat.runtime.run import checkpoint
+from offbeat.runtime.transport import keys
 
 LIMIT_S = 60.0  # of anything that a test waits for
 SUSPECT_S = 0.4
 context = multiprocessing.get_context("forkserver")
 # Not this module: a fork server does not look where tests are.
-context.set_forkserver_preload(["offbeat.runtime.net.peer", "offbeat.runtime.net.cli"])
+context.set_forkserver_preload(
+    ["offbeat.runtime.on_zeromq.peer", "offbeat.runtime.commands.network"]
+)
 
 MOTEF = "motef(lr=0.05, gamma=0.5, lam=0.5, compressor='topk(10)')"
 TASK = "quadratic(20, noise=0.1)"
@@ -56,7 +59,7 @@ def serve(table, seats, me, folder, options):
     try:
         PeerProcess(
             made(table),
-            [Seat(*s) for s in seats],
+            [PeerAddress(*s) for s in seats],
             me,
             Path(folder),
             **{"suspect_after_s": SUSPECT_S, **options},

@@ -9,13 +9,13 @@ import urllib.request
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from offbeat.runtime import logs
+from offbeat.runtime.base import logs
 
 LIMIT_S = 90.0  # of anything that is waited for
 
 
 def command(*words):
-    return [sys.executable, "-m", "offbeat.runtime.cli", *words]
+    return [sys.executable, "-m", "offbeat.runtime.commands.cli", *words]
 
 
 def start(*words, **options):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from offbeat.runtime.randomness import rng
+from offbeat.runtime.base.randomness import rng
 
 
 class Machine:

@@ -11,11 +11,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from offbeat.runtime.experiment import Experiment
-from offbeat.runtime.node import OPEN, Compute, Done, Send, gossip_node
-from offbeat.runtime.node_pairs import IDLE
-from offbeat.runtime.peer import Copies, Public
-from offbeat.runtime.settings import Evaluate, Stop
+from offbeat.runtime.experiment.experiment import Experiment
+from offbeat.runtime.experiment.settings import Evaluate, Stop
+from offbeat.runtime.node.asynchronous import IDLE
+from offbeat.runtime.node.channels import Copies, Public
+from offbeat.runtime.node.node import OPEN, Compute, RoundDone, Send, gossip_node
 from offbeat.topologies import TOPOLOGIES
 from offbeat.workers.fleet import Fleet
 
@@ -100,7 +100,7 @@ class Simulation:
             elif isinstance(effect, Compute):
                 self.later(self.rng.exponential(), self._compute, i, node, effect)
             else:
-                assert isinstance(effect, Done)
+                assert isinstance(effect, RoundDone)
         if self.check is not None:
             self.check(self, i)
 

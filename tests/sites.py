@@ -10,9 +10,9 @@ import time
 import numpy as np
 
 import offbeat
-from offbeat.runtime import api
-from offbeat.runtime.net import keys
-from offbeat.runtime.net.cli import asking
+from offbeat.runtime.api import api
+from offbeat.runtime.commands.network import asking
+from offbeat.runtime.transport import keys
 
 FILE = """
 task = "{task}"
@@ -72,7 +72,7 @@ class Site:
         with said.open("w") as file:
             to = subprocess.PIPE if "--log" in words else file
             process = subprocess.Popen(
-                [sys.executable, "-m", "offbeat.runtime.cli", *words, *option],
+                [sys.executable, "-m", "offbeat.runtime.commands.cli", *words, *option],
                 stdout=to, stderr=to, text=True,
             )  # fmt: skip
         process.said = said

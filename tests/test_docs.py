@@ -12,8 +12,8 @@ import pytest
 import typer
 
 import offbeat
-from offbeat.runtime import cli
-from offbeat.runtime.net import keys
+from offbeat.runtime.commands import cli
+from offbeat.runtime.transport import keys
 
 ROOT = Path(__file__).parents[1]
 NAMED = subprocess.run(

@@ -4,12 +4,12 @@ import queue
 import threading
 import time
 
-from offbeat.runtime.backends import ENGINES
-from offbeat.runtime.hosted import Hosted
-from offbeat.runtime.watched import Place, Watched
+from offbeat.runtime.experiment.engines import ENGINES
+from offbeat.runtime.gossip.driver import GossipDriver, Slot
+from offbeat.runtime.gossip.hosted import NodeLoop
 
 
-class Seat(Place):
+class Seat(Slot):
     """Some nodes, a thread that brings their mail, and one that takes their reports."""
 
     here = True
@@ -20,7 +20,7 @@ class Seat(Place):
         self.threads = []
 
 
-class Threaded(Watched):
+class Threaded(GossipDriver):
     """A run whose processes are threads."""
 
     def __init__(self, experiment, records, *, actors, watch_s, **around):
@@ -33,7 +33,7 @@ class Threaded(Watched):
     def _launch(self, states, now_s):
         for seat in self._seats:
             mine = None if states is None else {i: states[i] for i in seat.nodes}
-            seat.hosted = Hosted(self.experiment, seat.nodes, self._carry, states=mine)
+            seat.hosted = NodeLoop(self.experiment, seat.nodes, self._carry, states=mine)
         self._zero_s = time.monotonic() - now_s * self.experiment.pace
         for seat in self._seats:
             seat.hosted.begin(now_s, self._limit)

@@ -8,9 +8,9 @@ import networkx as nx
 import numpy as np
 from scipy import sparse
 
-from offbeat.runtime.errors import ConfigError, nearest
-from offbeat.runtime.registry import Registry, Spec
-from offbeat.runtime.tables import wholes
+from offbeat.runtime.base.errors import ConfigError, nearest
+from offbeat.runtime.base.registry import Registry, Spec
+from offbeat.runtime.base.tables import wholes
 
 TOPOLOGIES = Registry("topology")
 T = TypeVar("T")

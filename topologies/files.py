@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.io import mmread
 
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.registry import File
-from offbeat.runtime.tables import (
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.base.registry import File
+from offbeat.runtime.base.tables import (
     BROKEN,
     NUMBER,
     Table,

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy import sparse
 
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.randomness import rng
-from offbeat.runtime.registry import Count, Natural, Positive, Seed
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.base.randomness import rng
+from offbeat.runtime.base.registry import Count, Natural, Positive, Seed
 from offbeat.topologies.contract import TOPOLOGIES, Topology, finished
 from offbeat.topologies.weights import TOLERANCE, Edges, Parallel, Weights, check, weigh
 
@@ -48,7 +48,7 @@ def from_networkx(
     >>> from_networkx(nx.empty_graph(2))
     Traceback (most recent call last):
     ...
-    offbeat.runtime.errors.ConfigError: the graph is in 2 components, of 1, 1 nodes; cut off from \
+    offbeat.ConfigError: the graph is in 2 components, of 1, 1 nodes; cut off from \
 the largest: 1; add edges, or pass allow_disconnected=True
     """
     if not len(graph):

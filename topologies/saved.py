@@ -9,7 +9,7 @@ import networkx as nx
 import numpy as np
 from scipy import sparse
 
-from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.base.errors import ConfigError
 from offbeat.topologies.contract import TOPOLOGIES, Topology, graph_of
 
 SAVED = "saved"

@@ -12,10 +12,10 @@ from pydantic import Field
 from scipy import sparse
 from scipy.spatial import cKDTree
 
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.randomness import rng
-from offbeat.runtime.registry import Count, File, Holds, Positive, Seed
-from offbeat.runtime.tables import read_table, whole, wholes
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.base.randomness import rng
+from offbeat.runtime.base.registry import Count, File, Holds, Positive, Seed
+from offbeat.runtime.base.tables import read_table, whole, wholes
 from offbeat.topologies.contract import TOPOLOGIES, Topology
 from offbeat.topologies.files import COLUMNS, ends
 from offbeat.topologies.graphs import Probability, cyclic, drawn_shifts, levels

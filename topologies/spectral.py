@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.randomness import rng
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.base.randomness import rng
 from offbeat.topologies.contract import Topology
 
 DENSE = 2000  # nodes up to which matrices are made dense

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.registry import Registry
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.base.registry import Registry
 from offbeat.topologies.contract import graph_of
 from offbeat.topologies.spectral import laplacian_ends
 
@@ -149,7 +149,7 @@ def check(
     >>> check([[0.5, 0.5], [0.1, 0.8]])
     Traceback (most recent call last):
     ...
-    offbeat.runtime.errors.ConfigError: mixing matrix: row 1 sums to 0.9; every row and every \
+    offbeat.ConfigError: mixing matrix: row 1 sums to 0.9; every row and every \
 column must sum to 1
     """
     w: Any = matrix if sparse.issparse(matrix) else np.asarray(matrix)

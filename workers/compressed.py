@@ -22,11 +22,10 @@ from numpy.typing import NDArray
 
 from offbeat.algorithms.compression import Compressor, Message
 from offbeat.algorithms.compression.contract import made
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.finite import finite
-from offbeat.runtime.randomness import rng
-from offbeat.runtime.registry import Seed, Spec
-from offbeat.runtime.tensors import fetch, is_tensor, library, load
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.base.randomness import rng
+from offbeat.runtime.base.registry import Seed, Spec
+from offbeat.runtime.base.tensors import fetch, finite, is_tensor, library, load
 from offbeat.workers.tasks.contract import Task
 from offbeat.workers.work import WORK, Kept, OwnLoop, Work, updated
 
@@ -137,7 +136,7 @@ def compressed(
     >>> compressed("topk(0.1)", "own-loop")
     Traceback (most recent call last):
     ...
-    offbeat.runtime.errors.ConfigError: compressed: own-loop sends its updates as they are; \
+    offbeat.ConfigError: compressed: own-loop sends its updates as they are; \
 take gradient or local-steps
     """
     inner = WORK.parse(work) if isinstance(work, str) else work

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from offbeat.runtime.errors import ConfigError, nearest
-from offbeat.runtime.registry import Reads
-from offbeat.runtime.tables import BROKEN, ending, read_text, unpacked
+from offbeat.runtime.base.errors import ConfigError, nearest
+from offbeat.runtime.base.registry import Reads
+from offbeat.runtime.base.tables import BROKEN, ending, read_text, unpacked
 
 BUNDLED = {
     "breast_cancer": "569 tumours, 30 measurements, 2 classes",

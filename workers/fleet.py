@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.randomness import rng
-from offbeat.runtime.registry import Count, Fraction, Natural, NonNegative, Positive, settings
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.base.randomness import rng
+from offbeat.runtime.base.registry import Count, Fraction, Natural, NonNegative, Positive, settings
 from offbeat.workers.speeds import (
     BLOCK,
     MOST_S,

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.randomness import rng
-from offbeat.runtime.registry import Count, Positive, Registry
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.base.randomness import rng
+from offbeat.runtime.base.registry import Count, Positive, Registry
 
 PARTITIONS = Registry("partition")
 Parts = list[NDArray[np.int64]]

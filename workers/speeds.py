@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.randomness import rng
-from offbeat.runtime.registry import MADE_BY_HAND, NonNegative, Positive, Reads, Registry, Spec
-from offbeat.runtime.tables import Table, natural, read_table, read_text, wholes
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.base.randomness import rng
+from offbeat.runtime.base.registry import MADE_BY_HAND, NonNegative, Positive, Reads, Registry, Spec
+from offbeat.runtime.base.tables import Table, natural, read_table, read_text, wholes
 from offbeat.workers.work import WORK
 
 SPEEDS = Registry("speed law")
@@ -68,7 +68,7 @@ def seconds(mean: Seconds, workers: int) -> NDArray:
     >>> seconds([1.0, 2.0], 3)
     Traceback (most recent call last):
     ...
-    offbeat.runtime.errors.ConfigError: 2 speeds are given for 3 workers; give one a worker
+    offbeat.ConfigError: 2 speeds are given for 3 workers; give one a worker
     """
     if isinstance(mean, str):
         low, dots, high = mean.partition("..")

@@ -16,9 +16,17 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.registry import Count, Fraction, Natural, NonNegative, Positive, Registry, Spec
-from offbeat.runtime.tensors import dtype_of, fetch, is_tensor, library, load
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.base.registry import (
+    Count,
+    Fraction,
+    Natural,
+    NonNegative,
+    Positive,
+    Registry,
+    Spec,
+)
+from offbeat.runtime.base.tensors import dtype_of, fetch, is_tensor, library, load
 from offbeat.workers.tasks.contract import Task, ours
 from offbeat.workers.tasks.external import ELSEWHERE
 
@@ -453,7 +461,7 @@ def local_steps(
     >>> WORK.parse("local-steps(adam)")
     Traceback (most recent call last):
     ...
-    offbeat.runtime.errors.ConfigError: no inner optimiser is called "adam"; did you mean "adamw"?
+    offbeat.ConfigError: no inner optimiser is called "adam"; did you mean "adamw"?
     """
     made = INNERS.parse(inner) if isinstance(inner, str) else inner
     if total is not None and total <= warmup:

@@ -24,9 +24,9 @@ from offbeat.algorithms.compression.contract import (
     made,
     nest,
 )
-from offbeat.runtime.errors import PeerError
-from offbeat.runtime.registry import Count
-from offbeat.runtime.tensors import joined
+from offbeat.runtime.base.errors import PeerError
+from offbeat.runtime.base.registry import Count
+from offbeat.runtime.base.tensors import joined
 
 
 @codec(10)

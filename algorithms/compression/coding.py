@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offbeat.runtime.errors import PeerError
+from offbeat.runtime.base.errors import PeerError
 
 CHUNK = 2**17  # numbers at a time: fits a cache, and is a multiple of 8
 

@@ -31,7 +31,7 @@ from offbeat.algorithms.compression.contract import (
     overflow,
 )
 from offbeat.algorithms.compression.sparse import Sparsifier
-from offbeat.runtime.errors import ConfigError, PeerError
+from offbeat.runtime.base.errors import ConfigError, PeerError
 
 
 def whole(source: Reader, depth: int, dtype: np.dtype, d: int) -> Message:

@@ -24,10 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.algorithms.compression.coding import CHUNK, Reader
-from offbeat.runtime.errors import ConfigError, PeerError
-from offbeat.runtime.finite import finite
-from offbeat.runtime.registry import Registry, Spec
-from offbeat.runtime.tensors import dtype_of, fetch, is_tensor, joined, library, load
+from offbeat.runtime.base.errors import ConfigError, PeerError
+from offbeat.runtime.base.registry import Registry, Spec
+from offbeat.runtime.base.tensors import dtype_of, fetch, finite, is_tensor, joined, library, load
 
 COMPRESSORS = Registry("compressor")
 
@@ -189,7 +188,7 @@ def decode(frames: Sequence[Frame], d: int | None = None) -> Message:
     >>> decode([b"what?"])
     Traceback (most recent call last):
     ...
-    offbeat.runtime.errors.PeerError: a frame ends 3 byte(s) early
+    offbeat.PeerError: a frame ends 3 byte(s) early
 
     Args:
         frames: bytes-like, one a row.

@@ -49,7 +49,7 @@ from offbeat.algorithms.compression.contract import (
     pieces,
 )
 from offbeat.algorithms.compression.natural import FORMS
-from offbeat.runtime.errors import PeerError
+from offbeat.runtime.base.errors import PeerError
 
 MOST_LEVELS = 2**15 - 1
 DENSE, SPARSE, RICE = 0, 1, 2

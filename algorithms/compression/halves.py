@@ -22,8 +22,8 @@ from offbeat.algorithms.compression.contract import (
     codec,
     overflow,
 )
-from offbeat.runtime.errors import PeerError
-from offbeat.runtime.tensors import dtype_of, fetch, is_tensor, library, load
+from offbeat.runtime.base.errors import PeerError
+from offbeat.runtime.base.tensors import dtype_of, fetch, is_tensor, library, load
 
 _LARGEST = 0x7F7F  # of bfloat16, as bits
 

@@ -43,7 +43,7 @@ from offbeat.algorithms.compression.contract import (
     overflow,
 )
 from offbeat.algorithms.compression.dithering import MOST_LEVELS, Dithering, Levels
-from offbeat.runtime.errors import PeerError
+from offbeat.runtime.base.errors import PeerError
 
 DELTA, ETA, STEPS = 1.3, 0.5, 12  # the best measured for N = 2 d, of Gaussians from 64 to 16,384
 MOST_REDUNDANCY = 4.0  # a frame has N < 8 d at most

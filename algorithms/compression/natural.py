@@ -30,7 +30,7 @@ from offbeat.algorithms.compression.contract import (
     codec,
     pieces,
 )
-from offbeat.runtime.errors import ConfigError, PeerError
+from offbeat.runtime.base.errors import ConfigError, PeerError
 
 RAW = 255  # in place of a Rice parameter
 

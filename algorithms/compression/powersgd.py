@@ -32,8 +32,8 @@ from offbeat.algorithms.compression.contract import (
     codec,
     overflow,
 )
-from offbeat.runtime.errors import PeerError
-from offbeat.runtime.registry import Count
+from offbeat.runtime.base.errors import PeerError
+from offbeat.runtime.base.registry import Count
 
 
 @codec(13)

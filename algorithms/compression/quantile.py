@@ -25,7 +25,7 @@ from offbeat.algorithms.compression.contract import (
     Stack,
     codec,
 )
-from offbeat.runtime.errors import PeerError
+from offbeat.runtime.base.errors import PeerError
 
 
 @codec(12)

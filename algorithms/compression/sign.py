@@ -23,7 +23,7 @@ from offbeat.algorithms.compression.contract import (
     codec,
     pieces,
 )
-from offbeat.runtime.tensors import dtype_of, fetch, is_tensor, library, load
+from offbeat.runtime.base.tensors import dtype_of, fetch, is_tensor, library, load
 
 # _SIGNS[byte]: its eight signs, lowest bit first
 _SIGNS = np.where(np.arange(256)[:, None] >> np.arange(8) & 1, 1, -1).astype(np.float32)

@@ -26,7 +26,7 @@ from offbeat.algorithms.compression.contract import (
     nested,
 )
 from offbeat.algorithms.compression.identity import Dense
-from offbeat.runtime.tensors import fetch, is_tensor, load
+from offbeat.runtime.base.tensors import fetch, is_tensor, load
 
 Kept = (
     Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]

@@ -15,8 +15,8 @@ from pydantic import Field
 
 from offbeat.algorithms.compression.contract import COMPRESSORS, Compressor, Message, Stack
 from offbeat.algorithms.compression.sparse import Sparse, Sparsifier, carry
-from offbeat.runtime.registry import Positive
-from offbeat.runtime.tensors import fetch, library
+from offbeat.runtime.base.registry import Positive
+from offbeat.runtime.base.tensors import fetch, library
 
 
 def _ragged(x: Any, keep: Any, values: Compressor | None, rng: np.random.Generator) -> Message:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from offbeat.algorithms.compression.coding import CHUNK
 from offbeat.algorithms.compression.contract import COMPRESSORS, Compressor, Message
 from offbeat.algorithms.compression.sparse import Kept, Sparse, Sparsifier, carry, count, gather
-from offbeat.runtime.tensors import fetch, is_tensor
+from offbeat.runtime.base.tensors import fetch, is_tensor
 
 LARGE = 2**15  # from here on, rows are searched one by one with a threshold from a sample
 SAMPLE = 2**13

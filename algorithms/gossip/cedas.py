@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from offbeat.algorithms.base import ALGORITHMS
 from offbeat.algorithms.compression import Compressor
 from offbeat.algorithms.gossip.contract import Channel, Gossip, Node
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.registry import Positive, Share
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.base.registry import Positive, Share
 
 LARGE = 2**20  # a dimension at which no sparsifier keeps everything
 

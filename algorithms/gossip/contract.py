@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from offbeat.algorithms.base import completed
 from offbeat.algorithms.compression.contract import Compressor, error_of, made
 from offbeat.algorithms.compression.identity import Identity
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.registry import Spec
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.base.registry import Spec
 
 Points = NDArray | tuple[NDArray, ...]
 """Where gradients are wanted; several are answered on one sample."""

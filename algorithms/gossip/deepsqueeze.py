@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from offbeat.algorithms.base import ALGORITHMS
 from offbeat.algorithms.compression import Compressor
 from offbeat.algorithms.gossip.contract import Channel, Gossip, Node
-from offbeat.runtime.registry import Positive
+from offbeat.runtime.base.registry import Positive
 
 
 class DeepSqueeze(Gossip):

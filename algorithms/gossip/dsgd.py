@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from offbeat.algorithms.base import ALGORITHMS
 from offbeat.algorithms.gossip.contract import Channel, Gossip, Node
-from offbeat.runtime.registry import Fraction, Positive
+from offbeat.runtime.base.registry import Fraction, Positive
 
 Order = Literal["adapt-then-combine", "combine-then-adapt"]
 

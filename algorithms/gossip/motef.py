@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from offbeat.algorithms.base import ALGORITHMS
 from offbeat.algorithms.compression import Compressor
 from offbeat.algorithms.gossip.contract import Channel, Gossip, Node
-from offbeat.runtime.registry import Positive, Share
+from offbeat.runtime.base.registry import Positive, Share
 
 
 class MoTEF(Gossip):

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from offbeat.algorithms.base import ALGORITHMS
 from offbeat.algorithms.gossip.contract import Channel, Gossip, Node
-from offbeat.runtime.registry import Fraction, Positive
+from offbeat.runtime.base.registry import Fraction, Positive
 
 
 class NoLoCo(Gossip):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from offbeat.algorithms.base import ALGORITHMS
 from offbeat.algorithms.gossip.contract import Channel, Gossip, Node
-from offbeat.runtime.registry import Positive
+from offbeat.runtime.base.registry import Positive
 
 
 class GradientPush(Gossip):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from offbeat.algorithms.base import ALGORITHMS
 from offbeat.algorithms.gossip.contract import Channel, Gossip, Node
 from offbeat.algorithms.gossip.dsgd import Order
-from offbeat.runtime.registry import Fraction, Positive
+from offbeat.runtime.base.registry import Fraction, Positive
 
 
 class DSGT(Gossip):

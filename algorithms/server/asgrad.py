@@ -22,7 +22,7 @@ from offbeat.algorithms.server.method import (
     StepSize,
     Uniform,
 )
-from offbeat.runtime.registry import Count, Positive
+from offbeat.runtime.base.registry import Count, Positive
 
 
 @ALGORITHMS.register("pure")

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.algorithms.base import ALGORITHMS as ALGORITHMS  # for the methods' files
-from offbeat.runtime.registry import Spec
+from offbeat.runtime.base.registry import Spec
 
 
 class Update(Protocol):

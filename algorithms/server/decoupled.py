@@ -31,8 +31,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from offbeat.algorithms.server.contract import ALGORITHMS, Algorithm, Server, Update
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.registry import Count, Fraction, Natural, Positive
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.base.registry import Count, Fraction, Natural, Positive
 
 Merge = Literal["mean", "radial-directional"]
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from offbeat.algorithms.server.contract import ALGORITHMS, Server, Update
 from offbeat.algorithms.server.method import Finisher, Method, Rule, Schedule, StepSize
-from offbeat.runtime.registry import Count, Positive
+from offbeat.runtime.base.registry import Count, Positive
 
 
 @dataclass

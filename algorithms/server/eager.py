@@ -16,7 +16,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from offbeat.algorithms.server.contract import ALGORITHMS, Algorithm, Server, Update
-from offbeat.runtime.registry import Fraction, Positive
+from offbeat.runtime.base.registry import Fraction, Positive
 
 
 class Eager(Algorithm):

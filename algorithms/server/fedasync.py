@@ -16,7 +16,7 @@ from offbeat.algorithms.server.method import (
     StalenessWeight,
     StepSize,
 )
-from offbeat.runtime.registry import Natural, NonNegative, Positive
+from offbeat.runtime.base.registry import Natural, NonNegative, Positive
 
 
 @ALGORITHMS.register("fedasync")

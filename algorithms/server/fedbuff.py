@@ -14,7 +14,7 @@ from offbeat.algorithms.server.method import (
     StepSize,
     Uniform,
 )
-from offbeat.runtime.registry import Count, NonNegative, Positive
+from offbeat.runtime.base.registry import Count, NonNegative, Positive
 
 
 @ALGORITHMS.register("fedbuff")

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from offbeat.algorithms.server.contract import ALGORITHMS, Algorithm, Server, Update
 from offbeat.algorithms.server.outer import DelayedNesterov
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.registry import Count, Fraction, Positive
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.base.registry import Count, Fraction, Positive
 
 
 class Halos(Algorithm):

@@ -22,7 +22,7 @@ from offbeat.algorithms.server.contract import ALGORITHMS, Server, Update
 from offbeat.algorithms.server.local_sgd import Grace, LookAhead, windows
 from offbeat.algorithms.server.method import Method, Rule, StepSize
 from offbeat.algorithms.server.outer import Momentum
-from offbeat.runtime.registry import Fraction, Positive
+from offbeat.runtime.base.registry import Fraction, Positive
 
 KEEP = 0.2
 SHRINK = 0.5

@@ -36,8 +36,8 @@ from offbeat.algorithms.server.method import (
     StepSize,
 )
 from offbeat.algorithms.server.outer import Adam, Compensate, DelayedNesterov, Momentum
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.registry import Count, Fraction, NonNegative, Positive
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.base.registry import Count, Fraction, NonNegative, Positive
 
 Grace = Annotated[float, Field(ge=0)]  # inf: until everybody is there
 Outer = Literal["sgd", "momentum", "nesterov", "adam"]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from offbeat.algorithms.base import completed
 from offbeat.algorithms.server.contract import Algorithm, Server, Update
-from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.base.errors import ConfigError
 
 FACTS = tuple(Update.__annotations__)
 

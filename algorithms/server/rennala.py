@@ -15,7 +15,7 @@ from offbeat.algorithms.server.method import (
     Schedule,
     StepSize,
 )
-from offbeat.runtime.registry import Count, Positive
+from offbeat.runtime.base.registry import Count, Positive
 
 
 @ALGORITHMS.register("rennala")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from offbeat.algorithms.server.contract import ALGORITHMS, Server, Update
 from offbeat.algorithms.server.method import Finisher, Method, Rule, Schedule, StepSize
-from offbeat.runtime.registry import Positive
+from offbeat.runtime.base.registry import Positive
 
 
 @dataclass

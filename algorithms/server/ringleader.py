@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.algorithms.server.contract import ALGORITHMS, Algorithm, Server, Update
-from offbeat.runtime.registry import Positive
+from offbeat.runtime.base.registry import Positive
 
 
 @dataclass

@@ -8,7 +8,7 @@ R = max(1, ceil(sigma^2 / eps)) is UNVERIFIED here.
 """
 
 from offbeat.algorithms.server.contract import ALGORITHMS, Algorithm, Server, Update
-from offbeat.runtime.registry import Count, Positive
+from offbeat.runtime.base.registry import Count, Positive
 
 
 class Ringmaster(Algorithm):

@@ -1,1 +1,1 @@
-"""Studies: grids of experiments, their tables and reports, and answers from recorded traces."""
+"""Studies: grids of experiments, and their tables."""

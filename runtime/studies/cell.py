@@ -12,9 +12,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from offbeat.runtime import api, metrics
-from offbeat.runtime.errors import ConfigError, OffbeatError
-from offbeat.runtime.experiment import Experiment, from_table
+from offbeat.runtime.api import api
+from offbeat.runtime.base.errors import ConfigError, OffbeatError
+from offbeat.runtime.experiment import metrics
+from offbeat.runtime.experiment.experiment import Experiment, from_table
 from offbeat.topologies import TOPOLOGIES, Topology
 from offbeat.topologies.spectral import WINDOW, effective_gap
 
@@ -23,7 +24,7 @@ VERSION = version("offbeat")  # what the same settings give may change with it
 MOST_GAP = 2000  # nodes up to which gaps are computed in passing
 
 
-class Job(NamedTuple):
+class CellJob(NamedTuple):
     """What a process is told of a cell; its folder, if its records shall be kept."""
 
     cell: str
@@ -31,7 +32,7 @@ class Job(NamedTuple):
     folder: str | None
 
 
-def run(job: Job) -> bytes:
+def run(job: CellJob) -> bytes:
     """Run a cell; answers its line in the study's file.  What fails is a line with its error."""
     line = begun(job.cell, job.table)
     began_s = time.perf_counter()
@@ -68,7 +69,7 @@ def _end(text: bytes) -> bytes:
     return b',"digest":"%b"}\n' % hashlib.blake2b(text, digest_size=8).hexdigest().encode()
 
 
-def _run(job: Job) -> dict[str, Any]:
+def _run(job: CellJob) -> dict[str, Any]:
     experiment = one(job.table)
     folder = Path(job.folder) if job.folder is not None else None
     if folder is not None and (folder / "experiment.toml").exists():

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from offbeat.runtime.metrics import METRICS
+from offbeat.runtime.experiment.metrics import METRICS
 from offbeat.runtime.studies import table as tables
 
 MOST_LINES = 12  # shown together at first

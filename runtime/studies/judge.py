@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from offbeat.runtime import metrics
-from offbeat.runtime.errors import ConfigError, OffbeatError, nearest
-from offbeat.runtime.experiment import Experiment
-from offbeat.runtime.registry import Finite, settings
+from offbeat.runtime.base.errors import ConfigError, OffbeatError, nearest
+from offbeat.runtime.base.registry import Finite, settings
+from offbeat.runtime.experiment import metrics
+from offbeat.runtime.experiment.experiment import Experiment
 from offbeat.runtime.studies import cell
 from offbeat.runtime.studies.table import REACHED, row
 

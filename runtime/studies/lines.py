@@ -6,7 +6,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, BinaryIO
 
-from offbeat.runtime.errors import ConfigError, StorageError
+from offbeat.runtime.base.errors import ConfigError, StorageError
 from offbeat.runtime.studies import cell
 
 CELLS = "cells.jsonl"

@@ -5,7 +5,7 @@ import time
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from offbeat.runtime.actors.start import load, start
+from offbeat.runtime.on_ray.start import load, start
 from offbeat.runtime.studies.pool import LOOK_S, Function, Outcome, attempt, one_thread
 
 

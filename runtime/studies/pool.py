@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from threadpoolctl import threadpool_limits
 
-from offbeat.runtime.errors import ConfigError, nearest
+from offbeat.runtime.base.errors import ConfigError, nearest
 
 Outcome = tuple[Any, str | None]  # the answer, or what went wrong
 Function = Callable[[Any], Any]
@@ -27,7 +27,7 @@ LOOK_S = 0.5  # between two looks at the time limit
 # Loaded once and shared by all processes, if this process has needed them.
 PRELOADED = (
     "offbeat.runtime.studies.cell",
-    "offbeat.runtime.cli",
+    "offbeat.runtime.commands.cli",
     "sklearn.datasets",
     "torch",
 )

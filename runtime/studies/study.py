@@ -31,12 +31,8 @@ from typing import Any
 import tomli_w
 
 from offbeat.algorithms.gossip import ALGORITHMS
-from offbeat.runtime import files
-from offbeat.runtime.checkpoint import write_whole
-from offbeat.runtime.errors import ConfigError, nearest
-from offbeat.runtime.experiment import KEYS, make_settings, read_toml
-from offbeat.runtime.overrides import apply_override, once, put
-from offbeat.runtime.registry import (
+from offbeat.runtime.base.errors import ConfigError, nearest
+from offbeat.runtime.base.registry import (
     AtLeastOne,
     Positive,
     Reads,
@@ -45,6 +41,10 @@ from offbeat.runtime.registry import (
     parse_call,
     settings,
 )
+from offbeat.runtime.experiment import files
+from offbeat.runtime.experiment.experiment import KEYS, make_settings, read_toml
+from offbeat.runtime.experiment.overrides import apply_override, once, put
+from offbeat.runtime.run.checkpoint import write_whole
 from offbeat.runtime.studies import cell, judge, pool
 from offbeat.runtime.studies.lines import CellsFile, Done, Line, read_cells
 from offbeat.topologies import TOPOLOGIES
@@ -440,10 +440,10 @@ def run(
         file.close()
 
 
-def _job(study: Study, one: Cell, folder: Path, folders: bool) -> cell.Job:
+def _job(study: Study, one: Cell, folder: Path, folders: bool) -> cell.CellJob:
     read = {text: study.files[text] for text in files.named(one.table)} if study.files else {}
     table = one.table | ({"files": read} if read else {})  # so that no cell is of others
     if not folders:
-        return cell.Job(one.key, table, None)
+        return cell.CellJob(one.key, table, None)
     table |= {"record": table["record"] | {"trace": True}}
-    return cell.Job(one.key, table, str(folder / FOLDERS / one.key))
+    return cell.CellJob(one.key, table, str(folder / FOLDERS / one.key))

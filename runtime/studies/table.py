@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from offbeat.runtime import metrics
-from offbeat.runtime.errors import ConfigError, StorageError, nearest
-from offbeat.runtime.registry import Spec
+from offbeat.runtime.base.errors import ConfigError, StorageError, nearest
+from offbeat.runtime.base.registry import Spec
+from offbeat.runtime.experiment import metrics
 
 REACHED = {"steps": "step", "seconds": "time_s", "gradients": "gradients", "bytes": "bytes"}
 

@@ -6,7 +6,7 @@ import reference
 
 import offbeat
 from offbeat.algorithms.server import ALGORITHMS, minibatch, pure, random, shuffled
-from offbeat.runtime.records import column
+from offbeat.runtime.run.records import column
 from offbeat.workers.tasks import Quadratic, quadratic
 
 LAWS = ["1..10", "poisson(1..10)", "normal(1..10)", "uniform(1..10)", "lognormal(1.0)"]

@@ -26,10 +26,10 @@ from offbeat.algorithms.server.local_sgd import LocalUpdates, ShardSampling, Win
 from offbeat.algorithms.server.method import Buffer, DiscardStale, Method, StalenessWeight, StepSize
 from offbeat.algorithms.server.muloco import ErrorFeedback
 from offbeat.algorithms.server.outer import Adam, Compensate, DelayedNesterov, Momentum
-from offbeat.runtime.engine import Engine
-from offbeat.runtime.records import Records, column
-from offbeat.runtime.settings import Evaluate, Stop
-from offbeat.runtime.virtual import VirtualWorkers
+from offbeat.runtime.experiment.settings import Evaluate, Stop
+from offbeat.runtime.run.records import Records, column
+from offbeat.runtime.server.loop import Engine
+from offbeat.runtime.server.virtual import VirtualWorkers
 from offbeat.workers.speeds import Changing, Law
 from offbeat.workers.tasks import Quadratic, logistic, mlp, quadratic
 from offbeat.workers.work import WORK

@@ -22,8 +22,8 @@ from offbeat.algorithms.server import (
     ringmaster,
 )
 from offbeat.algorithms.server.method import Clip
-from offbeat.runtime import trees
-from offbeat.runtime.records import column
+from offbeat.runtime.base import trees
+from offbeat.runtime.run.records import column
 from offbeat.workers.tasks import Quadratic, quadratic
 
 ONE_IN_ONE_OUT = {*METHODS} - {

@@ -17,9 +17,9 @@ from zmq.auth import create_certificates
 
 from offbeat.deploy import doctor, everywhere
 from offbeat.deploy.hosts import read_hosts
-from offbeat.runtime.cli import app
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.net import keys
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.commands.cli import app
+from offbeat.runtime.transport import keys
 
 # Runs the command here, for each target in a home folder of its own.
 SSH = """#!/usr/bin/env bash
@@ -351,7 +351,7 @@ def examine(tmp_path, monkeypatch):
     deploying.program(
         tmp_path / "bin",
         "offbeat",
-        f'#!/bin/sh\nexec {sys.executable} -m offbeat.runtime.cli "$@"\n',
+        f'#!/bin/sh\nexec {sys.executable} -m offbeat.runtime.commands.cli "$@"\n',
     )
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

@@ -8,10 +8,10 @@ from typer.testing import CliRunner
 
 from offbeat.deploy.hosts import MOST_HOSTS, read_hosts
 from offbeat.deploy.plan import plan
-from offbeat.runtime.cli import app
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.own import peering
-from offbeat.runtime.own.run import _peering
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.commands.cli import app
+from offbeat.runtime.join import peering
+from offbeat.runtime.join.run import _peering
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_hosts_are_the_nodes_of_a_graph_by_name(hosts, tmp_path, monkeypatch):
         def run(self):
             return "steps"
 
-    monkeypatch.setattr("offbeat.runtime.net.peer.PeerProcess", Peer)
+    monkeypatch.setattr("offbeat.runtime.on_zeromq.peer.PeerProcess", Peer)
     words = ["peer", str(file), "--hosts", str(tmp_path / "hosts.toml"), "--node"]
     assert CliRunner().invoke(app, [*words, "bern"]).exit_code == 0
     assert seen == [(["oslo", "bern", "rome"], 1)]

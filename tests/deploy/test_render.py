@@ -21,9 +21,9 @@ import offbeat
 from offbeat.deploy import cli, render
 from offbeat.deploy import plan as plans
 from offbeat.deploy.hosts import read_hosts
-from offbeat.runtime.cli import app
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.experiment import from_table, read
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.commands.cli import app
+from offbeat.runtime.experiment.experiment import from_table, read
 
 BIN = Path(sys.executable).parent
 COMMANDS = typer.main.get_command(app).commands

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import offbeat
-from offbeat.runtime import api, cli
-from offbeat.runtime.experiment import read
+from offbeat.runtime.api import api
+from offbeat.runtime.commands import cli
+from offbeat.runtime.experiment.experiment import read
 
 ROOT = Path(__file__).parents[2]
 
@@ -353,7 +354,7 @@ def test_divergence_is_one_sentence_and_exit_7(offbeat_):
 
 def test_help_says_what_there_is():
     done = subprocess.run(
-        [sys.executable, "-m", "offbeat.runtime.cli", "run", "--help"],
+        [sys.executable, "-m", "offbeat.runtime.commands.cli", "run", "--help"],
         capture_output=True, text=True, check=True, env={"COLUMNS": "120", "PATH": ""},
     )  # fmt: skip
     for option in ("--algorithm", "--task", "--workers", "--speeds", "--set", "--out"):

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 import offbeat
 from offbeat.algorithms.gossip import ALGORITHMS
-from offbeat.runtime import api
-from offbeat.runtime.cli import app
-from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.api import api
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.commands.cli import app
 from offbeat.topologies import from_networkx
 from offbeat.workers.fleet import Outage
 
@@ -132,7 +132,7 @@ def test_the_graph_says_how_many_nodes_there_are():
 
 
 def api_from(algorithm, topology, fleet=None):
-    from offbeat.runtime.experiment import from_table
+    from offbeat.runtime.experiment.experiment import from_table
 
     table = {"task": "quadratic", "algorithm": algorithm, "topology": topology}
     return from_table(table | ({"fleet": fleet} if fleet else {}))
@@ -140,7 +140,7 @@ def api_from(algorithm, topology, fleet=None):
 
 @pytest.mark.parametrize("mode", ["synchronous", "asynchronous"])
 def test_time_that_stands_still_is_noticed(mode, monkeypatch):
-    from offbeat.runtime import loop
+    from offbeat.runtime.run import loop
 
     monkeypatch.setattr(loop, "MOST_AT_ONCE", 500)
     with pytest.raises(ConfigError, match="virtual time stands still at 0 s"):

@@ -12,10 +12,10 @@ from simulated import experiment
 from threaded import Threaded, Threads
 
 import offbeat
-from offbeat.runtime.errors import CrewError
-from offbeat.runtime.hosted import Hosted, Parcel
-from offbeat.runtime.node import HELLO
-from offbeat.runtime.node_rounds import MAIL
+from offbeat.runtime.base.errors import ComputeError
+from offbeat.runtime.gossip.hosted import Envelope, NodeLoop
+from offbeat.runtime.node.node import HELLO
+from offbeat.runtime.node.synchronous import MAIL
 
 NOISY = canonical(noise=0.1)
 
@@ -127,7 +127,7 @@ class Slow(Long):
 
 
 def test_a_checkpoint_waits_for_as_long_as_a_job_takes(monkeypatch, tmp_path):
-    monkeypatch.setattr("offbeat.runtime.watched.SILENT_S", 0.2)
+    monkeypatch.setattr("offbeat.runtime.gossip.driver.SILENT_S", 0.2)
     engine = Threads(N, watch_s=0.02, kind=Resting)
     run(
         "dsgd(lr=0.03)", engine, f"{N} real", task=Slow(), pace=1.0, stop={"steps": 3},
@@ -146,8 +146,8 @@ class Mute(Threaded):
 
 
 def test_a_process_that_says_nothing_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr("offbeat.runtime.watched.SILENT_S", 0.2)
-    with pytest.raises(CrewError, match="node 3 did not come to rest: its process said nothing"):
+    monkeypatch.setattr("offbeat.runtime.gossip.driver.SILENT_S", 0.2)
+    with pytest.raises(ComputeError, match="node 3 did not come to rest: its process said nothing"):
         run("dsgd(lr=0.03)", Threads(N, watch_s=0.02, kind=Mute))
 
 
@@ -161,7 +161,7 @@ class Pair:
         self.lost, self.lose = [], lose
         task = canonical(n=2, noise=0.1)
         made = replace(experiment(task, METHODS["dsgt"], "complete"), pace=1e-3)
-        self.ends = [Hosted(made, [i], self.carry) for i in range(2)]
+        self.ends = [NodeLoop(made, [i], self.carry) for i in range(2)]
         for end in self.ends:
             end.begin(0.0, 3)
 
@@ -189,8 +189,8 @@ def rests(end, i):
 
 @pytest.fixture
 def soon(monkeypatch):
-    monkeypatch.setattr("offbeat.runtime.hosted.AGAIN_S", 0.2)
-    monkeypatch.setattr("offbeat.runtime.hosted.MOST_WAIT_S", 0.05)
+    monkeypatch.setattr("offbeat.runtime.gossip.hosted.AGAIN_S", 0.2)
+    monkeypatch.setattr("offbeat.runtime.gossip.hosted.MOST_WAIT_S", 0.05)
 
 
 @pytest.mark.parametrize("far", [1, 2])
@@ -217,7 +217,7 @@ def test_the_last_mail_that_was_lost_is_sent_again_by_who_is_done(soon):
 
 
 def alone(carry):
-    return Hosted(experiment(NOISY, METHODS["dsgd"], "ring"), [0], carry)
+    return NodeLoop(experiment(NOISY, METHODS["dsgd"], "ring"), [0], carry)
 
 
 def test_nothing_is_handled_or_sent_after_the_end():
@@ -225,7 +225,7 @@ def test_nothing_is_handled_or_sent_after_the_end():
     ours = alone(lambda parcels: (sent.append(parcels), begun.set()))
     ours.begin(0.0, 2)
     assert begun.wait(10.0)
-    mail = [Parcel(0, 1, 0, 0, "mail", 0, (NOISY.initial(0),))]
+    mail = [Envelope(0, 1, 0, 0, "mail", 0, (NOISY.initial(0),))]
     with ours._turns:  # while it sleeps
         ours._put("end")
         ours.deliver(mail)

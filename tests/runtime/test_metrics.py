@@ -8,9 +8,10 @@ import pytest
 from cells import Scored
 
 import offbeat
-from offbeat.runtime import cli, metrics
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.experiment import from_table, read, with_more
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.commands import cli
+from offbeat.runtime.experiment import metrics
+from offbeat.runtime.experiment.experiment import from_table, read, with_more
 
 DIGITS = "logistic:digits", "shuffled(lr=0.5)"
 

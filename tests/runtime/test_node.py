@@ -18,9 +18,9 @@ from simulated import (
 )
 
 from offbeat.algorithms.gossip import ad_psgd, dsgt, motef
-from offbeat.runtime.errors import PeerError
-from offbeat.runtime.node import MOST_OPENINGS, OPEN, OPENING, gossip_node
-from offbeat.runtime.node_rounds import MOST_EARLY
+from offbeat.runtime.base.errors import PeerError
+from offbeat.runtime.node.node import MOST_OPENINGS, OPEN, OPENING, gossip_node
+from offbeat.runtime.node.synchronous import MOST_EARLY
 from offbeat.topologies import TOPOLOGIES
 from offbeat.workers.fleet import Fleet
 

@@ -18,7 +18,7 @@ import offbeat
 from offbeat.algorithms.compression.identity import Identity
 from offbeat.algorithms.gossip import Channel, Gossip
 from offbeat.algorithms.server import Algorithm
-from offbeat.runtime.crew import Order, Runner
+from offbeat.runtime.compute.backend import JobRequest, Runner
 from offbeat.workers.compressed import Compressed
 from offbeat.workers.speeds import Constant, Law
 from offbeat.workers.tasks.contract import guarded
@@ -352,7 +352,7 @@ def test_a_process_that_computes_leaves_the_model_as_it_is(task, work):
     x = runner.task.initial(0) - 1
     before = x.copy()
     x.flags.writeable = False
-    orders = [Order(i, i, i, 7 * i, work.steps, 0, x, None) for i in range(3)]
+    orders = [JobRequest(i, i, i, 7 * i, work.steps, 0, x, None) for i in range(3)]
     together = [answer.payload.copy() for answer in runner.compute(orders)]
     singly = [runner.compute([order])[0].payload for order in orders]
     np.testing.assert_array_equal(x, before)

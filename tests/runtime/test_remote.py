@@ -7,10 +7,18 @@ import pytest
 from servers import METHODS, WORKS, N, make
 
 import offbeat
-from offbeat.runtime.backends import ENGINES, Virtual
-from offbeat.runtime.crew import Answer, Back, Crew, Failed, Gone, Order, Runner
-from offbeat.runtime.errors import CrewError
-from offbeat.runtime.remote import LiveWorkers, RemoteWorkers
+from offbeat.runtime.base.errors import ComputeError
+from offbeat.runtime.compute.backend import (
+    Back,
+    ComputeBackend,
+    Failed,
+    Gone,
+    JobRequest,
+    JobResult,
+    Runner,
+)
+from offbeat.runtime.experiment.engines import ENGINES, Virtual
+from offbeat.runtime.server.remote import LiveWorkers, RemoteWorkers
 from offbeat.workers.compressed import SENT
 from offbeat.workers.tasks import quadratic
 from offbeat.workers.work import WORK
@@ -18,7 +26,7 @@ from offbeat.workers.work import WORK
 EVERY = pytest.mark.parametrize("name", METHODS)
 
 
-class HereCrew(Crew):
+class HereCrew(ComputeBackend):
     """Computes in this process, one order a call, of an arbitrary worker; loses processes.
 
     Args:
@@ -195,7 +203,7 @@ class Broken(HereCrew):
 @pytest.mark.parametrize("clock", ["virtual", "real"])
 def test_code_that_raises_again_and_again_ends_the_run(clock):
     engine = Here(Broken)
-    with pytest.raises(CrewError, match=r"job 0 of worker 3 .* failed 3 times.*\nZeroDivision"):
+    with pytest.raises(ComputeError, match=r"job 0 of worker 3 .* failed 3 times.*\nZeroDivision"):
         run("pure", engine, clock=clock, pace=1e-5)
     assert engine.made.closed
 
@@ -291,7 +299,7 @@ def test_a_withheld_result_takes_the_time_of_its_bytes():
     workers.take(0, workers.task.initial(0), 0)
     ((serial, job),) = workers._sent.items()
     (answer,) = Runner(workers.task, workers.work).compute(
-        [Order(serial, 0, 0, 0, 1, 0, job.x, None)]
+        [JobRequest(serial, 0, 0, 0, 1, 0, job.x, None)]
     )
     assert happens(workers, answer) == []
     due_s = 1.0 + 0.5 * len(answer.payload)
@@ -303,7 +311,7 @@ def test_a_withheld_result_takes_the_time_of_its_bytes():
 # -- Outages, and processes that die in them -------------------------------------------------------
 
 
-class Scripted(Crew):
+class Scripted(ComputeBackend):
     """Says what a test has it say."""
 
     def __init__(self):
@@ -366,7 +374,7 @@ def test_a_run_in_which_nothing_can_happen_any_more_is_idle():
     assert happens(workers) == []
     assert not workers.idle()  # an answer is awaited
     clock[0] = 9.0
-    assert happens(workers, Answer(0, 1.0, np.zeros(5), {}, 0.1)) == []
+    assert happens(workers, JobResult(0, 1.0, np.zeros(5), {}, 0.1)) == []
     assert workers.idle()
 
 

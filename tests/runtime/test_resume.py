@@ -16,10 +16,13 @@ import offbeat
 from offbeat import ConfigError, StorageError
 from offbeat.algorithms.server import Algorithm
 from offbeat.algorithms.server.method import Finisher, Method, Schedule, StepSize
-from offbeat.runtime import api, checkpoint, files, records, trees
-from offbeat.runtime.api import load_experiment
-from offbeat.runtime.cli import app
-from offbeat.runtime.experiment import from_table
+from offbeat.runtime.api import api
+from offbeat.runtime.api.api import load_experiment
+from offbeat.runtime.base import trees
+from offbeat.runtime.commands.cli import app
+from offbeat.runtime.experiment import files
+from offbeat.runtime.experiment.experiment import from_table
+from offbeat.runtime.run import checkpoint, records
 from offbeat.workers.tasks import Quadratic
 
 RUN = {"task": "quadratic(5, noise=0.2)", "algorithm": "shuffled", "fleet": "6 lognormal(1.0)"}
@@ -426,8 +429,8 @@ CRAFTED = {
 READ = """
 import resource, sys
 from pathlib import Path
-from offbeat.runtime import checkpoint
-from offbeat.runtime.errors import StorageError
+from offbeat.runtime.run import checkpoint
+from offbeat.runtime.base.errors import StorageError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
 for folder in sorted(Path(sys.argv[1]).iterdir()):

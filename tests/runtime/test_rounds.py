@@ -7,9 +7,9 @@ from scipy import sparse
 
 import offbeat
 from offbeat.algorithms.gossip import choco, deepsqueeze, dsgd, dsgt
-from offbeat.runtime.errors import ConfigError, Diverged
-from offbeat.runtime.pairs import Pairs
-from offbeat.runtime.rounds import Rounds
+from offbeat.runtime.base.errors import ConfigError, Diverged
+from offbeat.runtime.gossip.pairs import Pairs
+from offbeat.runtime.gossip.rounds import Rounds
 from offbeat.topologies import TOPOLOGIES, Topology
 from offbeat.workers.fleet import Fleet, Outage
 from offbeat.workers.tasks import Quadratic, logistic, quadratic

@@ -9,8 +9,8 @@ from matplotlib import image
 import offbeat
 from offbeat import ConfigError, Diverged, Stop
 from offbeat.algorithms.server import Algorithm
-from offbeat.runtime.records import column
-from offbeat.runtime.virtual import ALONE_BYTES, Job
+from offbeat.runtime.run.records import column
+from offbeat.runtime.server.virtual import ALONE_BYTES, Job
 from offbeat.workers.tasks import logistic, mlp, quadratic
 
 

@@ -319,12 +319,12 @@ REAL = {"server": ("serve", "join", "keys"), "peers": ("peer", "keys")}
 def test_a_real_run_from_keys_to_its_end(shape, launch, machine, tmp_path):
     import typer
 
-    from offbeat.runtime.cli import app
+    from offbeat.runtime.commands.cli import app
 
     commands = typer.main.get_command(app).commands
     if missing := [name for name in REAL[shape] if name not in commands]:
         pytest.skip(f"this build has no offbeat {', '.join(missing)}")
-    run = f'#!/bin/sh\nexec {sys.executable} -m offbeat.runtime.cli "$@"\n'
+    run = f'#!/bin/sh\nexec {sys.executable} -m offbeat.runtime.commands.cli "$@"\n'
     machine.program("offbeat", run)
     port = 20000 + os.getpid() % 10000
     (tmp_path / "hosts.toml").write_text(

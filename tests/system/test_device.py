@@ -12,7 +12,7 @@ from peering import Ring
 from processes import start
 
 import offbeat
-from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.base.errors import ConfigError
 
 TASK = {"name": "lm", "length": 16, "batch": 2, "evaluated": 4}
 RUN = {

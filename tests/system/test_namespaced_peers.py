@@ -15,7 +15,7 @@ from namespaces import PORT, Net, needed
 from peering import LIMIT_S, SUSPECT_S, Ring, keyring, sound, table
 
 import offbeat
-from offbeat.runtime.net.cli import asking
+from offbeat.runtime.commands.network import asking
 
 pytestmark = needed
 
@@ -57,7 +57,9 @@ class Wide(Ring):
             ]
             with self.net[i].entered(), (self.folder / f"{name}.log").open("w") as said:
                 self.processes[i] = subprocess.Popen(
-                    [sys.executable, "-m", "offbeat.runtime.cli", *words], stdout=said, stderr=said
+                    [sys.executable, "-m", "offbeat.runtime.commands.cli", *words],
+                    stdout=said,
+                    stderr=said,
                 )
         return self
 

@@ -24,11 +24,13 @@ from processes import Told, metrics
 from sites import COMPRESSED, LIMIT_S, PLAIN, Site, alive, done, finish, free_port, here, pid, sound
 
 import offbeat
-from offbeat.runtime import api, checkpoint
-from offbeat.runtime.net import keys, wire
-from offbeat.runtime.net import messages as say
-from offbeat.runtime.net.cli import asking
-from offbeat.runtime.net.hub import Hub
+from offbeat.runtime.api import api
+from offbeat.runtime.commands.network import asking
+from offbeat.runtime.protocol import messages as say
+from offbeat.runtime.protocol import wire
+from offbeat.runtime.protocol.server import ServerProtocol
+from offbeat.runtime.run import checkpoint
+from offbeat.runtime.transport import keys
 
 
 @pytest.fixture
@@ -55,7 +57,8 @@ def test_a_worker_is_killed_while_it_computes(tmp_path, stack):
 
 HOOK = """
 import os, signal, sys
-from offbeat.runtime.net import wire, worker
+from offbeat.runtime.protocol import wire
+from offbeat.runtime.on_zeromq import worker
 wire.INLINE_BYTES = 0
 send = worker.Worker._send
 def die(self):
@@ -186,8 +189,8 @@ def test_a_server_that_waits_for_workers_takes_no_time(tmp_path, stack):
 
 HUNGRY = """
 import resource
-from offbeat.runtime.crew import Runner
-from offbeat.runtime.net import worker
+from offbeat.runtime.compute.backend import Runner
+from offbeat.runtime.on_zeromq import worker
 compute, tried = Runner.compute, []
 def hungry(self, orders):
     if not tried:
@@ -241,7 +244,7 @@ def test_without_standard_streams(tmp_path, stack):
         os.closerange(0, 3)
 
     server = subprocess.Popen(
-        [sys.executable, "-m", "offbeat.runtime.cli", "serve", str(site.file), "--out",
+        [sys.executable, "-m", "offbeat.runtime.commands.cli", "serve", str(site.file), "--out",
          str(site.out), "--bind", site.address, "--processes", "2"], preexec_fn=close,
     )  # fmt: skip
     stack.callback(finish, server)
@@ -269,7 +272,7 @@ def test_a_worker_is_asked_to_leave(tmp_path, stack):
 
 BUILDS = """
 import time
-from offbeat.runtime.net import worker
+from offbeat.runtime.on_zeromq import worker
 worker.LEAVE_S = 0.2
 def build(text, device):
     print("builds", flush=True)
@@ -343,14 +346,14 @@ offbeat.run(*{parts!r}, **{options!r}, folder={str(tmp_path / "run")!r}, clock="
 
 
 def test_the_bytes_that_are_told_are_those_on_the_wire(monkeypatch):
-    sizes, take = {}, Hub._take
+    sizes, take = {}, ServerProtocol._take
 
     def taken(self, address, node, message, now_s):
         for update in message.head.arrays:  # of one that is sent again, one counts
             sizes[bytes(update.data)] = len(update.data)
         take(self, address, node, message, now_s)
 
-    monkeypatch.setattr(Hub, "_take", taken)
+    monkeypatch.setattr(ServerProtocol, "_take", taken)
     result = offbeat.run(
         "quadratic(1000, noise=0.3)", "pure(lr=0.01)", "3 real", engine="zmq",
         work="compressed(topk(10))", stop={"steps": 200}, evaluate={"steps": 200},
@@ -363,7 +366,7 @@ def test_the_bytes_that_are_told_are_those_on_the_wire(monkeypatch):
 
 JUMPY = """
 import itertools, sys, time
-from offbeat.runtime import cli
+from offbeat.runtime.commands import cli
 really, hours = time.time, itertools.cycle([0, 3600, -3600, 86400, -86400])
 time.time = lambda: really() + next(hours)
 cli.main()
@@ -383,7 +386,7 @@ def test_clocks_jump_and_differ(tmp_path, stack, how):
     if how == "libfaketime":
         if (shift := faked()) is None:
             pytest.skip("libfaketime is not installed")
-        program = [sys.executable, "-m", "offbeat.runtime.cli"]
+        program = [sys.executable, "-m", "offbeat.runtime.commands.cli"]
         shift |= {"FAKETIME_DONT_FAKE_MONOTONIC": "1"}
         ends = {"server": shift | {"FAKETIME": "+1d"}, "worker": shift | {"FAKETIME": "-1h"}}
     else:
@@ -587,8 +590,8 @@ def test_a_key_is_revoked_and_authorized_again(guarded):
 
 UNGUARDED = """
 import sys, threading
-from offbeat.runtime import cli
-from offbeat.runtime.net import keys
+from offbeat.runtime.commands import cli
+from offbeat.runtime.transport import keys
 def end(gate):
     sys.stdin.readline()
     gate._thread.pipe.send(b"TERMINATE")

@@ -14,13 +14,13 @@ from processes import Told, metrics, start, wait_for
 from typer.testing import CliRunner
 
 import offbeat
-from offbeat.runtime import api
-from offbeat.runtime.cli import app
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.net import keys
-from offbeat.runtime.net.wire import PIECE_BYTES
-from offbeat.runtime.records import Records
-from offbeat.runtime.replayed import Replayed, read_inputs
+from offbeat.runtime.api import api
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.commands.cli import app
+from offbeat.runtime.gossip.replayed import Replayed, read_inputs
+from offbeat.runtime.protocol.wire import PIECE_BYTES
+from offbeat.runtime.run.records import Records
+from offbeat.runtime.transport import keys
 
 
 def virtual(of):
@@ -211,7 +211,7 @@ def test_peers_have_to_agree_when_silence_is_suspect(tmp_path):
     ],
 )
 def test_a_peer_takes_its_times_from_the_experiment(engine, options, taken, tmp_path, monkeypatch):
-    monkeypatch.setattr("offbeat.runtime.net.peer.PeerProcess", seen := Mock())
+    monkeypatch.setattr("offbeat.runtime.on_zeromq.peer.PeerProcess", seen := Mock())
     file, hosts = tmp_path / "run.toml", tmp_path / "hosts.toml"
     file.write_text(f"{engine}\n{deploying.PEERS}")
     hosts.write_text('[[hosts]]\nname = "a"\naddress = "127.0.0.1"\nslots = 3\n')
@@ -232,7 +232,7 @@ def test_offbeat_run_watches_peers_of_its_own_and_goes_on_where_it_was(tmp_path)
     assert not [
         p
         for p in psutil.Process().children(recursive=True)
-        if "offbeat.runtime.net.local" in p.cmdline()
+        if "offbeat.runtime.on_zeromq.local" in p.cmdline()
     ]
     more = api.resume(tmp_path / "run", overrides=["stop.steps=60"])
     np.testing.assert_allclose(more.x, virtual(longer).x, rtol=0, atol=1e-12)
@@ -339,7 +339,7 @@ def test_a_watched_peer_that_is_killed_is_begun_again(algorithm):
     def progress(fraction):
         if fraction > 0.2 and not killed:
             leaves = [p for p in psutil.Process().children(recursive=True) if not p.children()]
-            peers = [p for p in leaves if "offbeat.runtime.net.local" in p.cmdline()]
+            peers = [p for p in leaves if "offbeat.runtime.on_zeromq.local" in p.cmdline()]
             killed.append(peers[1].pid)
             peers[1].kill()
 

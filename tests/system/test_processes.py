@@ -14,7 +14,7 @@ import pytest
 from processes import checkpoints, command, start, wait_for
 
 import offbeat
-from offbeat.runtime import api
+from offbeat.runtime.api import api
 
 RUN = {
     "task": "logistic(digits, batch=8, partition=sorted)",

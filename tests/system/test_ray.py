@@ -14,11 +14,11 @@ from ray.cloudpickle import register_pickle_by_value
 from servers import METHODS, WORKS, N, make
 
 import offbeat
-from offbeat.runtime.actors.crew import Host, RayCrew, why
-from offbeat.runtime.actors.start import start
-from offbeat.runtime.backends import ENGINES
-from offbeat.runtime.errors import CrewError
-from offbeat.runtime.remote import RemoteWorkers
+from offbeat.runtime.base.errors import ComputeError
+from offbeat.runtime.experiment.engines import ENGINES
+from offbeat.runtime.on_ray.server import RayBackend, ServerActor, why
+from offbeat.runtime.on_ray.start import start
+from offbeat.runtime.server.remote import RemoteWorkers
 from offbeat.workers.tasks import TASKS, Quadratic, TorchTask, quadratic
 
 pytestmark = pytest.mark.xdist_group("ray")  # one Ray for all
@@ -36,7 +36,7 @@ def ray():
     session.stop()
 
 
-class Borrowing(RayCrew):
+class Borrowing(RayBackend):
     """Takes actors that are there already, and leaves them."""
 
     def _fill(self, seat):
@@ -44,7 +44,7 @@ class Borrowing(RayCrew):
             super()._fill(seat)
             return
         seat.actor = ACTORS.pop()
-        seat.ready = seat.actor.__ray_call__.remote(Host.__init__, *self._parts)
+        seat.ready = seat.actor.__ray_call__.remote(ServerActor.__init__, *self._parts)
 
     def close(self):
         for seat in self._seats:
@@ -242,7 +242,7 @@ def test_others_take_over_when_an_actor_was_replaced_too_often(tmp_path):
 
 
 def test_others_take_over_when_an_actor_does_not_live_to_begin():
-    class Stillborn(RayCrew):
+    class Stillborn(RayBackend):
         def _fill(self, seat):
             super()._fill(seat)
             if seat is self._seats[0]:
@@ -284,7 +284,7 @@ def test_what_a_worker_keeps_does_not_keep_what_others_do(monkeypatch):
 def test_nobody_is_left(tmp_path):
     task = Faulty(tmp_path, {(2, 3): ("die", 99)})
     with pytest.raises(
-        CrewError, match=r"no Ray actor is left: each was replaced 1 times; .* died"
+        ComputeError, match=r"no Ray actor is left: each was replaced 1 times; .* died"
     ):
         run("pure", "ray(8, restarts=1)", task=task, clock="virtual")
     assert task.happened("die") == 2
@@ -293,7 +293,7 @@ def test_nobody_is_left(tmp_path):
 def test_ray_kill_counts_too(tmp_path):
     kills, answered = [], [0]
 
-    class Killed(RayCrew):
+    class Killed(RayBackend):
         def collect(self, timeout_s):
             events = super().collect(timeout_s)
             answered[0] += len(events)
@@ -321,7 +321,7 @@ def test_code_that_raises_is_told_with_its_traceback(tmp_path, caplog):
     same(result, run("pure", "virtual"))
     task = Faulty(tmp_path, {(3, 3): ("raise", 9)})
     said = r"job 3 of worker 3 .* failed 3 times; (.|\n)*ZeroDivisionError: division at \(3, 3\)"
-    with pytest.raises(CrewError, match=said):
+    with pytest.raises(ComputeError, match=said):
         run("pure", Borrowed(), task=task, clock="real", pace=1e-3)
 
 
@@ -363,13 +363,13 @@ def hosts():
 
 
 def test_actors_are_gone_after_a_run_that_failed(monkeypatch):
-    before, seen, collect = hosts(), set(), RayCrew.collect
+    before, seen, collect = hosts(), set(), RayBackend.collect
 
     def collected(self, timeout_s):
         seen.update(hosts() - before)
         return collect(self, timeout_s)
 
-    monkeypatch.setattr(RayCrew, "collect", collected)
+    monkeypatch.setattr(RayBackend, "collect", collected)
     with pytest.raises(offbeat.Diverged):
         offbeat.run("quadratic", "pure(lr=1e200)", "8 1.0", engine="ray(4)", clock="virtual")
     assert 1 <= len(seen) <= 2

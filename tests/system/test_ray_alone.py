@@ -17,9 +17,9 @@ import pytest
 from processes import checkpoints, start, wait_for
 
 import offbeat
-from offbeat.runtime import api
-from offbeat.runtime.actors.start import load, own_folder
-from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.api import api
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.on_ray.start import load, own_folder
 
 pytestmark = pytest.mark.xdist_group("ray")
 PARTS = {
@@ -32,7 +32,7 @@ PARTS = {
 
 OWNS = """
 import sys
-from offbeat.runtime.actors.start import own_folder
+from offbeat.runtime.on_ray.start import own_folder
 folder, owner = own_folder(sys.argv[1])
 print(folder, flush=True)
 sys.stdin.readline()

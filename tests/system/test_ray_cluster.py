@@ -10,9 +10,9 @@ from ray.cloudpickle import register_pickle_by_value
 from ray.cluster_utils import Cluster
 
 import offbeat
-from offbeat.runtime.actors.crew import RayCrew
-from offbeat.runtime.actors.start import start
-from offbeat.runtime.backends import ENGINES
+from offbeat.runtime.experiment.engines import ENGINES
+from offbeat.runtime.on_ray.server import RayBackend
+from offbeat.runtime.on_ray.start import start
 from offbeat.workers.tasks import quadratic
 from offbeat.workers.work import gradient
 
@@ -41,7 +41,7 @@ def where(host):
 def whereabouts(engine):
     task = quadratic(5, workers=N)
     parts = SimpleNamespace(task=task, work=gradient(), fleet=SimpleNamespace(workers=N))
-    crew = RayCrew(parts, ENGINES.parse(engine))
+    crew = RayBackend(parts, ENGINES.parse(engine))
     try:
         return ray.get([seat.actor.__ray_call__.remote(where) for seat in crew._seats])
     finally:
@@ -62,7 +62,7 @@ def test_actors_go_where_they_are_sent_and_find_the_package_there(cluster):
 
 
 def test_a_machine_is_lost(cluster, monkeypatch):
-    lost, collect = [], RayCrew.collect
+    lost, collect = [], RayBackend.collect
 
     def collected(self, timeout_s):
         events = collect(self, timeout_s)
@@ -71,7 +71,7 @@ def test_a_machine_is_lost(cluster, monkeypatch):
             cluster.remove_node(cluster.far, allow_graceful=False)
         return events
 
-    monkeypatch.setattr(RayCrew, "collect", collected)
+    monkeypatch.setattr(RayBackend, "collect", collected)
     parts = quadratic(5, workers=N, noise=0.3), "pure(lr=0.05)", f"{N} lognormal(1.0)"
     result = offbeat.run(*parts, stop={"steps": 6000}, engine="ray(4)", clock="virtual")
     assert len(lost) == 1

@@ -12,10 +12,10 @@ from canonical import METHODS, N, canonical
 
 import offbeat
 from offbeat.algorithms.gossip import ad_psgd, dsgt
-from offbeat.runtime.actors.gossip import GossipHost, RayGossip
-from offbeat.runtime.actors.start import start
-from offbeat.runtime.backends import ENGINES
-from offbeat.runtime.errors import ConfigError, CrewError
+from offbeat.runtime.base.errors import ComputeError, ConfigError
+from offbeat.runtime.experiment.engines import ENGINES
+from offbeat.runtime.on_ray.gossip import GossipActor, RayGossip
+from offbeat.runtime.on_ray.start import start
 
 pytestmark = pytest.mark.xdist_group("ray")  # one Ray for all
 NOISY = canonical(noise=0.1)
@@ -44,7 +44,7 @@ class Borrowing(RayGossip):
         seat.actor = ACTORS.pop()
         parts = self._ray.get(self._parts), seat.nodes, self._device
         seat.actor.__ray_call__.remote(lambda host: host._hosted.end())
-        seat.ready = seat.actor.__ray_call__.remote(GossipHost.__init__, *parts, **more)
+        seat.ready = seat.actor.__ray_call__.remote(GossipActor.__init__, *parts, **more)
 
     def close(self):
         for seat in self._seats:
@@ -202,7 +202,7 @@ def test_an_actor_that_is_killed_joins_again(mode, tmp_path):
 
 def test_several_actors_that_start_again_have_more_time(monkeypatch):
     """Each takes its share of the machine's time from the others."""
-    monkeypatch.setattr("offbeat.runtime.actors.gossip.START_S", 0.0)
+    monkeypatch.setattr("offbeat.runtime.on_ray.gossip.START_S", 0.0)
     engine = Deadly([(20, 1), (20, 2)])
     result = run(dsgt(lr=0.05), engine, "random-regular", f"{N} 0.01", 80, canonical())
     assert len(set(engine.loop.killed)) == result.facts["restarts"] == 2
@@ -236,11 +236,11 @@ def test_an_actor_dies_while_a_checkpoint_is_taken(mode, tmp_path, monkeypatch):
 
 
 def test_what_cannot_go_on_says_so():
-    with pytest.raises(CrewError, match="cannot go on without it here; resume"):
+    with pytest.raises(ComputeError, match="cannot go on without it here; resume"):
         run(METHODS["cedas"], Deadly([(2, 0)], N // 2), fleet=f"{N} 0.01", steps=200)
-    with pytest.raises(CrewError, match="all nodes are gone"):
+    with pytest.raises(ComputeError, match="all nodes are gone"):
         run(METHODS["dsgd"], Deadly([(2, 0)], N), fleet=f"{N} 0.01", steps=200)
-    with pytest.raises(CrewError, match="was replaced 0 times already"):
+    with pytest.raises(ComputeError, match="was replaced 0 times already"):
         run(METHODS["dsgd"], Deadly([(2, 0)], 4, restarts=0), fleet=f"{N} 0.01", steps=200)
     outage = offbeat.Fleet(
         workers=N, outages=[offbeat.Outage(worker=0, from_s=1.0, to_s=2.0)], on_outage="lose"

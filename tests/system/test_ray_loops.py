@@ -18,7 +18,7 @@ from processes import command
 from ray.cloudpickle import register_pickle_by_value
 
 import offbeat
-from offbeat.runtime.actors.start import start
+from offbeat.runtime.on_ray.start import start
 from offbeat.workers.tasks import TASKS
 from offbeat.workers.work import OwnLoop
 
@@ -189,7 +189,7 @@ def dies(address):
 )
 def test_loops_that_never_join(loop, said, monkeypatch):
     if loop is waits:
-        monkeypatch.setattr("offbeat.runtime.actors.loops.JOIN_S", 5.0)
+        monkeypatch.setattr("offbeat.runtime.on_ray.loops.JOIN_S", 5.0)
     work, more = OwnLoop(5, loop), {"engine": "ray", "stop": {"steps": 3}}
     with pytest.raises(offbeat.OffbeatError, match=said):
         offbeat.run(EXTERNAL, "diloco", "2 real", work=work, **more)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from offbeat import ConfigError
-from offbeat.runtime.randomness import rng
+from offbeat.runtime.base.randomness import rng
 from offbeat.topologies import (
     TOPOLOGIES,
     WEIGHTS,

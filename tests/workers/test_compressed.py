@@ -9,9 +9,9 @@ import offbeat
 from offbeat import ConfigError, Diverged, Fleet
 from offbeat.algorithms.compression import COMPRESSORS, decode
 from offbeat.algorithms.server import Algorithm
-from offbeat.runtime.crew import ALONE_BYTES, Order, Runner
-from offbeat.runtime.records import column
-from offbeat.runtime.virtual import VirtualWorkers
+from offbeat.runtime.compute.backend import ALONE_BYTES, JobRequest, Runner
+from offbeat.runtime.run.records import column
+from offbeat.runtime.server.virtual import VirtualWorkers
 from offbeat.workers.compressed import SENT, compressed
 from offbeat.workers.tasks import quadratic
 from offbeat.workers.work import WORK
@@ -134,7 +134,7 @@ def test_only_the_frame_travels_and_what_the_work_keeps_itself():
     task = quadratic(1000, workers=2)
     work = WORK.parse("compressed(topk(0.01), local-steps(momentum, steps=2))")
     runner, x = Runner(task, work), task.initial(0)
-    order = Order(0, 1, 1, 0, 2, 0, x, work.keep(1, x))
+    order = JobRequest(0, 1, 1, 0, 2, 0, x, work.keep(1, x))
     (answer,) = runner.compute([order])
     assert isinstance(answer.payload, bytes)
     assert len(answer.payload) < 150 < 8000

@@ -11,7 +11,7 @@ import pytest
 
 import offbeat
 from offbeat import ConfigError
-from offbeat.runtime.randomness import rng
+from offbeat.runtime.base.randomness import rng
 from offbeat.workers import data
 from offbeat.workers.data import BUNDLED, load
 from offbeat.workers.partition import PARTITIONS

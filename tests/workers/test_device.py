@@ -14,9 +14,9 @@ from devices import DEVICES
 
 import offbeat
 from offbeat.algorithms.compression import decode
-from offbeat.runtime import tensors
-from offbeat.runtime.crew import Order, Runner
-from offbeat.runtime.net.worker import Worker
+from offbeat.runtime.base import tensors
+from offbeat.runtime.compute.backend import JobRequest, Runner
+from offbeat.runtime.on_zeromq.worker import Worker
 from offbeat.workers.compressed import SENT
 from offbeat.workers.tasks import TorchTask, device, lm, logistic, mixtures, mlp, quadratic
 from offbeat.workers.work import WORK
@@ -140,11 +140,11 @@ def test_of_compressed_updates_only_messages_are_fetched(monkeypatch, name, comp
     """A process's second job: its model is loaded; h is there."""
     work, task = WORK.parse(f"compressed({compressor}, local-steps(sgd, steps=3))"), text(name)
     runner, x = Runner(task, work), task.initial(0)
-    runner.compute([Order(0, 1, 1, 0, 3, 0, x, work.keep(1, x))])
+    runner.compute([JobRequest(0, 1, 1, 0, 3, 0, x, work.keep(1, x))])
     assert torch.is_tensor(runner._kept[1][SENT])
     before = tensors.fetch(runner._kept[1][SENT]).copy()
     crossed = crossings(monkeypatch)
-    (answer,) = runner.compute([Order(1, 1, 1, 3, 3, 0, x, None)])
+    (answer,) = runner.compute([JobRequest(1, 1, 1, 3, 3, 0, x, None)])
     message = decode([answer.payload], task.dim)
     halves = compressor == "bf16"  # as many numbers as there are, in half of the bytes
     assert crossed["fetch"] <= (1.01 if halves else 0.14) * task.dim
@@ -166,7 +166,7 @@ def test_compressed_updates_are_the_same_wherever_they_are_compressed(name, comp
     work, found = WORK.parse(f"compressed({compressor}, {work}{more and ', '}{more})"), []
     for task in (text(), text(name)):
         runner, x = Runner(task, work), task.initial(0)
-        orders = [Order(i, i % 2, i % 2, 5 * i, 3, 0, x, None) for i in range(4)]
+        orders = [JobRequest(i, i % 2, i % 2, 5 * i, 3, 0, x, None) for i in range(4)]
         answers = runner.compute(orders[:2]) + runner.compute(orders[2:])
         found.append([decode([a.payload], task.dim).dense() for a in answers])
         kept, three = work.keep(2, x), np.array([3, 3])
@@ -186,14 +186,14 @@ def test_moments_stay_on_the_device_and_are_told(monkeypatch, name):
     """A process's second job: the model crosses once there, update and moments once back."""
     work, task = WORK.parse("local-steps(adamw, steps=3)"), text(name)
     runner, x = Runner(task, work), task.initial(0)
-    (first,) = runner.compute([Order(0, 1, 1, 0, 3, 0, x, None)])
+    (first,) = runner.compute([JobRequest(0, 1, 1, 0, 3, 0, x, None)])
     before = {key: row.copy() for key, row in first.kept.items()}
     crossed = crossings(monkeypatch)
-    (second,) = runner.compute([Order(1, 1, 1, 3, 3, 0, x, None)])
+    (second,) = runner.compute([JobRequest(1, 1, 1, 3, 3, 0, x, None)])
     assert (crossed["load"] // task.dim, crossed["fetch"] // task.dim) == (1, 3)
     monkeypatch.undo()
     again = Runner(task, work)  # another process, which is told what the first one kept
-    (same_one,) = again.compute([Order(1, 1, 1, 3, 3, 0, x, before)])
+    (same_one,) = again.compute([JobRequest(1, 1, 1, 3, 3, 0, x, before)])
     np.testing.assert_array_equal(second.payload, same_one.payload)
     for key, row in second.kept.items():
         assert type(row) is np.ndarray
@@ -242,7 +242,7 @@ def test_tied_parameters_are_one():
 def test_what_is_not_finite_on_a_device_is_told(name):
     task, work = text(name), WORK.parse("compressed(topk(0.1))")
     x = np.full(task.dim, np.inf, np.float32)
-    (answer,) = Runner(task, work).compute([Order(0, 0, 0, 0, 1, 0, x, None)])
+    (answer,) = Runner(task, work).compute([JobRequest(0, 0, 0, 0, 1, 0, x, None)])
     assert np.isnan(answer.loss)
     assert np.isfinite(decode([answer.payload], task.dim).dense()).all()
 

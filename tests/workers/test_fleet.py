@@ -10,7 +10,7 @@ import pytest
 import offbeat
 from offbeat import ConfigError, Fleet, Outage
 from offbeat.algorithms.server import pure
-from offbeat.runtime.records import column
+from offbeat.runtime.run.records import column
 from offbeat.workers.speeds import SPEEDS, parse, recorded_times
 from offbeat.workers.tasks import quadratic
 
@@ -304,7 +304,7 @@ def test_stragglers_are_slower_whatever_the_law():
 def test_cancelled_jobs_do_not_pile_up():
     task = quadratic(3, workers=4)
     method = offbeat.algorithms.server.ringmaster(threshold=3, stop_stale=True)
-    from offbeat.runtime import virtual
+    from offbeat.runtime.server import virtual
 
     made = []
     init = virtual.VirtualWorkers.__init__
@@ -319,7 +319,7 @@ def test_cancelled_jobs_do_not_pile_up():
 
 
 def test_time_that_stands_still_is_noticed(monkeypatch):
-    from offbeat.runtime import loop
+    from offbeat.runtime.run import loop
 
     monkeypatch.setattr(loop, "MOST_AT_ONCE", 5000)
     with pytest.raises(ConfigError, match="virtual time stands still at 0 s"):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import offbeat
-from offbeat.runtime.experiment import from_table
+from offbeat.runtime.experiment.experiment import from_table
 from offbeat.workers.tasks import TASKS as TASK_REGISTRY
 from offbeat.workers.tasks import TorchTask, lm, logistic, mlp, quadratic
 from offbeat.workers.tasks.shards import FEW, Draws

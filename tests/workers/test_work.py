@@ -7,8 +7,8 @@ import torch
 import offbeat
 from offbeat import ConfigError
 from offbeat.algorithms.server import Algorithm
-from offbeat.runtime import virtual
-from offbeat.runtime.records import column
+from offbeat.runtime.run.records import column
+from offbeat.runtime.server import virtual
 from offbeat.workers.tasks import logistic, mlp, quadratic
 from offbeat.workers.work import INNERS, WORK, orthogonal
 

@@ -10,8 +10,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.registry import Registry, Spec
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.base.registry import Registry, Spec
 
 F = TypeVar("F", bound=Callable[..., Any])
 TASKS = Registry("task")
@@ -135,7 +135,7 @@ class Guarded:
                 raise ConfigError(
                     f"{name}: a job computed again, after another, gives another result; it must "
                     "follow from x, worker and draw alone, so that a run can be resumed and "
-                    "replayed: see offbeat.runtime.randomness"
+                    "replayed: see offbeat.runtime.base.randomness"
                 )
 
 

@@ -8,7 +8,7 @@ answers tensors of that device with tensors that stay there.
 import re
 from typing import Any
 
-from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.base.errors import ConfigError
 from offbeat.workers.tasks.contract import Task
 
 DEVICE = re.compile(r"cpu(:0)?|cuda(:\d{1,2})?")
@@ -23,7 +23,7 @@ def found(name: str) -> Any:
     >>> found("gpu")
     Traceback (most recent call last):
     ...
-    offbeat.runtime.errors.ConfigError: "gpu" is no device; give cpu, cuda or cuda:0
+    offbeat.ConfigError: "gpu" is no device; give cpu, cuda or cuda:0
     """
     import torch
 

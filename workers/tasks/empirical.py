@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from offbeat.runtime.registry import Spec
+from offbeat.runtime.base.registry import Spec
 from offbeat.workers.tasks.contract import ours
 from offbeat.workers.tasks.shards import Features, Inputs, Shards
 

@@ -1,4 +1,4 @@
-"""A task that only training loops of their own can compute; see ``offbeat.runtime.own``."""
+"""A task that only training loops of their own can compute; see ``offbeat.runtime.join``."""
 
 import hashlib
 import math
@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.registry import Count, File, Spec
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.base.registry import Count, File, Spec
 from offbeat.workers.tasks.contract import TASKS
 from offbeat.workers.tasks.shards import DType
 

@@ -4,9 +4,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.randomness import Streams, rng
-from offbeat.runtime.registry import Count, NonNegative, Seed, Spec
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.base.randomness import Streams, rng
+from offbeat.runtime.base.registry import Count, NonNegative, Seed, Spec
 from offbeat.workers.tasks.contract import TASKS
 
 

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.registry import Count, Positive, Reads, Seed
-from offbeat.runtime.tables import read_bytes
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.base.registry import Count, Positive, Reads, Seed
+from offbeat.runtime.base.tables import read_bytes
 from offbeat.workers.tasks.contract import TASKS, alone
 from offbeat.workers.tasks.module import TorchTask
 from offbeat.workers.tasks.shards import Sampling

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from offbeat.runtime.registry import Count, Finite, Fraction, NonNegative, Seed
+from offbeat.runtime.base.registry import Count, Finite, Fraction, NonNegative, Seed
 from offbeat.workers.data import Data
 from offbeat.workers.tasks.contract import TASKS
 from offbeat.workers.tasks.empirical import EmpiricalRisk, cross_entropy

@@ -10,9 +10,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.randomness import rng
-from offbeat.runtime.registry import Count, NonNegative, Seed
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.base.randomness import rng
+from offbeat.runtime.base.registry import Count, NonNegative, Seed
 from offbeat.workers.partition import PARTITIONS
 from offbeat.workers.tasks.contract import TASKS
 from offbeat.workers.tasks.empirical import EmpiricalRisk, cross_entropy

@@ -6,8 +6,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from offbeat.runtime.randomness import rng
-from offbeat.runtime.registry import Count, Fraction, NonNegative, Seed
+from offbeat.runtime.base.randomness import rng
+from offbeat.runtime.base.registry import Count, Fraction, NonNegative, Seed
 from offbeat.workers.data import Data
 from offbeat.workers.tasks.contract import TASKS
 from offbeat.workers.tasks.empirical import EmpiricalRisk, cross_entropy

@@ -14,10 +14,10 @@ from typing import Annotated, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offbeat.runtime.errors import ConfigError, nearest
-from offbeat.runtime.randomness import Streams
-from offbeat.runtime.registry import Count, Fraction, Reads, Seed, Spec, validated
-from offbeat.runtime.tensors import fetch, load, memory
+from offbeat.runtime.base.errors import ConfigError, nearest
+from offbeat.runtime.base.randomness import Streams
+from offbeat.runtime.base.registry import Count, Fraction, Reads, Seed, Spec, validated
+from offbeat.runtime.base.tensors import fetch, load, memory
 from offbeat.workers.partition import divided, held_out
 from offbeat.workers.tasks import device as devices
 from offbeat.workers.tasks.contract import TASKS, alone, ours

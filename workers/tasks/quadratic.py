@@ -4,8 +4,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-from offbeat.runtime.randomness import Streams
-from offbeat.runtime.registry import AtLeastOne, Count, NonNegative, Seed, Spec
+from offbeat.runtime.base.randomness import Streams
+from offbeat.runtime.base.registry import AtLeastOne, Count, NonNegative, Seed, Spec
 from offbeat.workers.tasks.contract import TASKS
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offbeat.runtime.errors import ConfigError, nearest
-from offbeat.runtime.tensors import load
+from offbeat.runtime.base.errors import ConfigError, nearest
+from offbeat.runtime.base.tensors import load
 from offbeat.workers.tasks.scores import one_hot
 
 Part = int | str | None  # which part of a sample is its target

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.base.errors import ConfigError
 
 Hits = Callable[[Any, Any], Any]
 """Of outputs and targets: ``[...]`` whether each is right; None where nobody could say."""

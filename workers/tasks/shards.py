@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array, hstack
 
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.randomness import Streams, rng
-from offbeat.runtime.registry import Count
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.base.randomness import Streams, rng
+from offbeat.runtime.base.registry import Count
 from offbeat.workers.data import load
 from offbeat.workers.partition import PARTITIONS, Parts, held_out
 

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.randomness import rng
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.base.randomness import rng
 from offbeat.workers.tasks.samples import drawn, leaves, mapped
 from offbeat.workers.tasks.scores import Hits, known, said
 

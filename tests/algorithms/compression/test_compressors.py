@@ -25,7 +25,7 @@ from offbeat.algorithms.compression.coding import (
 )
 from offbeat.algorithms.compression.contract import HEADER, MOST_PARAMETERS
 from offbeat.algorithms.compression.kashin import hadamard
-from offbeat.runtime.errors import ConfigError, PeerError
+from offbeat.runtime.base.errors import ConfigError, PeerError
 
 # Every registered compressor has a row here, under its name.
 TABLE = {

@@ -14,7 +14,7 @@ from offbeat.algorithms.gossip import (
     momentum_tracking,
     motef,
 )
-from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.base.errors import ConfigError
 from offbeat.topologies import from_matrix
 from offbeat.workers.fleet import Fleet, Outage
 

@@ -10,10 +10,10 @@ import offbeat
 from offbeat.algorithms.compression.contract import made
 from offbeat.algorithms.gossip import beer, choco, dsgt, motef, noloco
 from offbeat.algorithms.gossip.choco import safe_gamma
-from offbeat.runtime.records import Records
-from offbeat.runtime.rounds import Rounds
-from offbeat.runtime.settings import Evaluate, Stop
-from offbeat.runtime.stacked import Broadcast
+from offbeat.runtime.experiment.settings import Evaluate, Stop
+from offbeat.runtime.gossip.rounds import Rounds
+from offbeat.runtime.gossip.stacked import Broadcast
+from offbeat.runtime.run.records import Records
 from offbeat.topologies import TOPOLOGIES
 from offbeat.topologies.graphs import from_networkx
 from offbeat.workers.tasks import LeastSquares, Quadratic, logistic

@@ -7,7 +7,7 @@ from canonical import rounds
 import offbeat
 from offbeat.algorithms.compression.contract import error_of, made
 from offbeat.algorithms.gossip import beer, cedas, choco, deepsqueeze, motef
-from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.base.errors import ConfigError
 from offbeat.workers.tasks import Quadratic
 
 METHODS = (choco, deepsqueeze, beer, motef)

@@ -7,7 +7,7 @@ import pytest
 from canonical import GRAPHS, METHODS, Peers, canonical, pairs, rounds
 
 from offbeat.algorithms.gossip import cedas, choco, dsgd, motef
-from offbeat.runtime.errors import ConfigError
+from offbeat.runtime.base.errors import ConfigError
 from offbeat.topologies import TOPOLOGIES
 from offbeat.workers.fleet import Fleet, Outage
 from offbeat.workers.tasks import LeastSquares, Quadratic

@@ -15,13 +15,13 @@ from typing import NamedTuple
 import numpy as np
 
 from offbeat.algorithms.compression import COMPRESSORS
-from offbeat.runtime.crew import Answer, Back, Failed, Gone, Order
-from offbeat.runtime.net import wire
-from offbeat.runtime.net.hub import SERVER, Hub
-from offbeat.runtime.net.jobs import Liveness
-from offbeat.runtime.net.link import MOST_QUEUED, WINDOW
-from offbeat.runtime.net.messages import kinds
-from offbeat.runtime.net.spoke import Spoke
+from offbeat.runtime.compute.backend import Back, Failed, Gone, JobRequest, JobResult
+from offbeat.runtime.protocol import wire
+from offbeat.runtime.protocol.channel import MOST_QUEUED, WINDOW
+from offbeat.runtime.protocol.messages import kinds
+from offbeat.runtime.protocol.roster import Liveness
+from offbeat.runtime.protocol.server import SERVER, ServerProtocol
+from offbeat.runtime.protocol.worker import WorkerProtocol
 from offbeat.workers.compressed import SENT
 
 D = 6
@@ -72,7 +72,7 @@ class Run:
     def assign(self, worker, hub, now_s):
         x = self.x.copy()
         x.flags.writeable = False
-        order = Order(self.serial, worker, worker, self.draws[worker], 1, self.step, x, None)
+        order = JobRequest(self.serial, worker, worker, self.draws[worker], 1, self.step, x, None)
         self.serial += 1
         self.draws[worker] += 1
         self.submit(order, hub, now_s)
@@ -86,7 +86,7 @@ class Run:
         hub.submit(order, now_s)
 
     def hear(self, event, hub, now_s, g):
-        if isinstance(event, Answer):
+        if isinstance(event, JobResult):
             order = self.sent.pop(event.serial, None)
             if order is None:
                 return
@@ -131,7 +131,7 @@ class Process:
         world.nonces += 1
         self.nonce = world.nonces
         self.node, self.address = node, f"{node}/{self.nonce}".encode()
-        self.spoke = Spoke(node, self.nonce, "1", "here", world.local_s(node))
+        self.spoke = WorkerProtocol(node, self.nonce, "1", "here", world.local_s(node))
         self.busy = None
         self.memory = {}  # by worker
 
@@ -216,7 +216,9 @@ class World:
 
     def boot_server(self):
         incarnation = self.incarnations[SERVER] = self.incarnations.get(SERVER, 0) + 1
-        self.hub = Hub("run", "text", self.kinds, self.n, incarnation, Liveness(1.0), "1")
+        self.hub = ServerProtocol(
+            "run", "text", self.kinds, self.n, incarnation, Liveness(1.0), "1"
+        )
         if self.saved is not None:
             self.run = copy.deepcopy(self.saved)
         self.run.unaware = set(range(self.n))
@@ -300,7 +302,7 @@ class World:
                 process.memory[order.shard] = kept
             if self.spoils and self.g.random() < self.spoils:
                 self.garble(process)
-            spoke.answer(order, Answer(order.serial, 1.0, payload, told, 0.1), now_s)
+            spoke.answer(order, JobResult(order.serial, 1.0, payload, told, 0.1), now_s)
         self.work(process)
 
     def garble(self, process):

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import zmq
 
-from offbeat.runtime.errors import Refused
-from offbeat.runtime.net import guard, keys, mesh, sockets, wire
-from offbeat.runtime.net.guard import Guard
-from offbeat.runtime.net.jobs import GRAVE, MOST_OFFENCES, MOST_WRONG, Liveness
-from offbeat.runtime.net.link import Link
+from offbeat.runtime.base.errors import Refused
+from offbeat.runtime.protocol import peer as mesh
+from offbeat.runtime.protocol import wire
+from offbeat.runtime.protocol.channel import ReliableChannel
+from offbeat.runtime.protocol.roster import GRAVE, MOST_OFFENCES, MOST_WRONG, Liveness
+from offbeat.runtime.transport import guard, keys, sockets
+from offbeat.runtime.transport.guard import Guard
 
 LIMIT_S = 20.0
 NEEDS = 2**16
@@ -339,7 +341,7 @@ def test_a_connection_of_our_own_ends_when_it_is_given_up(stack):
 
 
 def test_who_is_busy_for_hours_is_sent_no_more_than_is_needed():
-    link, now_s, sent = Link(resend_s=sockets.PIECE_S), 0.0, 0
+    link, now_s, sent = ReliableChannel(resend_s=sockets.PIECE_S), 0.0, 0
     for _ in range(400):
         link.send(b"piece")
     while now_s < 3 * 3600:
@@ -360,7 +362,7 @@ def test_what_a_node_may_need_follows_the_run():
 
 def test_as_many_files_may_be_open_as_the_system_allows():
     script = (
-        "import resource as r; from offbeat.runtime.net.guard import raise_limit\n"
+        "import resource as r; from offbeat.runtime.transport.guard import raise_limit\n"
         "r.setrlimit(r.RLIMIT_NOFILE, (64, 256))\n"
         "print(raise_limit(), r.getrlimit(r.RLIMIT_NOFILE))"
     )

@@ -7,15 +7,15 @@ import pytest
 from rich.console import Console
 
 from offbeat.algorithms.compression import COMPRESSORS
-from offbeat.runtime.crew import Answer, Back, Failed, Gone, Order
-from offbeat.runtime.errors import ConfigError, Fenced, PeerError, Refused
-from offbeat.runtime.net import messages as say
-from offbeat.runtime.net import wire
-from offbeat.runtime.net.cli import shown
-from offbeat.runtime.net.hub import Hub
-from offbeat.runtime.net.jobs import GRAVE, MOST_OFFENCES, MOST_STRIKES, Liveness
-from offbeat.runtime.net.link import WINDOW
-from offbeat.runtime.net.spoke import Spoke
+from offbeat.runtime.base.errors import ConfigError, Fenced, PeerError, Refused
+from offbeat.runtime.commands.network import shown
+from offbeat.runtime.compute.backend import Back, Failed, Gone, JobRequest, JobResult
+from offbeat.runtime.protocol import messages as say
+from offbeat.runtime.protocol import wire
+from offbeat.runtime.protocol.channel import WINDOW
+from offbeat.runtime.protocol.roster import GRAVE, MOST_OFFENCES, MOST_STRIKES, Liveness
+from offbeat.runtime.protocol.server import ServerProtocol
+from offbeat.runtime.protocol.worker import WorkerProtocol
 from offbeat.workers.compressed import SENT
 
 D = 4
@@ -32,10 +32,10 @@ class Site:
 
     def __init__(self, names="ab", slots=2, kinds=KINDS, incarnation=1, package="1"):
         self.kinds, self.now_s, self.events = kinds, 0.0, []
-        self.hub = Hub("r", "text", kinds, slots, incarnation, Liveness(1.0), package)
+        self.hub = ServerProtocol("r", "text", kinds, slots, incarnation, Liveness(1.0), package)
         self.spokes = {}
         for number, name in enumerate(names, 1):
-            self.spokes[name] = Spoke(name, number, "1", f"{name}:1", 0.0)
+            self.spokes[name] = WorkerProtocol(name, number, "1", f"{name}:1", 0.0)
         self.settle()
 
     def settle(self):
@@ -61,14 +61,14 @@ class Site:
         self.hub.receive(name.encode(), name, [bytes(frame) for frame in frames], self.now_s)
 
     def order(self, serial, worker, step=0, x=X):
-        self.hub.submit(Order(serial, worker, worker, serial, 1, step, x, None), self.now_s)
+        self.hub.submit(JobRequest(serial, worker, worker, serial, 1, step, x, None), self.now_s)
         self.settle()
 
     def answer(self, name, payload=None, loss=1.0):
         spoke = self.spokes[name]
         order = spoke.take()
         made = order.x * 2 if payload is None else payload
-        spoke.answer(order, Answer(order.serial, loss, made, {}, 0.1), self.now_s)
+        spoke.answer(order, JobResult(order.serial, loss, made, {}, 0.1), self.now_s)
         self.settle()
 
     def heard(self, kind):
@@ -87,7 +87,7 @@ def test_an_order_is_answered():
     assert {back.worker for back in site.heard(Back)} == {0, 1}
     site.order(7, slot(site, "a"))
     site.answer("a")
-    (answer,) = site.heard(Answer)
+    (answer,) = site.heard(JobResult)
     assert (answer.serial, answer.loss) == (7, 1.0)
     np.testing.assert_array_equal(answer.payload, 2 * X)
 
@@ -104,7 +104,7 @@ def test_a_model_travels_once(monkeypatch):
     assert len({id(frames[0]) for frames in works}) == 1
     for _ in range(3):
         site.answer("a")
-    for answer in site.heard(Answer):
+    for answer in site.heard(JobResult):
         np.testing.assert_array_equal(answer.payload, 2 * X)
 
 
@@ -118,12 +118,12 @@ def test_a_large_result_is_out_before_the_next_job_is_begun(monkeypatch):
     spoke = site.spokes["a"]
     assert not spoke.clogged
     order = spoke.take()
-    spoke.answer(order, Answer(order.serial, 1.0, 2 * x, {}, 0.1), site.now_s)
+    spoke.answer(order, JobResult(order.serial, 1.0, 2 * x, {}, 0.1), site.now_s)
     assert spoke.clogged
     assert len(spoke.outbox) == WINDOW
     site.settle()
     assert not spoke.clogged
-    np.testing.assert_array_equal(site.heard(Answer)[0].payload, 2 * x)
+    np.testing.assert_array_equal(site.heard(JobResult)[0].payload, 2 * x)
     assert spoke.take().serial == 2  # which came meanwhile
 
 
@@ -138,9 +138,9 @@ def test_large_models_reuse_their_buffers(monkeypatch):
         order = spoke.take()
         np.testing.assert_array_equal(order.x, x)
         seen.add(order.x.__array_interface__["data"][0])
-        spoke.answer(order, Answer(order.serial, 1.0, order.x + 1, {}, 0.1), site.now_s)
+        spoke.answer(order, JobResult(order.serial, 1.0, order.x + 1, {}, 0.1), site.now_s)
         site.settle()
-    assert [answer.payload[0] for answer in site.heard(Answer)] == list(range(1, 21))
+    assert [answer.payload[0] for answer in site.heard(JobResult)] == list(range(1, 21))
     assert len(seen) == 2
 
 
@@ -175,7 +175,7 @@ def test_a_cancelled_job_is_not_computed():
     site.settle()
     assert len(site.spokes["a"].orders) == 1
     site.answer("a")
-    assert [answer.serial for answer in site.heard(Answer)] == [1]
+    assert [answer.serial for answer in site.heard(JobResult)] == [1]
 
 
 # -- Results that are not finite -----------------------------------------------------------------
@@ -185,9 +185,9 @@ def test_what_two_nodes_find_not_finite_is_the_runs_fault():
     site = Site()
     site.order(7, slot(site, "a"))
     site.answer("a", X * np.nan)
-    assert site.heard(Answer) == []  # b is asked
+    assert site.heard(JobResult) == []  # b is asked
     site.answer("b", np.full(D, np.inf))
-    (answer,) = site.heard(Answer)
+    (answer,) = site.heard(JobResult)
     assert answer.serial == 7
     assert np.isnan(answer.loss)
     assert site.hub.counts["not_finite"] == 2
@@ -205,7 +205,7 @@ def test_what_is_not_finite_is_computed_again_where_the_second_node_is_gone():
     for frames in left.outbox:
         site.receive(asked, frames)
     site.settle()
-    assert site.heard(Answer) == []
+    assert site.heard(JobResult) == []
     (failed,) = site.heard(Failed)
     assert failed.serial == 7
     assert "not finite at a" in failed.why
@@ -213,7 +213,7 @@ def test_what_is_not_finite_is_computed_again_where_the_second_node_is_gone():
     site.answer("a", X * np.nan)
     (other,) = {"b", "c"} - {asked}
     site.answer(other)
-    (answer,) = site.heard(Answer)
+    (answer,) = site.heard(JobResult)
     np.testing.assert_array_equal(answer.payload, 2 * X)
 
 
@@ -222,7 +222,7 @@ def test_one_node_twice_is_no_second_opinion():
     for _ in range(2):
         site.order(7, slot(site, "a"))
         site.answer("a", X * np.nan)
-        assert site.heard(Answer) == []
+        assert site.heard(JobResult) == []
         spoke = site.spokes["b"]
         spoke.failed(spoke.take(), "Traceback: here", site.now_s)
         site.settle()
@@ -236,7 +236,7 @@ def test_a_node_whose_results_alone_are_not_finite_is_shut_out():
         site.order(serial, slot(site, "a"))
         site.answer("a", X * np.nan)
         site.answer("b")
-        (answer,) = site.heard(Answer)
+        (answer,) = site.heard(JobResult)
         np.testing.assert_array_equal(answer.payload, 2 * X)
     assert "results in a row were not finite" in site.hub.roster.quarantined["a"]
     assert isinstance(site.spokes["a"].fate, Refused)
@@ -247,14 +247,14 @@ def test_large_but_finite_is_finite():
     site = Site("a", 1)
     site.order(7, 0)
     site.answer("a", np.full(D, 1e200))
-    assert site.heard(Answer)[0].loss == 1.0
+    assert site.heard(JobResult)[0].loss == 1.0
 
 
 def test_a_lonely_nodes_nan_is_told_at_once():
     site = Site("a", 1)
     site.order(7, 0)
     site.answer("a", X * np.nan)
-    assert np.isnan(site.heard(Answer)[0].loss)
+    assert np.isnan(site.heard(JobResult)[0].loss)
 
 
 # -- Peers that do wrong -------------------------------------------------------------------------
@@ -292,9 +292,9 @@ def test_a_result_that_does_not_count_has_a_name(name, changes, job):
     if name == "stale_job":
         site.hub.cancel(7, site.now_s)
     site.heard(Gone)
-    forged(site, "a", "result", say.Result(job, 1.0, 0.1), RESULT, **changes)
+    forged(site, "a", "result", say.ResultMessage(job, 1.0, 0.1), RESULT, **changes)
     assert site.hub.counts[name] == 1
-    assert site.heard(Answer) == []
+    assert site.heard(JobResult) == []
 
 
 @pytest.mark.parametrize("payload", [X.astype(np.float32), np.ones(D + 1), np.ones((1, D))])
@@ -303,11 +303,11 @@ def test_wrong_arrays_are_counted_and_at_last_cost_the_connection(payload):
     site.order(7, slot(site, "a"))
     for count in range(1, MOST_OFFENCES + 1):
         assert "a" in site.hub.seats
-        forged(site, "a", "result", say.Result(1, 1.0, 0.1), {"payload": payload})
+        forged(site, "a", "result", say.ResultMessage(1, 1.0, 0.1), {"payload": payload})
         assert site.hub.counts["bad_array"] == count
     assert "a" not in site.hub.seats
     assert site.hub.cuts[-1][0] == b"a"
-    assert site.heard(Answer) == []
+    assert site.heard(JobResult) == []
     assert "b" in site.hub.seats
 
 
@@ -322,12 +322,14 @@ def test_of_a_compressed_update_the_frame_travels_and_not_what_was_sent():
     site.order(7, 0)
     spoke = site.spokes["a"]
     order = spoke.take()
-    spoke.answer(order, Answer(order.serial, 1.0, FRAME, {"momentum": momentum}, 0.1), site.now_s)
+    spoke.answer(
+        order, JobResult(order.serial, 1.0, FRAME, {"momentum": momentum}, 0.1), site.now_s
+    )
     (frames,) = spoke.outbox
     head = wire.Reader("r", CODED).read(frames).head
     assert [one.data for one in head.arrays] == [FRAME, momentum.tobytes()]
     site.settle()
-    (answer,) = site.heard(Answer)
+    (answer,) = site.heard(JobResult)
     np.testing.assert_array_equal(answer.payload, [0, 0, 0, 3])
     assert (answer.nbytes, list(answer.kept)) == (len(FRAME), ["momentum"])
 
@@ -349,11 +351,11 @@ def test_wrong_frames_cost_the_connection(name, arrays):
     site.order(7, slot(site, "a"))
     for count in range(1, MOST_OFFENCES + 1):
         assert "a" in site.hub.seats
-        forged(site, "a", "result", say.Result(1, 1.0, 0.1), arrays | momentum)
+        forged(site, "a", "result", say.ResultMessage(1, 1.0, 0.1), arrays | momentum)
         assert site.hub.counts[name] == count
     assert "a" not in site.hub.seats
     assert site.hub.cuts[-1][0] == b"a"
-    assert site.heard(Answer) == []
+    assert site.heard(JobResult) == []
     assert "b" in site.hub.seats
 
 
@@ -361,7 +363,7 @@ def test_nobody_else_is_asked_about_what_follows_from_what_a_worker_keeps():
     site = Site(kinds=say.kinds(X, {SENT: np.zeros((1, D))}))
     site.order(7, slot(site, "a"))
     site.answer("a", FRAME, loss=np.nan)
-    (answer,) = site.heard(Answer)
+    (answer,) = site.heard(JobResult)
     assert np.isnan(answer.loss)
     assert not site.spokes["b"].orders
 
@@ -369,11 +371,11 @@ def test_nobody_else_is_asked_about_what_follows_from_what_a_worker_keeps():
 def test_another_nodes_job():
     site = Site()
     site.order(7, slot(site, "b"))
-    forged(site, "a", "result", say.Result(1, 1.0, 0.1), RESULT)
+    forged(site, "a", "result", say.ResultMessage(1, 1.0, 0.1), RESULT)
     assert site.hub.counts["wrong_node"] == 1
     assert "a" in site.hub.roster.quarantined
     site.answer("b")
-    assert [answer.serial for answer in site.heard(Answer)] == [7]
+    assert [answer.serial for answer in site.heard(JobResult)] == [7]
 
 
 def test_what_a_worker_may_not_say():
@@ -389,15 +391,15 @@ def test_a_replayed_message_changes_nothing():
     site.order(7, 0)
     spoke = site.spokes["a"]
     order = spoke.take()
-    spoke.answer(order, Answer(order.serial, 1.0, 2 * X, {}, 0.1), site.now_s)
+    spoke.answer(order, JobResult(order.serial, 1.0, 2 * X, {}, 0.1), site.now_s)
     recorded = [[bytes(frame) for frame in frames] for frames in spoke.outbox]
     site.settle()
-    assert len(site.heard(Answer)) == 1
+    assert len(site.heard(JobResult)) == 1
     for _ in range(5):
         for frames in recorded:
             site.receive("a", frames)
     site.settle()
-    assert site.heard(Answer) == []
+    assert site.heard(JobResult) == []
     assert site.hub.seats["a"].link.duplicates == 5
 
 
@@ -411,7 +413,7 @@ def test_another_version_is_refused_with_both_named():
 
 def test_another_task_is_refused_with_the_difference():
     site = Site("", 1)
-    spoke = site.spokes["a"] = Spoke("a", 1, "1", "a:1", site.now_s)
+    spoke = site.spokes["a"] = WorkerProtocol("a", 1, "1", "a:1", site.now_s)
     for _ in range(5):
         spoke.tick(site.now_s)
         for frames in spoke.outbox:
@@ -442,7 +444,7 @@ def test_words_of_a_server_that_was_replaced_are_not_heard():
     spoke.outbox.append(spoke._unordered("pulse", say.Pulse(), 0))
     new.settle()
     assert (spoke.server, spoke.state) == (2, "working")
-    old.hub.submit(Order(9, 0, 0, 0, 1, 0, X, None), old.now_s)
+    old.hub.submit(JobRequest(9, 0, 0, 0, 1, 0, X, None), old.now_s)
     for _, frames in old.hub.outbox:
         spoke.receive([bytes(frame) for frame in frames], old.now_s)
     assert not spoke.orders
@@ -455,7 +457,7 @@ def test_a_process_whose_place_was_taken_ends():
     for _ in range(40):
         site.now_s += 0.1
         site.hub.tick(site.now_s)
-    site.spokes["a"] = Spoke("a", 2, "1", "a:2", site.now_s)
+    site.spokes["a"] = WorkerProtocol("a", 2, "1", "a:2", site.now_s)
     site.settle()
     assert site.spokes["a"].state == "working"
     first.tick(site.now_s)
@@ -491,7 +493,7 @@ def test_a_worker_goes_on_with_another_run_at_the_same_address(before):
     spoke = site.spokes["a"]
     site.order(1, 0)
     assert (spoke.state, spoke.incarnation, spoke.server) == ("working", 1, before)
-    site.hub = Hub("another", "text", KINDS, 1, 1, Liveness(1.0), "1")
+    site.hub = ServerProtocol("another", "text", KINDS, 1, 1, Liveness(1.0), "1")
     spoke.receive(site.hub._packed(AGAIN, 0, 0), site.now_s)
     site.now_s += 10
     site.settle()
@@ -499,7 +501,7 @@ def test_a_worker_goes_on_with_another_run_at_the_same_address(before):
     assert spoke.take() is None  # what it was to do is forgotten
     site.order(7, 0)
     site.answer("a")
-    assert [answer.serial for answer in site.heard(Answer)] == [7]
+    assert [answer.serial for answer in site.heard(JobResult)] == [7]
 
 
 def test_an_idle_worker_is_found_where_it_connected_anew():
@@ -537,7 +539,7 @@ def test_what_is_no_offence_does_not_count_as_one():
 
 def test_in_a_run_without_loops_nobody_says_what_a_model_is():
     site = Site("", 2)
-    site.spokes = {n: Spoke(n, i, "1", n, 0.0) for i, n in enumerate("ab", 1)}
+    site.spokes = {n: WorkerProtocol(n, i, "1", n, 0.0) for i, n in enumerate("ab", 1)}
     liar = site.spokes["a"]
     ready = liar.ready
     liar.ready = lambda kinds, now_s: ready(kinds, now_s, '[["w",[7]]]')
@@ -550,7 +552,7 @@ def test_the_shapes_of_a_loop_make_its_model():
     for text in ("", '[["w",[7]]]', '[["w",[2]],["w",[2]]]', '[["w",[4]],'):
         site = Site("", 1)
         site.hub.dim = D
-        spoke = site.spokes["a"] = Spoke("a", 1, "1", "a", 0.0)
+        spoke = site.spokes["a"] = WorkerProtocol("a", 1, "1", "a", 0.0)
         ready = spoke.ready
         spoke.ready = lambda kinds, now_s, ready=ready, text=text: ready(kinds, now_s, text)
         site.settle()
@@ -562,9 +564,9 @@ def test_time_that_nobody_can_have_spent(spent_s):
     site = Site("a", 1)
     site.order(1, 0)
     order = site.spokes["a"].take()
-    site.spokes["a"].answer(order, Answer(order.serial, 1.0, X, {}, spent_s), site.now_s)
+    site.spokes["a"].answer(order, JobResult(order.serial, 1.0, X, {}, spent_s), site.now_s)
     site.settle()
-    assert not site.heard(Answer)
+    assert not site.heard(JobResult)
 
 
 def test_a_status_is_json_and_says_nothing_to_a_terminal():
@@ -590,7 +592,7 @@ def test_who_was_shut_out_is_told_nothing():
 
 def test_whose_key_is_listed_under_another_name_is_told_and_may_come_back_under_it():
     site = Site("b", 2)
-    spoke = Spoke("a", 7, "1", "there", site.now_s)
+    spoke = WorkerProtocol("a", 7, "1", "there", site.now_s)
     spoke.tick(site.now_s)
     ((hello,), site.hub.cuts) = spoke.outbox, []
     site.hub.receive(b"there", "ann", [bytes(frame) for frame in hello], site.now_s)

@@ -3,18 +3,18 @@
 import pytest
 from deploying import SERVER
 
-from offbeat.runtime.errors import (
+from offbeat.runtime.base.errors import (
     ConfigError,
     OldIncarnation,
     StaleJob,
     UnknownJob,
     WrongNode,
 )
-from offbeat.runtime.net.cli import serving
-from offbeat.runtime.net.jobs import (
+from offbeat.runtime.commands.network import serving
+from offbeat.runtime.protocol.roster import (
     FREE_RESTARTS,
     MOST_RESTARTS,
-    Jobs,
+    JobBook,
     Liveness,
     NotNow,
     Roster,
@@ -42,7 +42,7 @@ def test_one_setting_makes_every_time():
 
 
 def test_a_result_counts_once_and_from_who_has_the_job():
-    r, jobs = roster(), Jobs()
+    r, jobs = roster(), JobBook()
     a, b = join(r, "a", 1), join(r, "b", 2)
     first, second = jobs.assign(70, a), jobs.assign(71, b)
     assert jobs.accept(a, first) == 70
@@ -62,7 +62,7 @@ def test_a_result_counts_once_and_from_who_has_the_job():
 
 
 def test_an_order_given_again_takes_the_first_back():
-    r, jobs = roster(), Jobs()
+    r, jobs = roster(), JobBook()
     a, b = join(r, "a", 1), join(r, "b", 2)
     first = jobs.assign(5, a)
     second = jobs.assign(5, b)

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import zmq
 
-from offbeat.runtime.errors import ConfigError, Refused
-from offbeat.runtime.net import keys
+from offbeat.runtime.base.errors import ConfigError, Refused
+from offbeat.runtime.transport import keys
 
 
 @pytest.fixture

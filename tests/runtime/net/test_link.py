@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offbeat.runtime.net.link import WINDOW, Full, Link
+from offbeat.runtime.protocol.channel import WINDOW, Full, ReliableChannel
 
 
 def exchange(seed, drop, double, count=300):
     """Two ends send ``count`` numbers each; answers what each passed on, and the links."""
     g = random.Random(seed)
-    ends = [Link(resend_s=0.2) for _ in range(2)]
+    ends = [ReliableChannel(resend_s=0.2) for _ in range(2)]
     got = [[], []]
     for number in range(count):
         for end in ends:
@@ -51,7 +51,7 @@ def test_everything_arrives_once_and_in_order(seed, drop, double):
 
 
 def test_nothing_is_sent_again_where_nothing_is_lost():
-    link, other, now_s = Link(resend_s=0.2), Link(resend_s=0.2), 0.0
+    link, other, now_s = ReliableChannel(resend_s=0.2), ReliableChannel(resend_s=0.2), 0.0
     for number in range(1000):
         link.send(number)
     passed = []
@@ -66,7 +66,7 @@ def test_nothing_is_sent_again_where_nothing_is_lost():
 
 
 def test_the_window_and_the_queue_have_limits():
-    link = Link(resend_s=1.0, most=100)
+    link = ReliableChannel(resend_s=1.0, most=100)
     for number in range(100):
         link.send(number)
     assert len(link.out(0.0)) == WINDOW
@@ -80,7 +80,7 @@ def test_the_window_and_the_queue_have_limits():
 
 
 def test_waiting_doubles_and_starts_afresh():
-    link = Link(resend_s=1.0)
+    link = ReliableChannel(resend_s=1.0)
     link.send("x")
     times = [t / 10 for t in range(800) if link.out(t / 10)]
     assert times == [0.0, 1.0, 3.0, 7.0, 15.0, 31.0, 47.0, 63.0, 79.0]  # at most 16 times the first
@@ -91,7 +91,7 @@ def test_waiting_doubles_and_starts_afresh():
 
 
 def test_words_of_a_liar_change_nothing():
-    link = Link(resend_s=1.0)
+    link = ReliableChannel(resend_s=1.0)
     link.send("x")
     link.out(0.0)
     link.acknowledge(2**52, 0.1)  # never sent

@@ -8,13 +8,13 @@ from canonical import METHODS, canonical, rounds
 from meshes import LIVENESS, Net
 from simulated import put_in
 
-from offbeat.runtime.errors import ConfigError, Fenced
-from offbeat.runtime.hosted import Parcel
-from offbeat.runtime.net import messages as say
-from offbeat.runtime.net.jobs import MOST_OFFENCES
-from offbeat.runtime.net.link import MOST_QUEUED
-from offbeat.runtime.net.mesh import DONE, LATE_S, LEFT, RUNNING, Beat, Said
-from offbeat.runtime.net.wire import pack, parcels
+from offbeat.runtime.base.errors import ConfigError, Fenced
+from offbeat.runtime.gossip.hosted import Envelope
+from offbeat.runtime.protocol import messages as say
+from offbeat.runtime.protocol.channel import MOST_QUEUED
+from offbeat.runtime.protocol.peer import DONE, LATE_S, LEFT, RUNNING, Beat, Said
+from offbeat.runtime.protocol.roster import MOST_OFFENCES
+from offbeat.runtime.protocol.wire import pack, parcels
 from offbeat.workers.fleet import Fleet
 
 NOISY = canonical(noise=0.1)
@@ -249,7 +249,7 @@ def test_who_has_left_is_not_heard(heard):
 def test_a_link_that_takes_nothing_more_is_given_up(heard):
     m, n, _ = heard
     n.link._queue.extend([None] * MOST_QUEUED)
-    m.send(Parcel(0, 1, 1, 0, "mail", 7, ()), 0.0)
+    m.send(Envelope(0, 1, 1, 0, "mail", 7, ()), 0.0)
     assert (n.up, m.events, n.link.pending) == (False, [("down", 0)], 0)
 
 

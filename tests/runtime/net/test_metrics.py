@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 import pytest
 from processes import metrics
 
-from offbeat.runtime import logs
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.net import metrics as served
+from offbeat.runtime.base import logs
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.transport import metrics as served
 
 
 @pytest.mark.parametrize("where", ["", "x", "9464/x", "1:2:3", "host:99999", "u@host:1", ":9464"])

@@ -10,13 +10,13 @@ import zmq
 from loops import together
 from peering import LIMIT_S, Ring, made, table
 
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.net import messages as say
-from offbeat.runtime.net.alike import Seat
-from offbeat.runtime.net.cli import asking, shown
-from offbeat.runtime.net.mesh import DONE
-from offbeat.runtime.net.peer import PeerProcess
-from offbeat.runtime.net.wire import pack, parcels
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.commands.network import asking, shown
+from offbeat.runtime.on_zeromq.alike import PeerAddress
+from offbeat.runtime.on_zeromq.peer import PeerProcess
+from offbeat.runtime.protocol import messages as say
+from offbeat.runtime.protocol.peer import DONE
+from offbeat.runtime.protocol.wire import pack, parcels
 
 STEPS = 8
 
@@ -36,7 +36,7 @@ class Late(PeerProcess):
 
 def test_a_peer_stays_until_its_last_model_was_evaluated(tmp_path):
     of = {**table(STEPS, "dsgd(lr=0.1)", evaluate={"steps": 1}), "fleet": "2 0.2"}
-    seats = [Seat(*seat) for seat in Ring(of, tmp_path, n=2).seats]
+    seats = [PeerAddress(*seat) for seat in Ring(of, tmp_path, n=2).seats]
     peers = [
         Late(made(of), seats, i, tmp_path / seats[i].name, suspect_after_s=3.0) for i in range(2)
     ]
@@ -55,7 +55,7 @@ def test_a_peer_stays_until_its_last_model_was_evaluated(tmp_path):
 
 def test_a_peer_goes_on_with_its_own_run_alone(tmp_path):
     of = {**table(STEPS, "dsgd(lr=0.1)"), "fleet": "2 0.2"}
-    seats = [Seat(*seat) for seat in Ring(of, tmp_path, n=2).seats]
+    seats = [PeerAddress(*seat) for seat in Ring(of, tmp_path, n=2).seats]
     peers = [PeerProcess(made(of), seats, i, tmp_path / seats[i].name) for i in range(2)]
     try:
         assert together(*[peer._work for peer in peers]) == ["steps"] * 2
@@ -79,7 +79,7 @@ ASKED = 10_000  # answers that no buffers between two processes hold
 def waiting(tmp_path):
     """A peer whose neighbour does not come; it ends with the test."""
     of = {**table(STEPS, "dsgd(lr=0.1)"), "fleet": "2 0.2"}
-    seats = [Seat(*seat) for seat in Ring(of, tmp_path, n=2).seats]
+    seats = [PeerAddress(*seat) for seat in Ring(of, tmp_path, n=2).seats]
     peer = PeerProcess(made(of), seats, 0, tmp_path / seats[0].name)
     thread = threading.Thread(target=peer._work)
     thread.start()
@@ -128,7 +128,7 @@ def test_who_says_what_cannot_be_read_is_cut_and_others_are_heard(waiting):
 
 def test_where_there_are_no_keys_none_is_asked_about(tmp_path, caplog):
     of = {**table(STEPS, "dsgd(lr=0.1)"), "fleet": "2 0.2"}
-    seats = [Seat(*seat) for seat in Ring(of, tmp_path, n=2).seats]
+    seats = [PeerAddress(*seat) for seat in Ring(of, tmp_path, n=2).seats]
     port = int(seats[1].endpoint.rpartition(":")[2])
     with socket.create_server(("127.0.0.1", port)) as other:
         other.settimeout(LIMIT_S)

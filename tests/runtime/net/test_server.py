@@ -12,11 +12,11 @@ from processes import checkpoints, start, wait_for
 from sites import LIMIT_S, finish, free_port
 
 import offbeat
-from offbeat.runtime.checkpoint import Attempts, write_whole
-from offbeat.runtime.errors import CrewError, Fenced
-from offbeat.runtime.logs import FIRST_S
-from offbeat.runtime.net.server import Claim, ZmqCrew
-from offbeat.runtime.net.worker import Worker
+from offbeat.runtime.base.errors import ComputeError, Fenced
+from offbeat.runtime.base.logs import FIRST_S
+from offbeat.runtime.on_zeromq.server import Claim, ZmqBackend
+from offbeat.runtime.on_zeromq.worker import Worker
+from offbeat.runtime.run.checkpoint import Attempts, write_whole
 
 
 def test_a_server_that_was_replaced_while_it_slept_saves_nothing(tmp_path, monkeypatch):
@@ -33,8 +33,8 @@ def test_a_server_that_was_replaced_while_it_slept_saves_nothing(tmp_path, monke
             write_whole(folder / "server.json", taken.encode())
         saving(crew)
 
-    saving = ZmqCrew.saving
-    monkeypatch.setattr(ZmqCrew, "saving", take_over)
+    saving = ZmqBackend.saving
+    monkeypatch.setattr(ZmqBackend, "saving", take_over)
     with pytest.raises(Fenced, match="another server has taken this run over"):
         offbeat.run(
             "quadratic(5, noise=0.1)", "pure(lr=0.01)", "2 0.01", engine="zmq", folder=folder,
@@ -46,10 +46,10 @@ def test_a_server_that_was_replaced_while_it_slept_saves_nothing(tmp_path, monke
 
 def test_who_waits_says_soon_for_what(caplog):
     """Well before the first half minute is over."""
-    with pytest.raises(CrewError, match=r"no server at tcp://127\.0\.0\.1:9 for"):
+    with pytest.raises(ComputeError, match=r"no server at tcp://127\.0\.0\.1:9 for"):
         Worker("tcp://127.0.0.1:9", most_wait_s=FIRST_S + 0.5).run()
     assert "waiting for the server at tcp://127.0.0.1:9: nobody answers there" in caplog.text
-    with pytest.raises(CrewError, match="no worker has been here"):
+    with pytest.raises(ComputeError, match="no worker has been here"):
         offbeat.run(
             "quadratic", "pure", "2 real", stop={"steps": 10},
             engine=f"zmq(processes=0, most_idle_s={FIRST_S + 0.5})",

@@ -7,14 +7,14 @@ import sys
 import pytest
 import zmq
 
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.net import sockets
-from offbeat.runtime.net.jobs import Liveness
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.protocol.roster import Liveness
+from offbeat.runtime.transport import sockets
 
 BUSY = """
 import os, subprocess, sys, time, zmq
-from offbeat.runtime.net import sockets
-from offbeat.runtime.net.jobs import Liveness
+from offbeat.runtime.transport import sockets
+from offbeat.runtime.protocol.roster import Liveness
 
 context = zmq.Context()
 server = sockets.limited(context, zmq.ROUTER, Liveness())
@@ -33,8 +33,8 @@ os._exit(0)
 """
 TALKS = """
 import sys, time, zmq
-from offbeat.runtime.net import sockets
-from offbeat.runtime.net.jobs import Liveness
+from offbeat.runtime.transport import sockets
+from offbeat.runtime.protocol.roster import Liveness
 
 socket = sockets.limited(zmq.Context(), zmq.DEALER, Liveness())
 socket.connect(sys.argv[1])

@@ -4,15 +4,15 @@ import random
 import resource
 import struct
 
-import msgspec
 import numpy as np
 import pytest
 import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.msgpack import encode as encoded
 
 from offbeat.algorithms.compression import COMPRESSORS
-from offbeat.runtime.errors import (
+from offbeat.runtime.base.errors import (
     BadArray,
     BadHeader,
     PeerError,
@@ -21,17 +21,18 @@ from offbeat.runtime.errors import (
     WrongRun,
     WrongVersion,
 )
-from offbeat.runtime.net import messages as say
-from offbeat.runtime.net import sockets, wire
-from offbeat.runtime.net.hub import Hub
-from offbeat.runtime.net.jobs import Liveness
-from offbeat.runtime.net.spoke import Spoke
+from offbeat.runtime.protocol import messages as say
+from offbeat.runtime.protocol import wire
+from offbeat.runtime.protocol.roster import Liveness
+from offbeat.runtime.protocol.server import ServerProtocol
+from offbeat.runtime.protocol.worker import WorkerProtocol
+from offbeat.runtime.transport import sockets
 
 D = 7
 X = np.arange(D, dtype=np.float32)
 KINDS = say.kinds(X, {"first": np.zeros((1, D), np.float32), "steps": np.zeros(1, np.int64)})
 KEPT = {"kept.first": np.ones((1, D), np.float32), "kept.steps": np.array([3])}
-WORK = say.Work(1, 2, 3, 4, 5)
+WORK = say.JobMessage(1, 2, 3, 4, 5)
 
 
 def posts(kind="work", body=WORK, arrays=None, few=wire.INLINE_BYTES, **more):
@@ -65,7 +66,7 @@ def test_what_is_read_is_what_was_written(few, count):
 def test_a_header_of_as_many_arrays_as_may_be_is_read():
     many = {str(k): np.full(wire.INLINE_BYTES, k, np.uint8) for k in range(wire.MOST_ARRAYS)}
     spec = wire.ArraySpec("|u1", (wire.INLINE_BYTES,))
-    source = wire.Reader("r", {"work": wire.Kind(say.Work, dict.fromkeys(many, spec))})
+    source = wire.Reader("r", {"work": wire.Kind(say.JobMessage, dict.fromkeys(many, spec))})
     (frames,) = posts(arrays=many)
     assert len(frames) == 1
     assert [array[-1] for array in source.read(frames).arrays.values()] == list(range(len(many)))
@@ -80,7 +81,7 @@ def test_large_arrays_are_not_copied():
 
 
 def test_no_pickle_is_near_the_wire():
-    import offbeat.runtime.net as package
+    import offbeat.runtime.protocol as package
 
     for file in __import__("pathlib").Path(package.__file__).parent.glob("*.py"):
         assert "import pickle" not in file.read_text()
@@ -93,7 +94,7 @@ def test_large_arrays_travel_in_pieces(size, piece):
     kinds = say.kinds(x, {"m": np.zeros((1, size))})
     before, wire.PIECE_BYTES = wire.PIECE_BYTES, piece
     try:
-        sent = posts("result", say.Result(1, 0.5, 0.1), {"payload": x, "kept.m": x[None]})
+        sent = posts("result", say.ResultMessage(1, 0.5, 0.1), {"payload": x, "kept.m": x[None]})
         assert all(len(frame) <= piece for frames in sent for frame in frames[1:])
         assert len(sent) == 1 + (2 * -(-8 * size // piece) if 8 * size > piece else 0)
         assembly, got = wire.Assembly(kinds), []
@@ -125,7 +126,7 @@ def test_pieces_out_of_place(monkeypatch):
 def test_a_compressors_frame_is_an_array(text):
     message = COMPRESSORS.parse(text).compress(X, np.random.default_rng(0))
     (frame,) = message.encode()
-    (frames,) = posts("result", say.Result(1, 0.5, 0.1), {"payload": frame, **KEPT})
+    (frames,) = posts("result", say.ResultMessage(1, 0.5, 0.1), {"payload": frame, **KEPT})
     got = reader().read(frames).arrays["payload"]
     np.testing.assert_array_equal(got, message.dense())
 
@@ -135,10 +136,10 @@ def header(**changes):
         "version": 1, "run": "r", "node": "n", "incarnation": 1, "to": 0, "sequence": 1,
         "acknowledged": 0, "kind": "work",
         "arrays": [["x", "<f4", [D], "raw", 4 * D]],
-        "body": msgspec.msgpack.encode(WORK),
+        "body": encoded(WORK),
     }  # fmt: skip
     assert not changes.keys() - fields.keys()
-    return msgspec.msgpack.encode(list((fields | changes).values()))
+    return encoded(list((fields | changes).values()))
 
 
 def one(**changes):
@@ -189,7 +190,7 @@ BAD = {
     "a second datum": ([header(**one(data=GOOD[1], more=GOOD[1]))], BadHeader),
     "no frame": ([GOOD[0]], BadArray),
     "an array missing": (
-        [header(kind="result", body=msgspec.msgpack.encode(say.Result(1, 0.5, 0.1)), arrays=[])],
+        [header(kind="result", body=encoded(say.ResultMessage(1, 0.5, 0.1)), arrays=[])],
         BadArray,
     ),
     "one frame more": ([*GOOD, b""], BadArray),
@@ -257,7 +258,7 @@ def samples():
         "status": say.Status("{}"),
     }  # fmt: skip
     plain = [posts(kind, body, {}, to=1)[0] for kind, body in bodies.items()]
-    result = "result", say.Result(1, 0.5, 0.1), {"payload": X, **KEPT}
+    result = "result", say.ResultMessage(1, 0.5, 0.1), {"payload": X, **KEPT}
     heavy = [posts(few=few, to=1)[0] for few in (0, wire.INLINE_BYTES)]
     heavy += [posts(*result, few=few)[0] for few in (0, wire.INLINE_BYTES)]
     return plain + heavy + [posts("piece", wire.Piece(0), {})[0]]
@@ -267,8 +268,8 @@ def fuzz(seed, count):
     """Mutated messages for a reader, a server and a worker; only PeerErrors come out."""
     g, source, wrong = random.Random(seed), reader(), 0
     good = [[bytes(frame) for frame in frames] for frames in samples()]
-    hub = Hub("r", "e", KINDS, 2, 1, Liveness(1.0), "1")
-    spoke = Spoke("n", 1, "1", "here", 0.0)
+    hub = ServerProtocol("r", "e", KINDS, 2, 1, Liveness(1.0), "1")
+    spoke = WorkerProtocol("n", 1, "1", "here", 0.0)
     model = X.tobytes()
     for k in range(count):
         frames = mutated(g, g.choice(good))
@@ -282,7 +283,7 @@ def fuzz(seed, count):
         for box in (hub.outbox, hub.cuts, hub.notes, hub.events, spoke.outbox, spoke.orders):
             box.clear()
         if spoke.fate is not None:
-            spoke = Spoke("n", 1, "1", "here", 0.0)
+            spoke = WorkerProtocol("n", 1, "1", "here", 0.0)
         if hub.roster.quarantined:
             hub.roster.quarantined.clear()
     assert X.tobytes() == model
@@ -359,7 +360,7 @@ def test_pieces_are_of_what_is_large():
     small = {"result": wire.Kind(wire.Piece, {"x": wire.ArraySpec("<f8", (10,))})}
     large = {"result": wire.Kind(wire.Piece, {"x": wire.ArraySpec("<f8", (10**6,))})}
     frames = wire.pack(
-        wire.Parcel("piece", wire._encode(wire.Piece(0)), (), (b"part",)), run="r", node="a",
+        wire.Frames("piece", wire._encode(wire.Piece(0)), (), (b"part",)), run="r", node="a",
         incarnation=1,
     )  # fmt: skip
     assert wire.Reader("r", large).read(frames).piece == b"part"

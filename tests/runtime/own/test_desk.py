@@ -7,8 +7,8 @@ import torch
 from loops import little
 
 import offbeat
-from offbeat.runtime.actors.loops import Loops
-from offbeat.runtime.crew import Order
+from offbeat.runtime.compute.backend import JobRequest
+from offbeat.runtime.on_ray.loops import Loops
 from offbeat.workers.work import OwnLoop
 
 DIM = sum(p.numel() for p in little().parameters())
@@ -32,7 +32,7 @@ def test_a_loop_that_leaves_with_a_job_is_given_it_again():
     loops = Loops(OwnLoop(5, leaves_and_returns), lambda worker, answer: came.put((worker, answer)))
     x = np.ones(DIM, np.float32)
     for serial in (7, 8):
-        loops.give(Order(serial, 0, 0, 5 * serial, 5, serial, x, None))
+        loops.give(JobRequest(serial, 0, 0, 5 * serial, 5, serial, x, None))
         worker, answer = came.get(timeout=60.0)
         assert (worker, answer.serial, answer.loss) == (0, serial, 2.0)
         np.testing.assert_array_equal(answer.payload, np.zeros(DIM))

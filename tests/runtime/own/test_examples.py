@@ -16,7 +16,7 @@ from loops import free_port, listens, serving
 from torch import nn
 
 import offbeat
-from offbeat.runtime.net.cli import asking
+from offbeat.runtime.commands.network import asking
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -43,7 +43,7 @@ def processes():
 
 def test_two_processes_and_a_server(tmp_path, processes):
     address, out = f"tcp://127.0.0.1:{free_port()}", tmp_path / "run"
-    words = ("-m", "offbeat.runtime.cli", "serve", EXAMPLES / "served" / "own_loop.toml")
+    words = ("-m", "offbeat.runtime.commands.cli", "serve", EXAMPLES / "served" / "own_loop.toml")
     server = started(*words, "--bind", address, "--out", out)
     processes.append(server)
     while not listens(address):

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from offbeat.runtime import checkpoint
-from offbeat.runtime.crew import Answer, Back, Gone
-from offbeat.runtime.net import shapes
-from offbeat.runtime.net.server import FIRST, ZmqCrew
+from offbeat.runtime.base import shapes
+from offbeat.runtime.compute.backend import Back, Gone, JobResult
+from offbeat.runtime.on_zeromq.server import FIRST, ZmqBackend
+from offbeat.runtime.run import checkpoint
 from offbeat.workers.tasks.external import External
 
 TEXT = '[["w",[2]]]'
@@ -17,7 +17,7 @@ TEXT = '[["w",[2]]]'
 
 def meeting(events, shapes_told=TEXT):
     """A server that hears ``events``, a list a time; and whom it asks."""
-    crew = object.__new__(ZmqCrew)
+    crew = object.__new__(ZmqBackend)
     crew._hub = SimpleNamespace(shapes=shapes_told, events=[], dim=None)
     crew.asked, left = [], deque(events)
     crew.submit = lambda order: crew.asked.append((order.serial, order.worker, order.steps))
@@ -32,7 +32,7 @@ def begun(crew, folder=None):
 
 
 def model(x):
-    return Answer(FIRST, None, -np.array(x, float), {}, 0.0)
+    return JobResult(FIRST, None, -np.array(x, float), {}, 0.0)
 
 
 def test_one_loop_is_asked_and_another_where_it_goes():

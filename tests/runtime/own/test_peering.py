@@ -12,11 +12,11 @@ import torch
 from loops import digits_loop, free_port, little, together
 
 import offbeat
-from offbeat.runtime.errors import CrewError
-from offbeat.runtime.experiment import read
-from offbeat.runtime.net.alike import Seat, alone
-from offbeat.runtime.net.peer import PeerProcess
-from offbeat.runtime.studies import report
+from offbeat.runtime.base.errors import ComputeError
+from offbeat.runtime.experiment.experiment import read
+from offbeat.runtime.on_zeromq.alike import PeerAddress, alone
+from offbeat.runtime.on_zeromq.peer import PeerProcess
+from offbeat.runtime.report import report
 from offbeat.workers.tasks import TASKS
 
 N = 3
@@ -193,7 +193,7 @@ def test_neighbours_that_are_not_there(tmp_path, caplog):
     address, hosts = written(tmp_path, EXTERNAL, "dsgd(lr=1.0)")
     net = little()
     run = offbeat.join(address, net, sgd(net), patience_s=1.5, **place(tmp_path, "n0", hosts))
-    with pytest.raises(CrewError, match="nobody of the neighbours of n0 was heard"), run:
+    with pytest.raises(ComputeError, match="nobody of the neighbours of n0 was heard"), run:
         assert not run
     assert "waiting for the neighbours of n0; after the end of a run" in caplog.text
 
@@ -227,4 +227,4 @@ def test_the_command_cannot_be_a_node_of_loops(tmp_path):
     address, hosts = written(tmp_path, EXTERNAL, "dsgd(lr=1.0)")
     (experiment,) = read(Path(address))
     with pytest.raises(offbeat.ConfigError, match="gossip needs no server"):
-        PeerProcess(alone(experiment), [Seat(*s) for s in hosts.items()], 0, tmp_path / "n0")
+        PeerProcess(alone(experiment), [PeerAddress(*s) for s in hosts.items()], 0, tmp_path / "n0")

@@ -12,14 +12,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 import offbeat
-from offbeat.runtime import api
-from offbeat.runtime.errors import CrewError, Refused
-from offbeat.runtime.experiment import from_table
-from offbeat.runtime.net.messages import Welcome
-from offbeat.runtime.net.worker import built
-from offbeat.runtime.own.courier import Courier
-from offbeat.runtime.own.flat import Flat, names
-from offbeat.runtime.studies import report
+from offbeat.runtime.api import api
+from offbeat.runtime.base.errors import ComputeError, Refused
+from offbeat.runtime.compute.flat import Flat, names
+from offbeat.runtime.experiment.experiment import from_table
+from offbeat.runtime.join.courier import Courier
+from offbeat.runtime.on_zeromq.worker import built
+from offbeat.runtime.protocol.messages import Welcome
+from offbeat.runtime.report import report
 from offbeat.workers.tasks import TASKS
 
 ROUNDS = {"stop": {"steps": 6}, "evaluate": {"steps": 2}, "clock": "real"}
@@ -248,7 +248,7 @@ def test_no_server():
     net = little()
     began_s = time.monotonic()
     with pytest.raises(
-        CrewError, match=r"no server at tcp://127\.0\.0\.1:1 for \d+ s; begin it with"
+        ComputeError, match=r"no server at tcp://127\.0\.0\.1:1 for \d+ s; begin it with"
     ):
         fit("tcp://127.0.0.1:1", net, patience_s=0.3)
     assert time.monotonic() - began_s < 5

@@ -23,13 +23,15 @@ from matplotlib import pyplot as plt
 import offbeat
 from offbeat import topologies as offbeat_topologies
 from offbeat.algorithms.server.method import Finisher, Method, Schedule, StepSize
-from offbeat.runtime import api, cli, plots
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.experiment import from_table
-from offbeat.runtime.records import TRACE_COLUMNS
-from offbeat.runtime.studies import cell, figures, fits, lines, recorded, report, study, watch
+from offbeat.runtime.api import api, plots
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.commands import cli
+from offbeat.runtime.experiment.experiment import from_table
+from offbeat.runtime.report import figures, recorded, report, watch
+from offbeat.runtime.report.scenes import COMMUNICATE, COMPUTE, QUEUE, graphs, timeline
+from offbeat.runtime.run.records import TRACE_COLUMNS
+from offbeat.runtime.studies import cell, fits, lines, study
 from offbeat.runtime.studies import table as tables
-from offbeat.runtime.studies.scenes import COMMUNICATE, COMPUTE, QUEUE, graphs, timeline
 from offbeat.runtime.studies.study import Study
 from offbeat.workers.speeds import Law, Recorded
 

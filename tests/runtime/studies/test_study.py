@@ -12,9 +12,11 @@ import pandas
 import pytest
 from cells import work
 
-from offbeat.runtime import api, cli
-from offbeat.runtime.errors import ConfigError, StorageError
-from offbeat.runtime.studies import cell, judge, lines, pool, report, study, table
+from offbeat.runtime.api import api
+from offbeat.runtime.base.errors import ConfigError, StorageError
+from offbeat.runtime.commands import cli
+from offbeat.runtime.report import report
+from offbeat.runtime.studies import cell, judge, lines, pool, study, table
 from offbeat.runtime.studies.study import Study
 
 SMALL = {
@@ -239,7 +241,15 @@ experiment.task = "quadratic(3)"
 experiment.stop.steps = 3000
 grid.algorithm = ["pure", "shuffled"]
 """)
-    words = [sys.executable, "-m", "offbeat.runtime.cli", "study", str(path), "--out", str(out)]
+    words = [
+        sys.executable,
+        "-m",
+        "offbeat.runtime.commands.cli",
+        "study",
+        str(path),
+        "--out",
+        str(out),
+    ]
     first = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     cells = out / lines.CELLS
     deadline = time.monotonic() + 120

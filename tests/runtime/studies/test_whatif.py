@@ -8,9 +8,9 @@ from cells import Scored
 
 import offbeat
 from offbeat.algorithms.server.method import Finisher, Method, Schedule, StepSize
-from offbeat.runtime.errors import ConfigError
-from offbeat.runtime.records import column
-from offbeat.runtime.studies.whatif import predict
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.report.whatif import predict
+from offbeat.runtime.run.records import column
 from offbeat.workers.fleet import Fleet
 from offbeat.workers.speeds import recorded_times
 

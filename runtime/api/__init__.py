@@ -1,0 +1,5 @@
+"""Run, resume, replay: results and their pictures; what launches an engine."""
+
+from offbeat.runtime.moved import attributes
+
+__getattr__ = attributes("api")

@@ -1,0 +1,1 @@
+"""Ground that every room may use: errors, registry, randomness, arrays, logs, text tables."""

@@ -1,0 +1,1 @@
+"""Who computes: jobs, and the compute backends that take them."""

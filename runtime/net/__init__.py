@@ -1,1 +1,0 @@
-"""Machines that share nothing but a network: wire, links, keys; server and workers, or peers."""

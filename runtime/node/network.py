@@ -1,0 +1,157 @@
+"""The links of a gossip run: a topology; some messages are lost, some nodes are away."""
+
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from offbeat.algorithms.gossip import Gossip
+from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.base.randomness import Streams
+from offbeat.runtime.gossip.stacked import RoundGraph
+from offbeat.topologies import Topology
+from offbeat.topologies.weights import TOLERANCE
+from offbeat.workers.fleet import Fleet
+
+KEPT_ROUNDS = 64
+
+
+class Network:
+    """Answers who hears whom in each round.
+
+    Args:
+        topology: who would, and with what weight.
+        fleet: how many messages are lost, and whether nodes sit rounds out.
+        method: what has to bear it.
+        seed: of the losses.
+        asynchronous: whether nodes exchange in pairs, at their own pace.
+
+    Raises:
+        ConfigError: the method does not suit the topology, or cannot bear the losses.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        fleet: Fleet,
+        method: Gossip,
+        seed: int,
+        asynchronous: bool = False,
+    ) -> None:
+        self.topology, self.loss, self._pushes = topology, fleet.loss, method.pushes
+        self.dropping = fleet.on_outage != "pause" and bool(fleet.outages)
+        self.fixed = topology.period == 1 and not self.loss and not self.dropping
+        self._streams = Streams(seed, "loss", topology.n)
+        self._whole = lru_cache(maxsize=min(topology.period or 1, KEPT_ROUNDS))(self._round)
+        self._check(fleet, method, asynchronous)
+
+    def _check(self, fleet: Fleet, method: Gossip, asynchronous: bool) -> None:
+        name = method.spec.name if method.spec else type(method).__name__
+        n, topology = fleet.workers, self.topology
+        if topology.n != n:
+            raise ConfigError(f"the topology has {topology.n} nodes, but the fleet has {n} workers")
+        if fleet.on_outage == "reassign":
+            raise ConfigError(
+                'on_outage = "reassign" is for methods with a server; a gossip node can "pause", '
+                'or "lose" the rounds it is away'
+            )
+        gone = [outage.worker for outage in fleet.outages if outage.to_s is None]
+        if gone and not asynchronous and not self.dropping:
+            raise ConfigError(
+                f"worker {gone[0]} pauses for ever, and in a synchronous run its neighbours would "
+                'wait for it: give its outage an end, or take on_outage = "lose"'
+            )
+        if asynchronous and not method.asynchronous:
+            raise ConfigError(
+                f"{name} needs nodes that do equally many rounds; run it synchronously, or take "
+                "dsgd, ad-psgd, dsgt, choco, beer or motef"
+            )
+        if asynchronous and topology.directed and not method.pushes:
+            raise ConfigError(
+                f"{name} exchanges both ways when asynchronous, and this graph is directed; take "
+                "an undirected one, or gradient-push"
+            )
+        if asynchronous and method.pushes and topology.matrix(0).diagonal().min() <= 0:
+            raise ConfigError(
+                f"{name} needs nodes that keep a share of what they have when asynchronous, and "
+                "here the diagonal of the weights is not positive; take lazy weights"
+            )
+        troubles = [
+            (self.loss, "messages are lost"),
+            (self.dropping, "nodes sit rounds out"),
+        ]
+        trouble = next((said for there, said in troubles if there), "")
+        if not method.varying and not self.fixed:
+            raise ConfigError(
+                f"{name} is right only while the weights do not change, and here "
+                f"{trouble or 'the graph does'}; take dsgd, dsgt, choco, beer or motef"
+            )
+        if trouble and topology.directed and not method.pushes:
+            raise ConfigError(
+                f"{name} would lose the nodes' mean where {trouble} on a directed graph: its links "
+                "cannot be paired; take an undirected graph, or gradient-push"
+            )
+        if topology.directed and not method.varying:
+            raise ConfigError(
+                f"{name} may diverge where weights are not symmetric, and this graph is directed; "
+                "take an undirected one, or dsgd, dsgt or gradient-push"
+            )
+        sums = [np.abs(topology.matrix(0).sum(axis=axis) - 1).max() for axis in (0, 1)]
+        if not method.pushes and sums[1] > TOLERANCE:
+            raise ConfigError(
+                f"{name} needs weights whose rows sum to 1; these suit gradient-push only"
+            )
+        if sums[0] > TOLERANCE:
+            raise ConfigError(
+                f"{name} needs weights whose columns sum to 1: with these the sum over the nodes "
+                "would not be kept"
+            )
+
+    def round(self, k: int, present: NDArray | None = None) -> RoundGraph:
+        """Round ``k`` among the nodes ``present [n]`` (a mask; None for all)."""
+        whole = self.whole(k)
+        if not self.loss and present is None:
+            return whole
+        n, src, dst, weight = self.topology.n, whole.src, whole.dst, whole.weight
+        diagonal = whole.matrix.diagonal()
+        if present is not None:
+            there = present[src] & present[dst]
+            # Who keeps a weight that goes nowhere: the giver of a share, the taker of an average.
+            owner = src if self._pushes else dst
+            np.add.at(diagonal, owner[~there], weight[~there])
+            src, dst, weight = src[there], dst[there], weight[there]
+        through = np.ones(len(src), bool)
+        if self.loss:
+            through = self._arrives(k, src, dst)
+            if not self._pushes:
+                through &= self._arrives(k, dst, src)  # paired: both ways, or neither
+                np.add.at(diagonal, dst[~through], weight[~through])
+        place = (
+            np.concatenate([dst[through], np.arange(n)]),
+            np.concatenate([src[through], np.arange(n)]),
+        )
+        values = np.concatenate([weight[through], diagonal])
+        matrix = sparse.csr_array(sparse.coo_array((values, place), shape=(n, n)))
+        return RoundGraph(matrix, src, dst, weight, through)
+
+    def whole(self, k: int) -> RoundGraph:
+        """Round ``k`` if nothing is lost and nobody away."""
+        return self._whole(k if self.topology.period is None else k % self.topology.period)
+
+    def arrives(self, k: int, src: int, dst: int) -> bool:
+        """Whether message ``k`` from ``src`` to ``dst`` is not lost."""
+        return not self.loss or bool(self._arrives(k, np.array([src]), np.array([dst]))[0])
+
+    def _round(self, k: int) -> RoundGraph:
+        matrix = self.topology.matrix(k)
+        coo = matrix.tocoo(copy=False)  # by rows, as dst is to be
+        other = coo.row != coo.col
+        return RoundGraph(matrix, coo.col[other], coo.row[other], coo.data[other])
+
+    def _arrives(self, k: int, src: NDArray, dst: NDArray) -> NDArray:
+        """Whether the message of round ``k`` over each link is not lost."""
+        if not len(src):
+            return np.zeros(0, bool)
+        address = np.int64(k) * self.topology.n + dst
+        return self._streams.uniform(src, address, 1)[:, 0] >= self.loss

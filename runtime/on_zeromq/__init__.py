@@ -1,0 +1,1 @@
+"""The ZeroMQ engine: processes that share nothing but a network."""

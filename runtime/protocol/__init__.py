@@ -1,0 +1,1 @@
+"""Messages and time in, messages and events out; no sockets."""

@@ -1,0 +1,1 @@
+"""What was recorded, drawn and asked again: reports, following, what-if."""

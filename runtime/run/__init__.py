@@ -1,0 +1,1 @@
+"""What is around every run: stop rules, records, checkpoints, folders."""

@@ -1,0 +1,1 @@
+"""Sockets, keys, the guard of connections, metrics for Prometheus."""
