@@ -9,12 +9,20 @@ from offbeat.runtime.base.registry import Registry
 ALGORITHMS = Registry(
     "algorithm",
     elsewhere={
-        "asynchronous-sgd": "pure", "asgd": "pure", "fedavg": "local-sgd",
-        "d-psgd": "dsgd", "gossip-sgd": "dsgd", "gradient-tracking": "dsgt", "diging": "dsgt",
-        "push-sum": "gradient-push", "sgp": "gradient-push", "choco-sgd": "choco",
-        "d2": "exact-diffusion", "lead": "cedas",
+        "asynchronous-sgd": "pure",
+        "asgd": "pure",
+        "fedavg": "local-sgd",
+        "d-psgd": "dsgd",
+        "gossip-sgd": "dsgd",
+        "gradient-tracking": "dsgt",
+        "diging": "dsgt",
+        "push-sum": "gradient-push",
+        "sgp": "gradient-push",
+        "choco-sgd": "choco",
+        "d2": "exact-diffusion",
+        "lead": "cedas",
     },
-)  # fmt: skip
+)
 
 
 def completed(given: Any, base: type) -> Any:

@@ -63,7 +63,6 @@ class Idle(ComputeBackend):
     order: JobRequest
 
     def submit(self, order: JobRequest) -> None:
-        """See ``ComputeBackend``."""
         self.order = order
 
     def collect(self, timeout_s: float) -> list[ComputeEvent]:

@@ -314,19 +314,16 @@ class PlainSum(Broadcast):
     known: Any = 0.0  # of what is published, when messages travelled last
 
     def start(self, value: NDArray) -> None:
-        """See ``Wire``."""
         super().start(value)
         self.total, self.known = value, value.copy()
 
     def exchange(self, now: RoundGraph) -> NDArray:
-        """See ``Wire``."""
         if self.value is not None:
             self.total = self.total + now.matrix @ (self.value - self.known)
             self.known = self.value.copy()
         return super().exchange(now)
 
     def mix(self) -> NDArray:
-        """See ``Node``."""
         return self.total - self.known
 
 
@@ -400,11 +397,7 @@ def distance(row: dict[str, float]) -> float:
 def unequal(quick: bool) -> list[Row]:
     task = canonical()
     lr = 0.1 / task.smoothness
-    methods = {
-        "D-SGD": f"dsgd(lr={lr})",
-        "AD-PSGD": f"ad-psgd(lr={lr})",
-        "DSGT": f"dsgt(lr={lr})",
-    }
+    methods = {"D-SGD": f"dsgd(lr={lr})", "AD-PSGD": f"ad-psgd(lr={lr})", "DSGT": f"dsgt(lr={lr})"}
     if not quick:
         methods["BEER"] = f"beer(lr={lr}, gamma=0.2, compressor=topk(4))"
         methods["MoTEF"] = f"motef(lr={lr}, gamma=0.2, lam=0.2, compressor=topk(4))"

@@ -73,9 +73,12 @@ def systemd(
 ) -> None:
     """Units: a server, and workers or peers as instances; restarted, and locked in."""
     made = plan(
-        file, nodes=read_hosts(nodes), run=name, offbeat=offbeat,
+        file,
+        nodes=read_hosts(nodes),
+        run=name,
+        offbeat=offbeat,
         place=f"/etc/offbeat/{{run}}/{SHIPPED}",
-    )  # fmt: skip
+    )
     files = render.systemd(made, user=user)
     _write(made, "systemd", files, out, overwrite, "./keys.sh && ./push.sh")
 
@@ -122,9 +125,15 @@ def kubernetes(
 ) -> None:
     """Stateful sets, headless service, disruption budgets, probes; keys as secrets."""
     made = plan(
-        file, nodes=nodes, run=name, prefix=("{run}-worker-", "{run}-peer-"), device=device,
-        port=port, experiment=EXPERIMENT, place=FILES,
-    )  # fmt: skip
+        file,
+        nodes=nodes,
+        run=name,
+        prefix=("{run}-worker-", "{run}-peer-"),
+        device=device,
+        port=port,
+        experiment=EXPERIMENT,
+        place=FILES,
+    )
     files = render.kubernetes(made, image=image(image_), cpus=cpus, memory=memory, storage=storage)
     _write(made, "kubernetes", files, out, overwrite, f"{_built(device, image_)} && ./apply.sh")
 
@@ -144,9 +153,8 @@ def kuberay(
 ) -> None:
     """A RayJob, for engine = "ray"."""
     made = plan(
-        file, nodes=nodes, run=name, engine="ray", device=device,
-        experiment=EXPERIMENT, place=FILES,
-    )  # fmt: skip
+        file, nodes=nodes, run=name, engine="ray", device=device, experiment=EXPERIMENT, place=FILES
+    )
     files = render.kuberay(made, image=image(image_), cpus=cpus, memory=memory, storage=storage)
     then = f"{_built(device, image_)} && kubectl apply -f rayjob.yaml"
     _write(made, "kuberay", files, out, overwrite, then)
@@ -170,9 +178,13 @@ def ssh(
     made = plan(file, nodes=read_hosts(nodes), run=name, offbeat=offbeat, place=place)
     files = render.ssh(made, folder=there.format(run=made.name))
     _write(
-        made, "ssh", files, out, overwrite,
+        made,
+        "ssh",
+        files,
+        out,
+        overwrite,
         "./launch.sh keys && ./launch.sh push && ./launch.sh start",
-    )  # fmt: skip
+    )
 
 
 def _built(device: str, image: str) -> str:

@@ -94,9 +94,13 @@ def ears(hosts: Hosts, host: Host) -> list[Address]:
 
 
 def look(
-    hosts: Hosts, here: Host | None, *, keys: Path | None = None, experiment: Path | None = None,
+    hosts: Hosts,
+    here: Host | None,
+    *,
+    keys: Path | None = None,
+    experiment: Path | None = None,
     bind: bool = True,
-) -> list[Finding]:  # fmt: skip
+) -> list[Finding]:
     """All that can be checked from this machine.
 
     Args:
@@ -237,10 +241,11 @@ def _keys_of(found: Found, node: str, folder: Path, needed: Iterable[str]) -> No
         said = f"{secret}: its secret and its public key do not belong together"
         return found.wrong("keys", said, f"remove it; offbeat keys new {node} --keys {folder}")
     lacking = [
-        name for name in needed
+        name
+        for name in needed
         if not (folder / "authorized" / f"{name}.key").is_file()
         and not (folder / f"{name}.key").is_file()
-    ]  # fmt: skip
+    ]
     if lacking:
         said = f"{folder}: lacks the public key of {', '.join(lacking[:5])}"
         said += f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
@@ -280,15 +285,17 @@ def listening(found: Found, ear: Address) -> Iterator[socket.socket | None]:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 found.note(
-                    "bind", f"{where} is in use",
+                    "bind",
+                    f"{where} is in use",
                     "fine if it is the run; else stop what listens there, or give another port",
-                )  # fmt: skip
+                )
             elif error.errno == errno.EADDRNOTAVAIL:
                 found.note(
-                    "bind", f"{where} is no address of this machine",
+                    "bind",
+                    f"{where} is no address of this machine",
                     "fine if it is forwarded here; else give the address at which the others "
                     "reach it (ip address shows its own)",
-                )  # fmt: skip
+                )
             elif error.errno == errno.EACCES:
                 found.wrong("bind", f"{where} is not allowed", "give a port above 1023")
             else:

@@ -158,9 +158,12 @@ def _ended(process: subprocess.Popen[bytes]) -> None:
 def _asked(found: list[Finding], host: Host, command: str) -> dict[str, Any] | None:
     try:
         done = subprocess.run(
-            _ssh(host, command), stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            _ssh(host, command),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
             timeout=SSH_S,
-        )  # fmt: skip
+        )
         said: dict[str, Any] = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
         _failed(found, host, f"no answer in {SSH_S:g} s")
@@ -182,9 +185,12 @@ def _clock(found: list[Finding], host: Host) -> None:
     """Compare its clock with this one's, to within the time that asking takes."""
     before = time.time()
     done = subprocess.run(
-        _ssh(host, "date +%s.%N"), stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        _ssh(host, "date +%s.%N"),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
         timeout=SSH_S,
-    )  # fmt: skip
+    )
     after = time.time()
     try:
         there = float(done.stdout)
@@ -207,18 +213,30 @@ def compare(found: list[Finding], told: Mapping[str, Mapping[str, Any]]) -> None
         usual = max(have.values(), key=list(have.values()).count)
         state = "wrong" if package == "offbeat" else "note"
         found += [
-            Finding(name, "versions", state, f"{package} {number}; others have {usual}",
-                    f"pip install {package}=={usual}")
-            for name, number in have.items() if number != usual
-        ]  # fmt: skip
+            Finding(
+                name,
+                "versions",
+                state,
+                f"{package} {number}; others have {usual}",
+                f"pip install {package}=={usual}",
+            )
+            for name, number in have.items()
+            if number != usual
+        ]
     own = {node: ring[node] for said in told.values() for node, ring in said["keys"].items()}
     found += [
-        Finding(name, "keys", "wrong", f"{node} lists another public key of {other} than it has",
-                f"bring {node} its keys again, or: offbeat keys authorize {other} {own[other]!r}")
+        Finding(
+            name,
+            "keys",
+            "wrong",
+            f"{node} lists another public key of {other} than it has",
+            f"bring {node} its keys again, or: offbeat keys authorize {other} {own[other]!r}",
+        )
         for name, said in told.items()
         for node, ring in said["keys"].items()
-        for other, key in ring.items() if own.get(other, key) != key
-    ]  # fmt: skip
+        for other, key in ring.items()
+        if own.get(other, key) != key
+    ]
     marks = {name: digest(said["settings"]) for name, said in told.items() if said["settings"]}
     usual = max(marks.values(), key=list(marks.values()).count, default="")
     model: dict[str, Any] = next(

@@ -128,9 +128,12 @@ def compose(plan: Plan, image: str) -> str:
 
 def _healthcheck(test: list[str]) -> dict[str, Any]:
     return {
-        "test": ["CMD", *test], "interval": "10s", "timeout": "5s", "retries": 3,
+        "test": ["CMD", *test],
+        "interval": "10s",
+        "timeout": "5s",
+        "retries": 3,
         "start_period": "60s",
-    }  # fmt: skip
+    }
 
 
 # -- Kubernetes ------------------------------------------------------------------------------------
@@ -218,10 +221,7 @@ def _stateful_set(
 ) -> dict[str, Any]:
     claim = {
         "metadata": {"name": "run"},
-        "spec": {
-            "accessModes": ["ReadWriteOnce"],
-            "resources": {"requests": {"storage": storage}},
-        },
+        "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": storage}}},
     }
     return {
         "apiVersion": "apps/v1",
@@ -253,9 +253,16 @@ USER = {
 
 
 def _pod(
-    plan: Plan, role: str, image: str, cpus: float, memory: str,
-    command: list[str], ready: list[str], *, serves: bool,
-) -> dict[str, Any]:  # fmt: skip
+    plan: Plan,
+    role: str,
+    image: str,
+    cpus: float,
+    memory: str,
+    command: list[str],
+    ready: list[str],
+    *,
+    serves: bool,
+) -> dict[str, Any]:
     pod_name = {"valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}
     node = {"name": "NODE", **({"value": "server"} if role == "server" else pod_name)}
     well = {"exec": {"command": ["sh", "-c", f"[ -e {DONE} ] || {shlex.join(ready)}"]}}
@@ -340,10 +347,7 @@ def kuberay(plan: Plan, image: str, cpus: float, memory: str, storage: str, entr
         "apiVersion": "v1",
         "kind": "PersistentVolumeClaim",
         "metadata": _metadata(plan),
-        "spec": {
-            "accessModes": ["ReadWriteOnce"],
-            "resources": {"requests": {"storage": storage}},
-        },
+        "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": storage}}},
     }
 
     def pod(role: str, extra: dict[str, Any], gpu: bool) -> dict[str, Any]:

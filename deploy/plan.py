@@ -103,8 +103,17 @@ class Plan:
     def peer(self, hosts: str, node: str, keys: str, out: str) -> list[str]:
         """Arguments of a peer's command; its device is in the host file."""
         return [
-            "peer", self.experiment, "--hosts", hosts, "--node", node, "--keys", keys, "--out", out
-        ]  # fmt: skip
+            "peer",
+            self.experiment,
+            "--hosts",
+            hosts,
+            "--node",
+            node,
+            "--keys",
+            keys,
+            "--out",
+            out,
+        ]
 
 
 def as_run(file: Path) -> tuple[str, list[Experiment]]:

@@ -48,9 +48,13 @@ def _fill(template: str, **values: Any) -> str:
 
 
 def slurm(
-    plan: Plan, *, per_machine: int = 1, cpus: int = 1, time: str = "1-00:00:00",
+    plan: Plan,
+    *,
+    per_machine: int = 1,
+    cpus: int = 1,
+    time: str = "1-00:00:00",
     partition: str | None = None,
-) -> Files:  # fmt: skip
+) -> Files:
     """A job script, and what each of its tasks runs.
 
     Args:
@@ -119,10 +123,7 @@ def systemd(plan: Plan, *, user: str = "offbeat") -> Files:
         roles = {"peer@": ("peer %i", command, None, _any_cuda(hosts))}
     else:
         port = machines.serving().port
-        join = plan.join(
-            server_endpoint(machines),
-            "%i", f"{etc}/keys/%i", "${OFFBEAT_DEVICE}",
-        )  # fmt: skip
+        join = plan.join(server_endpoint(machines), "%i", f"{etc}/keys/%i", "${OFFBEAT_DEVICE}")
         roles = {
             "server": ("the server", plan.serve(port, f"{etc}/keys/{SERVER}", "run"), None, False),
             "worker@": ("worker %i", join, f"{etc}/%i.env", _any_cuda(hosts)),
@@ -130,9 +131,13 @@ def systemd(plan: Plan, *, user: str = "offbeat") -> Files:
     files = _with_keys(plan) | {"hosts.toml": machines.toml()}
     for role, (who, command, environment, cuda) in roles.items():
         files[f"units/offbeat-{plan.name}-{role}.service"] = _fill(
-            "systemd/node.service", **values, description=f"{who} of {plan.name}",
-            command=command, environment=environment, cuda=cuda,
-        )  # fmt: skip
+            "systemd/node.service",
+            **values,
+            description=f"{who} of {plan.name}",
+            command=command,
+            environment=environment,
+            cuda=cuda,
+        )
     if not plan.peers:
         files |= {
             f"env/{node.name}": f"OFFBEAT_DEVICE={node.device}\n"
@@ -148,10 +153,15 @@ def systemd(plan: Plan, *, user: str = "offbeat") -> Files:
 def compose(plan: Plan, *, image: str) -> Files:
     """A Compose file, the image's Dockerfile, and what has to be there before."""
     files = {"hosts.toml": plan.counted_hosts(lambda node: node)} if plan.peers else {}
-    return _with_keys(plan) | files | _dockerfile(plan, image) | {
-        "compose.yaml": manifests.compose(plan, image),
-        "prepare.sh": _fill("compose/prepare.sh"),
-    }  # fmt: skip
+    return (
+        _with_keys(plan)
+        | files
+        | _dockerfile(plan, image)
+        | {
+            "compose.yaml": manifests.compose(plan, image),
+            "prepare.sh": _fill("compose/prepare.sh"),
+        }
+    )
 
 
 def kubernetes(
@@ -168,10 +178,14 @@ def kubernetes(
     memory = memory or f"{plan.memory_mb}Mi"
     _check_sizes(plan, cpus, memory, storage)
     stay = _fill("kubernetes/stay.sh", done=manifests.DONE)
-    return _with_keys(plan) | _dockerfile(plan, image) | {
-        "offbeat.yaml": manifests.kubernetes(plan, image, cpus, memory, storage, stay),
-        "apply.sh": _fill("kubernetes/apply.sh", plan=plan),
-    }  # fmt: skip
+    return (
+        _with_keys(plan)
+        | _dockerfile(plan, image)
+        | {
+            "offbeat.yaml": manifests.kubernetes(plan, image, cpus, memory, storage, stay),
+            "apply.sh": _fill("kubernetes/apply.sh", plan=plan),
+        }
+    )
 
 
 def kuberay(
@@ -213,10 +227,14 @@ def ssh(plan: Plan, *, folder: str) -> Files:
         "hosts.toml": machines.toml(),
         "keep.sh": _fill("shared/keep.sh"),
         "launch.sh": _fill(
-            "ssh/launch.sh", plan=plan, dir=folder, remotes=remotes,
-            commands={node: shlex.join(words) for node, words in commands.items()}, port=port,
+            "ssh/launch.sh",
+            plan=plan,
+            dir=folder,
+            remotes=remotes,
+            commands={node: shlex.join(words) for node, words in commands.items()},
+            port=port,
         ),
-    }  # fmt: skip
+    }
 
 
 def _with_keys(plan: Plan, program: str = "offbeat") -> Files:
@@ -228,13 +246,18 @@ def _with_keys(plan: Plan, program: str = "offbeat") -> Files:
 def _dockerfile(plan: Plan, image: str) -> Files:
     return {
         "Dockerfile": _fill(
-            "shared/Dockerfile", plan=plan, image=image, uid=manifests.UID,
-            version=version("offbeat"), cpu_base=CPU_BASE, cuda_base=CUDA_BASE,
+            "shared/Dockerfile",
+            plan=plan,
+            image=image,
+            uid=manifests.UID,
+            version=version("offbeat"),
+            cpu_base=CPU_BASE,
+            cuda_base=CUDA_BASE,
             ray=version("ray") if plan.engine == "ray" else None,
         ),
         ".dockerignore": "*\n!wheels\n!files\n",
         "wheels/README": "Wheels that no index has; see ../Dockerfile.\n",
-    }  # fmt: skip
+    }
 
 
 def _by_host(plan: Plan) -> tuple[Hosts, list[Host], dict[str, list[str]]]:

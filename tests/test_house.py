@@ -68,6 +68,21 @@ def test_the_leaf_imports_no_room():
         assert all(name.split(".")[1:3] == ["runtime", LEAF] for name in names), path
 
 
+def test_every_method_is_documented_where_it_is_declared():
+    """What overrides a method that has a docstring needs none."""
+    methods = [
+        (path, method)
+        for room in ROOMS
+        for path in (ROOT / room).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+        for method in node.body
+        if isinstance(method, ast.FunctionDef) and not method.name.startswith("_")
+    ]
+    documented = {method.name for _, method in methods if ast.get_docstring(method)}
+    assert [f"{path}: {m.name}" for path, m in methods if m.name not in documented] == []
+
+
 def test_importing_offbeat_is_light():
     """torch takes a second and 160 MB; it is loaded by what needs it."""
     code = "import sys, offbeat; print('torch' in sys.modules, 'matplotlib' in sys.modules)"

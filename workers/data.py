@@ -215,8 +215,10 @@ def _names(path: Path, head: list[str], target: str | None) -> str:
     if twice := [name for name in head if head.count(name) > 1]:
         raise ConfigError(f'{path}: two columns are called "{twice[0]}"')
     if target is None:
-        raise ConfigError(f'{path}: which column is the label? Give target = "{head[-1]}", or '
-                          f"another one of {', '.join(head)}")  # fmt: skip
+        raise ConfigError(
+            f'{path}: which column is the label? Give target = "{head[-1]}", or '
+            f"another one of {', '.join(head)}"
+        )
     if target not in head:
         raise ConfigError(f'{path}: no column is called "{target}"{nearest(target, head)}')
     if len(head) == 1:

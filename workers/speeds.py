@@ -95,7 +95,6 @@ class Constant(Clock):
         self.means, self._means = means, means.tolist()
 
     def finish(self, worker: int, number: int, start_s: float, steps: int = 1) -> float:
-        """See ``Clock``."""
         return start_s + steps * self._means[worker]
 
 
@@ -106,7 +105,6 @@ class Slowed(Clock):
         self._finish, self._factors = clock.finish, factors.tolist()
 
     def finish(self, worker: int, number: int, start_s: float, steps: int = 1) -> float:
-        """See ``Clock``."""
         end_s, factor = self._finish(worker, number, start_s, steps), self._factors[worker]
         return end_s if factor == 1.0 else start_s + factor * (end_s - start_s)
 
@@ -124,7 +122,6 @@ class Drawn(Clock):
         self._from = [0] * len(means)  # number of the first job in _times
 
     def finish(self, worker: int, number: int, start_s: float, steps: int = 1) -> float:
-        """See ``Clock``."""
         at, times = number - self._from[worker], self._times[worker]
         if not 0 <= at < len(times):
             at, times = self._refill(worker, number)
@@ -162,7 +159,6 @@ class Changing(Clock):
         self._slowdowns: list[list[float]] = [[] for _ in means]
 
     def finish(self, worker: int, number: int, start_s: float, steps: int = 1) -> float:
-        """See ``Clock``."""
         ends, slowdowns = self._ends[worker], self._slowdowns[worker]
         work, now, at = steps * self._means[worker], start_s, bisect_right(ends, start_s)
         while True:
@@ -177,11 +173,7 @@ class Changing(Clock):
             now, at = ends[at], at + 1
 
 
-def _drawn(
-    mean: Seconds,
-    per: Per,
-    draw: Draw,
-) -> Law:
+def _drawn(mean: Seconds, per: Per, draw: Draw) -> Law:
     """A law of draws, one a job or one a worker for good."""
 
     def make(means: NDArray, seed: int) -> Clock:
@@ -350,7 +342,6 @@ class Recorded(Clock):
         self._times = times
 
     def finish(self, worker: int, number: int, start_s: float, steps: int = 1) -> float:
-        """See ``Clock``."""
         mine = self._times[worker]
         return start_s + steps * mine[number % len(mine)]
 
@@ -435,7 +426,6 @@ class Instant(Clock):
     """Jobs take no time of their own: what they really take is all."""
 
     def finish(self, worker: int, number: int, start_s: float, steps: int = 1) -> float:
-        """See ``Clock``."""
         return start_s
 
 
@@ -477,7 +467,6 @@ class Paused(Clock):
         self._clock, self._windows = clock, windows
 
     def finish(self, worker: int, number: int, start_s: float, steps: int = 1) -> float:
-        """See ``Clock``."""
         windows = self._windows.get(worker)
         if windows is None:
             return self._clock.finish(worker, number, start_s, steps)

@@ -89,7 +89,6 @@ class Gradient:
     def update(
         self, task: Task, x: NDArray, worker: NDArray, draw: NDArray, steps: NDArray, kept: Kept
     ) -> tuple[NDArray, NDArray]:
-        """See ``Work``."""
         return task.gradient(x, worker, draw)
 
 
@@ -177,7 +176,6 @@ class SGD(Inner):
         self.lr, self.weight_decay = lr, weight_decay
 
     def step(self, y: NDArray, g: NDArray, rate: NDArray, t: list[int], *m: NDArray) -> None:
-        """See ``Inner``."""
         if self.weight_decay:
             g += self.weight_decay * y
         g *= rate
@@ -194,7 +192,6 @@ class Momentum(Inner):
         self.weight_decay = weight_decay
 
     def step(self, y: NDArray, g: NDArray, rate: NDArray, t: list[int], *m: NDArray) -> None:
-        """See ``Inner``."""
         (mean,) = m
         if self.weight_decay:
             g += self.weight_decay * y
@@ -220,7 +217,6 @@ class AdamW(Inner):
         self.weight_decay = weight_decay
 
     def step(self, y: NDArray, g: NDArray, rate: NDArray, t: list[int], *m: NDArray) -> None:
-        """See ``Inner``."""
         first, second = m
         if self.weight_decay:
             y *= 1 - rate * self.weight_decay
@@ -389,7 +385,6 @@ class LocalSteps:
     def update(
         self, task: Task, x: NDArray, worker: NDArray, draw: NDArray, steps: NDArray, kept: Kept
     ) -> tuple[NDArray, NDArray]:
-        """See ``Work``."""
         if (steps[1:] > steps[:-1]).any():  # most first: rows that are done leave at the end
             order = np.argsort(-steps, kind="stable")
             rows = {name: held[order] for name, held in kept.items()}

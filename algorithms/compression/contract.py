@@ -93,12 +93,10 @@ class Coded(Message):
 
     @property
     def sizes(self) -> NDArray[np.int64]:
-        """See ``Message``."""
         sizes = HEADER + self._sizes()
         return sizes if isinstance(sizes, np.ndarray) else np.full(self.n, sizes)
 
     def encode(self) -> list[bytes]:
-        """See ``Message``."""
         head = _HEADER.pack(MAGIC, VERSION, self.codec, _DTYPES.index(self.dtype), self.d)
         return [b"".join((head, payload)) for payload in self._payloads()]
 
@@ -145,11 +143,9 @@ class Stack(Message):
 
     @property
     def sizes(self) -> NDArray[np.int64]:
-        """See ``Message``."""
         return np.concatenate([row.sizes for row in self.rows])
 
     def encode(self) -> list[bytes]:
-        """See ``Message``."""
         return [frame for row in self.rows for frame in row.encode()]
 
 

@@ -21,7 +21,6 @@ class RandK(Sparsifier):
         self.k, self.unbiased = k, unbiased
 
     def kept(self, d: int) -> int:
-        """See ``Sparsifier``."""
         return count(self.k, d)
 
     def alpha(self, d: int) -> float | None:
@@ -33,7 +32,6 @@ class RandK(Sparsifier):
         return d / self.kept(d) - 1 if self.unbiased else None
 
     def sparsify(self, x: Any, rng: np.random.Generator, values: Compressor | None) -> Message:
-        """See ``Sparsifier``."""
         n, d = x.shape
         k = self.kept(d)
         seeds = rng.integers(2**64, size=(n,), dtype=np.uint64)

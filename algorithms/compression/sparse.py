@@ -18,13 +18,7 @@ from offbeat.algorithms.compression.coding import (
     support_sizes,
     write_support,
 )
-from offbeat.algorithms.compression.contract import (
-    Coded,
-    Compressor,
-    Message,
-    codec,
-    nested,
-)
+from offbeat.algorithms.compression.contract import Coded, Compressor, Message, codec, nested
 from offbeat.algorithms.compression.identity import Dense
 from offbeat.runtime.base.tensors import fetch, is_tensor, load
 

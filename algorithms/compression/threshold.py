@@ -37,11 +37,9 @@ class Threshold(Sparsifier):
         self.lam = lam
 
     def kept(self, d: int) -> int:
-        """See ``Sparsifier``."""
         return d
 
     def sparsify(self, x: Any, rng: np.random.Generator, values: Compressor | None) -> Message:
-        """See ``Sparsifier``."""
         return _ragged(x, library(x).abs(x) >= self.lam, values, rng)
 
 
@@ -60,7 +58,6 @@ class Bernoulli(Sparsifier):
         self.p = p
 
     def kept(self, d: int) -> int:
-        """See ``Sparsifier``."""
         return d
 
     def alpha(self, d: int) -> float:
@@ -68,7 +65,6 @@ class Bernoulli(Sparsifier):
         return self.p
 
     def sparsify(self, x: NDArray, rng: np.random.Generator, values: Compressor | None) -> Message:
-        """See ``Sparsifier``."""
         sent = rng.random(len(x)) < self.p
         return _ragged(x, np.broadcast_to(sent[:, None], x.shape), values, rng)
 

@@ -94,7 +94,6 @@ class TopK(Sparsifier):
         self.k = k
 
     def kept(self, d: int) -> int:
-        """See ``Sparsifier``."""
         return count(self.k, d)
 
     def alpha(self, d: int) -> float:
@@ -102,7 +101,6 @@ class TopK(Sparsifier):
         return self.kept(d) / d
 
     def sparsify(self, x: Any, rng: np.random.Generator, values: Compressor | None) -> Message:
-        """See ``Sparsifier``."""
         d = x.shape[1]
         k = self.kept(d)
         if is_tensor(x):

@@ -42,7 +42,6 @@ class Cedas(Gossip):
         """See ``Gossip``: copies are damped, so that unbiased is enough."""
 
     def init(self, node: Node) -> None:
-        """See ``Gossip``."""
         node.d = 0 * node.x
         node.publish("y", node.x)
 
@@ -54,17 +53,13 @@ class Cedas(Gossip):
         return node.x
 
     def tell(self, node: Node, gradient: NDArray) -> None:
-        """See ``Gossip``."""
         node.x = node.x - self.lr * gradient - node.d
         node.publish("y", node.x)
 
 
 @ALGORITHMS.register("cedas")
 def cedas(
-    lr: Positive = 0.1,
-    gamma: Share = 1.0,
-    damping: Share = 0.5,
-    compressor: str = "natural",
+    lr: Positive = 0.1, gamma: Share = 1.0, damping: Share = 0.5, compressor: str = "natural"
 ) -> Cedas:
     """Exact diffusion over compressed differences; also known as LEAD.  Fixed graphs only."""
     return Cedas(lr, gamma, damping, compressor)

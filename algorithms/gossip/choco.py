@@ -30,17 +30,14 @@ class Choco(Gossip):
         self.lr, self.gamma, self.overlap = lr, gamma, overlap
 
     def init(self, node: Node) -> None:
-        """See ``Gossip``."""
         node.publish("x", node.x)
 
     def ask(self, node: Node) -> NDArray:
-        """See ``Gossip``."""
         if not self.overlap:
             node.x = node.x + self.gamma * node.mix("x")
         return node.x
 
     def tell(self, node: Node, gradient: NDArray) -> None:
-        """See ``Gossip``."""
         x = -self.lr * gradient
         if self.overlap:
             x += self.gamma * node.mix("x")

@@ -23,16 +23,13 @@ class DeepSqueeze(Gossip):
         self.lr, self.gamma = lr, gamma
 
     def init(self, node: Node) -> None:
-        """See ``Gossip``."""
         node.error = 0 * node.x
 
     def ask(self, node: Node) -> NDArray:
-        """See ``Gossip``."""
         node.x = node.x + self.gamma * node.mix("q")
         return node.x
 
     def tell(self, node: Node, gradient: NDArray) -> None:
-        """See ``Gossip``."""
         node.x = node.x - self.lr * gradient
         v = node.x + node.error
         node.error = v - node.publish("q", v)

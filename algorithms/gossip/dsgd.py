@@ -30,19 +30,16 @@ class DSGD(Gossip):
         self.overlap = not self.adapt_first
 
     def init(self, node: Node) -> None:
-        """See ``Gossip``."""
         if self.momentum:
             node.u = 0 * node.x
         node.publish("x", node.x)
 
     def ask(self, node: Node) -> NDArray:
-        """See ``Gossip``."""
         if self.adapt_first:
             node.x = node.average("x")
         return node.x
 
     def tell(self, node: Node, gradient: NDArray) -> None:
-        """See ``Gossip``."""
         if self.momentum:
             node.u = gradient = self.momentum * node.u + gradient
         x = -self.lr * gradient

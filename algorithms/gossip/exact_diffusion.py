@@ -25,17 +25,14 @@ class ExactDiffusion(Gossip):
         self.lr = lr
 
     def init(self, node: Node) -> None:
-        """See ``Gossip``."""
         node.psi = node.phi = node.x
         node.publish("phi", node.phi)
 
     def ask(self, node: Node) -> NDArray:
-        """See ``Gossip``."""
         node.x = node.phi + 0.5 * node.mix("phi")
         return node.x
 
     def tell(self, node: Node, gradient: NDArray) -> None:
-        """See ``Gossip``."""
         psi = node.x - self.lr * gradient
         node.phi = psi + node.x - node.psi
         node.psi = psi

@@ -43,7 +43,6 @@ class MoTEF(Gossip):
         self.lr, self.gamma, self.lam = lr, gamma, lam
 
     def init(self, node: Node) -> NDArray:
-        """See ``Gossip``."""
         node.publish("x", node.x)
         return node.x
 
@@ -52,13 +51,11 @@ class MoTEF(Gossip):
         node.m = node.v = gradient
 
     def ask(self, node: Node) -> NDArray:
-        """See ``Gossip``."""
         node.x = node.x + self.gamma * node.mix("x") - self.lr * node.v
         node.publish("x", node.x)
         return node.x
 
     def tell(self, node: Node, gradient: NDArray) -> None:
-        """See ``Gossip``."""
         m = gradient if self.lam == 1 else (1 - self.lam) * node.m + self.lam * gradient
         self._track(node, m)
 
@@ -74,22 +71,17 @@ class MoTEFVR(MoTEF):
     points = 2
 
     def ask(self, node: Node) -> tuple[NDArray, NDArray]:  # type: ignore[override]
-        """See ``Gossip``."""
         before = node.x
         return super().ask(node), before
 
     def tell(self, node: Node, gradient: tuple[NDArray, NDArray]) -> None:  # type: ignore[override]
-        """See ``Gossip``."""
         new, old = gradient
         self._track(node, new + (1 - self.lam) * (node.m - old))
 
 
 @ALGORITHMS.register("motef")
 def motef(
-    lr: Positive = 0.05,
-    gamma: Positive = 0.1,
-    lam: Share = 0.1,
-    compressor: str = "topk(0.1)",
+    lr: Positive = 0.05, gamma: Positive = 0.1, lam: Share = 0.1, compressor: str = "topk(0.1)"
 ) -> MoTEF:
     """MoTEF: compressed tracking of momentum; noise-proof, whatever the nodes' differences."""
     return MoTEF(lr, gamma, lam, compressor)
@@ -97,10 +89,7 @@ def motef(
 
 @ALGORITHMS.register("motef-vr")
 def motef_vr(
-    lr: Positive = 0.05,
-    gamma: Positive = 0.1,
-    lam: Share = 0.1,
-    compressor: str = "topk(0.1)",
+    lr: Positive = 0.05, gamma: Positive = 0.1, lam: Share = 0.1, compressor: str = "topk(0.1)"
 ) -> MoTEFVR:
     """MoTEF with STORM's momentum: two gradients a round, on one sample."""
     return MoTEFVR(lr, gamma, lam, compressor)

@@ -32,20 +32,17 @@ class NoLoCo(Gossip):
         self.lr, self.momentum, self.gamma = lr, momentum, gamma
 
     def init(self, node: Node) -> None:
-        """See ``Gossip``."""
         node.m = 0 * node.x
         node.publish("x", node.x)
         node.publish("g", node.m)
 
     def ask(self, node: Node) -> NDArray:
-        """See ``Gossip``."""
         node.m = self.momentum * node.m - self.lr * node.average("g") + self.gamma * node.mix("x")
         node.x = node.x + node.m
         node.publish("x", node.x)
         return node.x
 
     def tell(self, node: Node, gradient: NDArray) -> None:
-        """See ``Gossip``."""
         node.publish("g", gradient)
 
 

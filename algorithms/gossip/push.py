@@ -27,17 +27,14 @@ class GradientPush(Gossip):
         self.lr = lr
 
     def init(self, node: Node) -> None:
-        """See ``Gossip``."""
         node.w = np.ones_like(node.x[..., :1])
         self._push(node)
 
     def ask(self, node: Node) -> NDArray:
-        """See ``Gossip``."""
         node.x, node.w = node.pushed("x"), node.pushed("w")
         return node.x / node.w
 
     def tell(self, node: Node, gradient: NDArray) -> None:
-        """See ``Gossip``."""
         node.x = node.x - self.lr * gradient
         self._push(node)
 

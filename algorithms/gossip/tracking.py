@@ -32,7 +32,6 @@ class DSGT(Gossip):
         self.adapt_first = order == "adapt-then-combine"
 
     def init(self, node: Node) -> NDArray:
-        """See ``Gossip``."""
         if not self.adapt_first:
             node.publish("x", node.x)
         return node.x
@@ -43,7 +42,6 @@ class DSGT(Gossip):
         self._publish(node)
 
     def ask(self, node: Node) -> NDArray:
-        """See ``Gossip``."""
         if self.adapt_first:
             node.x = node.average("x")
             node.v = node.average("v")
@@ -53,7 +51,6 @@ class DSGT(Gossip):
         return node.x
 
     def tell(self, node: Node, gradient: NDArray) -> None:
-        """See ``Gossip``."""
         u = self.momentum * node.u + gradient if self.momentum else gradient
         v = node.v if self.adapt_first else node.average("v")
         node.v = v + u - node.u

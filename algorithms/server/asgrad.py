@@ -14,14 +14,7 @@ not at hand: which of the waiting and shuffle-once variants it runs asynchronous
 """
 
 from offbeat.algorithms.server.contract import ALGORITHMS
-from offbeat.algorithms.server.method import (
-    Finisher,
-    Method,
-    Permuted,
-    Schedule,
-    StepSize,
-    Uniform,
-)
+from offbeat.algorithms.server.method import Finisher, Method, Permuted, Schedule, StepSize, Uniform
 from offbeat.runtime.base.registry import Count, Positive
 
 

@@ -41,9 +41,16 @@ class Fragments(Algorithm):
     """See the module; ``quorum`` None is everybody."""
 
     def __init__(
-        self, lr: float, momentum: float, quorum: int | None, grace_s: float | None,
-        fragments: int, overlap: int, alpha: float, merge: Merge,
-    ) -> None:  # fmt: skip
+        self,
+        lr: float,
+        momentum: float,
+        quorum: int | None,
+        grace_s: float | None,
+        fragments: int,
+        overlap: int,
+        alpha: float,
+        merge: Merge,
+    ) -> None:
         self.lr, self.beta, self.quorum, self.grace_s = lr, momentum, quorum, grace_s
         self.fragments, self.overlap, self.alpha = fragments, overlap, alpha
         self.radial = merge == "radial-directional"
@@ -77,7 +84,6 @@ class Fragments(Algorithm):
             )
 
     def start(self, server: Server) -> None:
-        """See ``Algorithm``."""
         n, d, fragments = server.n, server.x.size, self.fragments
         if fragments > d:
             raise ConfigError(f"{fragments} fragments of a model of {d} parameters")

@@ -25,7 +25,6 @@ class DelayAdaptive(Rule):
     concurrency: int | None = None  # None: the number of workers
 
     def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray:
-        """See ``Rule``."""
         allowed = self.concurrency or server.n
         tau = server.step - update.step
         return g if tau <= allowed else (allowed / tau) * g

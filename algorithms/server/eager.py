@@ -33,7 +33,6 @@ class Eager(Algorithm):
         self.waiting: list[tuple[int, int, NDArray]] = []  # worker, round, update
 
     def start(self, server: Server) -> None:
-        """See ``Algorithm``."""
         n = server.n
         self.x, self.m, self.last, self.rounds = [server.x] * n, [0.0] * n, [0.0] * n, [0] * n
         super().start(server)

@@ -9,13 +9,7 @@ pulls x back towards the stale point (a departure).  Recalled, not re-read: UNVE
 from typing import Literal
 
 from offbeat.algorithms.server.contract import ALGORITHMS
-from offbeat.algorithms.server.method import (
-    Finisher,
-    Method,
-    Schedule,
-    StalenessWeight,
-    StepSize,
-)
+from offbeat.algorithms.server.method import Finisher, Method, Schedule, StalenessWeight, StepSize
 from offbeat.runtime.base.registry import Natural, NonNegative, Positive
 
 
@@ -29,8 +23,6 @@ def fedasync(
 ) -> Method:
     """FedAsync weights: polynomial (1 + tau)^-a, hinge 1 / (a (tau - b) + 1) beyond b, constant."""
     rule = StalenessWeight(
-        power=a if weight == "polynomial" else 0.0,
-        slope=a if weight == "hinge" else None,
-        grace=b,
+        power=a if weight == "polynomial" else 0.0, slope=a if weight == "hinge" else None, grace=b
     )
     return Method(Schedule(Finisher()), [rule, StepSize(lr)])

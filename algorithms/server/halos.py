@@ -23,9 +23,15 @@ class Halos(Algorithm):
     """Regions' servers under a global one."""
 
     def __init__(
-        self, lr: float, region_lr: float, regions: int, push: int, alpha: float,
-        outer: DelayedNesterov, inner: list[DelayedNesterov],
-    ) -> None:  # fmt: skip
+        self,
+        lr: float,
+        region_lr: float,
+        regions: int,
+        push: int,
+        alpha: float,
+        outer: DelayedNesterov,
+        inner: list[DelayedNesterov],
+    ) -> None:
         self.lr, self.region_lr, self.push, self.alpha = lr, region_lr, push, alpha
         self.regions, self.outer, self.inner = regions, outer, inner
         self.models: list[NDArray] = []  # [d] each, of the regions' servers
@@ -38,7 +44,6 @@ class Halos(Algorithm):
             raise ConfigError(f"halos: {self.regions} regions, but there are {n} workers")
 
     def start(self, server: Server) -> None:
-        """See ``Algorithm``."""
         self.models = [server.x] * self.regions
         self.bases = [server.x] * self.regions
         super().start(server)
@@ -56,7 +61,6 @@ class Halos(Algorithm):
         server.assign(update.worker, at=self.models[r])
 
     def joined(self, server: Server, worker: int, lost: int) -> None:
-        """See ``Algorithm``."""
         for _ in range(lost):
             server.assign(worker, at=self.models[worker * self.regions // server.n])
 

@@ -38,7 +38,6 @@ class Align(Rule):
     outer: Momentum
 
     def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray:
-        """See ``Rule``."""
         m = self.outer.m
         if m is None:
             return g

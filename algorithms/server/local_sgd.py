@@ -143,17 +143,14 @@ class Windows(Plan):
         self.any_shard = self.shards is not None
 
     def check(self, n: int) -> None:
-        """See ``Plan``."""
         if self.local is not None:
             self.local.check(n)
 
     def start(self, server: Server) -> None:
-        """See ``Plan``."""
         for worker in range(server.n):
             self._assign(server, worker)
 
     def arrived(self, server: Server, update: Update) -> None:
-        """See ``Plan``."""
         if self.local is not None:
             self.local.observe(update)
         if not self.done:
@@ -166,12 +163,10 @@ class Windows(Plan):
             self._close(server, None)
 
     def timer(self, server: Server, token: int) -> None:
-        """See ``Plan``."""
         if token == self.opened and self.done:
             self._close(server, None if self.charged else self.last_s)
 
     def lost(self, server: Server) -> None:
-        """See ``Plan``."""
         if not server.outstanding and self.done:
             self._close(server, None)
 
@@ -293,7 +288,6 @@ class Delayed(Method):
         super().__init__(plan, [rule, StepSize(lr)])
 
     def check(self, n: int) -> None:
-        """See ``Algorithm``."""
         super().check(n)
         rule = self.rules[0]
         assert isinstance(rule, DelayedNesterov)

@@ -78,7 +78,6 @@ class Finisher(Order):
     """k_{t+1} = i_t: whoever is done gets the next job."""
 
     def next(self, server: Server, finisher: int) -> int:
-        """See ``Order``."""
         return finisher
 
 
@@ -90,7 +89,6 @@ class Uniform(Order):
     picks: list[int] = field(default_factory=list)  # drawn ahead, next one last
 
     def next(self, server: Server, finisher: int) -> int:
-        """See ``Order``."""
         if not self.picks:
             self.picks = server.rng("uniform", self.block).integers(server.n, size=1024).tolist()
             self.block += 1
@@ -107,7 +105,6 @@ class Permuted(Order):
     chi: list[int] = field(default_factory=list)  # what is left of the permutation, next one last
 
     def next(self, server: Server, finisher: int) -> int:
-        """See ``Order``."""
         if not self.chi:
             address = 0 if self.once else self.index
             chi = server.rng("permutation", address).permutation(server.n)
@@ -182,11 +179,9 @@ class Method(Algorithm):
         self.any_shard = self.schedule.any_shard
 
     def check(self, n: int) -> None:
-        """See ``Algorithm``."""
         self.schedule.check(n)
 
     def start(self, server: Server) -> None:
-        """See ``Algorithm``."""
         self.schedule.start(server)
 
     def arrive(self, server: Server, update: Update) -> None:
@@ -202,7 +197,6 @@ class Method(Algorithm):
         server.apply(g)
 
     def timer(self, server: Server, token: int) -> None:
-        """See ``Algorithm``."""
         self.schedule.timer(server, token)
 
     def lost(self, server: Server, worker: int) -> None:
@@ -213,7 +207,6 @@ class Method(Algorithm):
         self.schedule.lost(server)
 
     def joined(self, server: Server, worker: int, lost: int) -> None:
-        """See ``Algorithm``."""
         self.schedule.joined(server, worker, lost)
 
 
@@ -225,7 +218,6 @@ class StepSize(Rule):
     scale: NDArray | None = field(default=None, init=False)  # lr, []: faster than as a number
 
     def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray:
-        """See ``Rule``."""
         if self.scale is None or self.scale.dtype != g.dtype:
             self.scale = np.array(self.lr, g.dtype)
         return self.scale * g
@@ -238,7 +230,6 @@ class Clip(Rule):
     norm: float
 
     def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray:
-        """See ``Rule``."""
         length = float(np.linalg.norm(g))
         return g * (self.norm / length) if length > self.norm else g
 
@@ -255,7 +246,6 @@ class StalenessWeight(Rule):
     grace: int = 0
 
     def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray:
-        """See ``Rule``."""
         tau = server.step - update.step
         if self.slope is None:
             return (1 + tau) ** -self.power * g
@@ -271,7 +261,6 @@ class Buffer(Rule):
     total: NDArray | None = None  # [d], sum of the updates so far
 
     def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray | None:
-        """See ``Rule``."""
         self.total = g if self.total is None else self.total + g
         self.count += 1
         if self.count < self.size:
@@ -292,7 +281,6 @@ class Round(Rule):
     last: Any = field(default_factory=SimpleNamespace)  # an Update, in fields for checkpoints
 
     def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray | None:
-        """See ``Rule``."""
         self.total = g if self.total is None else self.total + g
         self.count += 1
         # The job that ends the round may be one that is lost.
@@ -313,5 +301,4 @@ class DiscardStale(Rule):
     threshold: int
 
     def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray | None:
-        """See ``Rule``."""
         return g if server.step - update.step < self.threshold else None

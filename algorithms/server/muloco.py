@@ -34,7 +34,6 @@ class ErrorFeedback(Rule):
     index: int = 0  # of messages
 
     def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray:
-        """See ``Rule``."""
         v = g + self.error[update.worker] if update.worker in self.error else g
         draws = server.rng("compress", self.index) if self.compressor.draws else None
         q = self.compressor.compress(v, draws).dense()

@@ -22,7 +22,6 @@ class Momentum(Rule):
     m: NDArray | None = None  # [d]
 
     def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray:
-        """See ``Rule``."""
         return self.step(g)
 
     def step(self, g: NDArray) -> NDArray:
@@ -43,7 +42,6 @@ class Adam(Rule):
     v: NDArray | None = None  # [d]
 
     def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray:
-        """See ``Rule``."""
         if self.m is None or self.v is None:
             self.m, self.v = np.zeros_like(g), np.zeros_like(g)
         self.t += 1
@@ -73,7 +71,6 @@ class DelayedNesterov(Rule):
     total: NDArray | float = 0.0  # D, [d]
 
     def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray:
-        """See ``Rule``."""
         self.n = self.n or server.n
         return self.step(g)
 
@@ -100,5 +97,4 @@ class Compensate(Rule):
     strength: float
 
     def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray:
-        """See ``Rule``."""
         return g + self.strength * (g * g * (server.x - update.x))

@@ -24,7 +24,6 @@ class Rescale(Rule):
     total: float = 0.0  # sum of them
 
     def __call__(self, server: Server, update: Update, g: NDArray) -> NDArray:
-        """See ``Rule``."""
         s = 1.0 / server.speed(update.worker)
         self.total += s - self.seconds.get(update.worker, 0.0)
         self.seconds[update.worker] = s

@@ -20,7 +20,6 @@ class Ringmaster(Algorithm):
         self.newest: dict[int, int] = {}  # worker -> step of its newest job
 
     def start(self, server: Server) -> None:
-        """See ``Algorithm``."""
         for worker in range(server.n):
             self._assign(server, worker)
 
@@ -33,11 +32,9 @@ class Ringmaster(Algorithm):
             self._stop(server)
 
     def lost(self, server: Server, worker: int) -> None:
-        """See ``Algorithm``."""
         self.newest.pop(worker, None)
 
     def joined(self, server: Server, worker: int, lost: int) -> None:
-        """See ``Algorithm``."""
         for _ in range(lost):
             self._assign(server, worker)
 

@@ -30,12 +30,7 @@ from offbeat.runtime.experiment.experiment import (
     with_more,
 )
 from offbeat.runtime.experiment.settings import DEFAULT_STEPS, Evaluate, Stop
-from offbeat.runtime.gossip.replayed import (
-    Replayed,
-    of_peers,
-    peers,
-    read_inputs,
-)
+from offbeat.runtime.gossip.replayed import Replayed, of_peers, peers, read_inputs
 from offbeat.runtime.run import checkpoint
 from offbeat.runtime.run.folders import begun, check_same, check_trace, check_whole
 from offbeat.runtime.run.loop import Loop, uninterrupted

@@ -19,15 +19,23 @@ if TYPE_CHECKING:
 # A palette that readers with any colour vision can tell apart (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 DASHES: tuple[Any, ...] = (
-    "-", (0, (4, 1.6)), (0, (1, 1.6)), (0, (6, 1.6, 1, 1.6)), (0, (9, 3)), (0, (2, 1, 2, 3)),
-    (0, (4, 1.2, 1, 1.2, 1, 1.2)), (0, (7, 1.4, 3, 1.4)),
-)  # fmt: skip
+    "-",
+    (0, (4, 1.6)),
+    (0, (1, 1.6)),
+    (0, (6, 1.6, 1, 1.6)),
+    (0, (9, 3)),
+    (0, (2, 1, 2, 3)),
+    (0, (4, 1.2, 1, 1.2, 1, 1.2)),
+    (0, (7, 1.4, 3, 1.4)),
+)
 WIDTHS = (1.6, 3.0, 0.8)  # of lines, once the dashes are used up
 # What loss is drawn against: a column, what it is called, and its unit.
 AXES = (("time_s", "virtual seconds", 1), ("step", "server steps", 1))
 GOSSIP_AXES = (
-    ("step", "rounds", 1), ("bytes", "megabytes sent", 1e6), ("time_s", "virtual seconds", 1)
-)  # fmt: skip
+    ("step", "rounds", 1),
+    ("bytes", "megabytes sent", 1e6),
+    ("time_s", "virtual seconds", 1),
+)
 TIMELINES = 6  # more are not drawn
 WORKERS_DRAWN = 24
 BARS = 4000  # drawn at most in one timeline
@@ -124,8 +132,10 @@ def legend(figure: Any, axes: Any) -> None:
 def _lines(results: Sequence["Result"]) -> list[dict[str, Any]]:
     """A colour for each method, a dash for each topology and mode."""
     methods = [str(result.experiment.algorithm.spec or id(result)) for result in results]
-    places = [f"{r.experiment.topology and r.experiment.topology.spec} {r.experiment.mode}"
-              for r in results]  # fmt: skip
+    places = [
+        f"{r.experiment.topology and r.experiment.topology.spec} {r.experiment.mode}"
+        for r in results
+    ]
     colours, dashes = list(dict.fromkeys(methods)), list(dict.fromkeys(places))
     return styles(
         [(colours.index(m), dashes.index(p)) for m, p in zip(methods, places, strict=True)]
@@ -238,10 +248,19 @@ def _graph(axes: Any, topology: "Topology", k: int) -> None:
     if topology.directed and len(edges) <= ARROWS:
         for i, j in edges:
             axes.annotate(
-                "", at[j], at[i],
-                arrowprops={"arrowstyle": "-|>", "color": COLOURS[0], "lw": 0.7, "alpha": 0.7,
-                            "shrinkA": 3, "shrinkB": 3, "mutation_scale": 8},
-            )  # fmt: skip
+                "",
+                at[j],
+                at[i],
+                arrowprops={
+                    "arrowstyle": "-|>",
+                    "color": COLOURS[0],
+                    "lw": 0.7,
+                    "alpha": 0.7,
+                    "shrinkA": 3,
+                    "shrinkB": 3,
+                    "mutation_scale": 8,
+                },
+            )
     else:
         lines = LineCollection(list(at[edges]), colors=COLOURS[0], linewidths=0.4 + 2 * weight)
         axes.add_collection(lines)

@@ -235,9 +235,7 @@ def _said(value: Any) -> str:
 
 
 @app.command("list")
-def list_(
-    what: Annotated[str, typer.Argument(help=", ".join(LISTS) + " or data")],
-) -> None:
+def list_(what: Annotated[str, typer.Argument(help=", ".join(LISTS) + " or data")]) -> None:
     """List what can be named."""
     if what == "data":
         for name, about in BUNDLED.items():
@@ -322,10 +320,7 @@ def _prepare_all(experiments: Sequence[Experiment], folder: Path) -> dict[str, P
 
 
 def _go_on(
-    parts: dict[str, Path],
-    folder: Path,
-    experiment: Experiment | None = None,
-    **more: Any,
+    parts: dict[str, Path], folder: Path, experiment: Experiment | None = None, **more: Any
 ) -> None:
     """Run or resume the runs in ``parts``, then report on them; one that diverges stops alone."""
     results: dict[str, api.Result] = {}
@@ -362,9 +357,14 @@ class _bar:
 
     def __init__(self, label: str) -> None:
         self._progress = Progress(
-            TextColumn(f"{label:<18}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-            TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
-        )  # fmt: skip
+            TextColumn(f"{label:<18}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
 
     def __enter__(self) -> api.Progress:
         self._progress.start()

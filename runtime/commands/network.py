@@ -300,9 +300,13 @@ def _peers(status: dict[str, Any]) -> Table:
         )
     for row in status["neighbours"]:
         table.add_row(
-            row["node"], row["where"], row["state"], f"{row['round']:,}",
-            f"{row['silent_s']:.1f}", str(row["waiting"]),
-        )  # fmt: skip
+            row["node"],
+            row["where"],
+            row["state"],
+            f"{row['round']:,}",
+            f"{row['silent_s']:.1f}",
+            str(row["waiting"]),
+        )
     return table
 
 
@@ -374,8 +378,14 @@ def shown(status: dict[str, Any]) -> Table:
     for row in status["workers"]:
         loss = "" if row["loss"] is None else f"{row['loss']:.4g}"
         table.add_row(
-            str(row["worker"]), _plain(row["node"]), _plain(row["where"]), row["state"],
-            f"{row['jobs']:,}", f"{row['jobs_s']:.4g}", f"{row['staleness']:.0f}", loss,
+            str(row["worker"]),
+            _plain(row["node"]),
+            _plain(row["where"]),
+            row["state"],
+            f"{row['jobs']:,}",
+            f"{row['jobs_s']:.4g}",
+            f"{row['staleness']:.0f}",
+            loss,
             f"{row['bytes_s'] / 1e6:.3g}",
-        )  # fmt: skip
+        )
     return table

@@ -58,9 +58,14 @@ def study(
     try:
         with _Bar(made.name) as progress:
             cells = studies.run(
-                made, folder, jobs=jobs, engine=engine, retry=retry, folders=folders,
+                made,
+                folder,
+                jobs=jobs,
+                engine=engine,
+                retry=retry,
+                folders=folders,
                 progress=progress,
-            )  # fmt: skip
+            )
     except KeyboardInterrupt:
         done = len(read_cells(folder))
         _say(f"interrupted; {done:,} runs are done and stay; go on with the same command")
@@ -147,10 +152,15 @@ class _Bar:
 
     def __init__(self, label: str) -> None:
         self._progress = Progress(
-            TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("[red]{task.fields[failed]}"), console=console, transient=True,
+            TextColumn(label),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("[red]{task.fields[failed]}"),
+            console=console,
+            transient=True,
             disable=not console.is_terminal,
-        )  # fmt: skip
+        )
 
     def __enter__(self) -> studies.Progress:
         self._progress.start()

@@ -25,13 +25,11 @@ class FarmedWork:
         self._serials = count()
 
     def keep(self, n: int, x: NDArray) -> Kept:
-        """See ``Work``."""
         return self._keep(n, x)
 
     def update(
         self, task: Task, x: NDArray, worker: NDArray, draw: NDArray, steps: NDArray, kept: Kept
     ) -> tuple[NDArray, NDArray]:
-        """See ``Work``."""
         orders = {}
         for row, *job in zip(x, worker.tolist(), draw.tolist(), steps.tolist(), strict=True):
             i, drawn, many = job

@@ -51,7 +51,6 @@ class Facade:
         self._server.apply(step)
 
     def assign(self, worker: int, like: Any = None, *, at: Any = None, **job: Any) -> None:
-        """See ``Server``."""
         if at is not None or like is not None:
             job["at"] = np.array(like.x if at is None else at)
         self._server.assign(worker, like, **job)

@@ -89,13 +89,11 @@ class JobSource:
 
     @property
     def over(self) -> bool:
-        """See ``Source``."""
         if self._failure is not None:
             raise self._failure
         return self._ended
 
     def next(self, patience_s: float | None) -> JobRequest | None:
-        """See ``Source``."""
         began_s = time.monotonic()
         remind_s = began_s + FIRST_S
         with self._changed:
@@ -130,7 +128,6 @@ class JobSource:
         return False
 
     def answer(self, order: JobRequest, answer: JobResult) -> None:
-        """See ``Source``."""
         self._taken = None
         self._answered(answer)
 

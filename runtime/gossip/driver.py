@@ -333,7 +333,6 @@ class GossipDriver(Loop, Generic[P]):
         return state
 
     def restore(self, state: dict[str, Any]) -> None:
-        """See ``Loop``."""
         self._started = True
         for key, value in state["counters"].items():
             setattr(self, key, value)

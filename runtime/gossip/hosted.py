@@ -295,9 +295,15 @@ class NodeLoop:
         kind, *what = event
         self._rests = False
         handlers: dict[str, Callable[..., None]] = {
-            "mail": self._mail, "post": self._post_now, "done": self._done, "tell": self._tell,
-            "ask": self._answer, "end": self._end, "came": self._came, "fail": self._fail,
-        }  # fmt: skip
+            "mail": self._mail,
+            "post": self._post_now,
+            "done": self._done,
+            "tell": self._tell,
+            "ask": self._answer,
+            "end": self._end,
+            "came": self._came,
+            "fail": self._fail,
+        }
         with self._lock:  # a report is of a moment between two events
             handlers[kind](*what)
 

@@ -66,11 +66,9 @@ class GossipLoop(Loop):
         return self.records.arrivals * self.work.steps
 
     def facts(self) -> dict[str, Any]:
-        """See ``Loop``."""
         return {key: getattr(self, key) for key in COUNTS}
 
     def close(self) -> None:
-        """See ``Loop``."""
         if isinstance(self.work, FarmedWork):
             self.work.crew.close()
 

@@ -73,18 +73,15 @@ class PairNode:
         raise AttributeError(f"the node has no {field} yet")
 
     def mix(self, channel: str) -> NDArray:
-        """See ``Node``."""
         got, self._channels.got[channel] = self._channels.got[channel], NOTHING
         return got
 
     def publish(self, channel: str, value: NDArray) -> NDArray:
-        """See ``Node``."""
         said, size = self._say(channel, value)
         self._channels.value[channel], self._channels.size[channel] = said, size
         return said
 
     def average(self, channel: str) -> NDArray:
-        """See ``Node``."""
         return self._channels.value[channel] + self.mix(channel)
 
     pushed, push = mix, publish
@@ -123,9 +120,17 @@ class Pairs(GossipLoop):
         **around: Any,
     ) -> None:
         super().__init__(
-            task, method, topology, fleet, timing, records,
-            seed=seed, work=work, asynchronous=True, **around,
-        )  # fmt: skip
+            task,
+            method,
+            topology,
+            fleet,
+            timing,
+            records,
+            seed=seed,
+            work=work,
+            asynchronous=True,
+            **around,
+        )
         self.seed = seed
         x = np.broadcast_to(task.initial(seed) if initial is None else initial, (self.n, task.dim))
         self.channels = [Channels(method.channels) for _ in range(self.n)]
@@ -168,7 +173,6 @@ class Pairs(GossipLoop):
         return self._models().mean(axis=0)
 
     def facts(self) -> dict[str, Any]:
-        """See ``Loop``."""
         told = super().facts()
         if len(self.ages) <= MOST_EDGES:
             told["edges"] = [
@@ -490,7 +494,6 @@ class Pairs(GossipLoop):
     )
 
     def state(self) -> dict[str, Any]:
-        """See ``Loop``."""
         return {
             "x": self.x,
             "gradients": self.gradients,
@@ -501,7 +504,6 @@ class Pairs(GossipLoop):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """See ``Loop``."""
         self._started = True
         for key, tree in state["state"].items():
             setattr(self, key, trees.load(getattr(self, key), tree))

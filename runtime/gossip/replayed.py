@@ -50,7 +50,6 @@ class RecordedClock(Clock):
         self._times = _times(trace)
 
     def finish(self, worker: int, number: int, start_s: float, steps: int = 1) -> float:
-        """See ``Clock``."""
         return self._times.get((worker, number), (0.0, np.inf, 0.0))[1]
 
 
@@ -64,7 +63,6 @@ class RecordedTiming(Timing):
     def plan(
         self, worker: int, number: int, assigned_s: float, free_s: float, steps: int = 1
     ) -> tuple[float, float, float]:
-        """See ``Timing``."""
         never = max(assigned_s, free_s), np.inf, np.inf
         return self._times.get((worker, number), never)
 
@@ -179,7 +177,6 @@ class Replayed(Loop):
         return np.stack([self.nodes[i].model for i in sorted(self.nodes)])
 
     def facts(self) -> dict[str, Any]:
-        """See ``Loop``."""
         return {key: sum(node.counts[key] for node in self.nodes.values()) for key in COUNTS}
 
     def _start(self) -> None:

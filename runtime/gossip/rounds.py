@@ -60,9 +60,17 @@ class Rounds(GossipLoop):
         **around: Any,
     ) -> None:
         super().__init__(
-            task, method, topology, fleet, timing, records,
-            seed=seed, work=work, asynchronous=False, **around,
-        )  # fmt: skip
+            task,
+            method,
+            topology,
+            fleet,
+            timing,
+            records,
+            seed=seed,
+            work=work,
+            asynchronous=False,
+            **around,
+        )
         self._windows = fleet.windows() if self.network.dropping else {}
         self._reach: NDArray | None = None  # [n], who must hear every message
         if replicas == "global" and not self.network.fixed and not method.exact:
@@ -233,7 +241,6 @@ class Rounds(GossipLoop):
     _COUNTERS = ("round", *COUNTS, "_next_step", "_next_s", "_next_gradients")
 
     def state(self) -> dict[str, Any]:
-        """See ``Loop``."""
         return {
             "x": self.x,
             "gradients": self.gradients,
@@ -246,7 +253,6 @@ class Rounds(GossipLoop):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """See ``Loop``."""
         self._started = True
         self.node.restore(state["node"])
         self._kept = state["kept"]

@@ -165,7 +165,6 @@ class Wire(ABC):
         """See ``Node``, or what arrived of what was pushed."""
 
     def average(self) -> NDArray:
-        """See ``Node``."""
         return self.value + self.mix()
 
     value: Any
@@ -204,7 +203,6 @@ class Broadcast(Wire):
         self._now: Any = None
 
     def start(self, value: NDArray) -> None:
-        """See ``Wire``."""
         if self._channel.memory or self._exact:
             self.value = value if self._exact else value.copy()
             if self._channel.damping < 1:
@@ -213,7 +211,6 @@ class Broadcast(Wire):
             self.publish(value)
 
     def publish(self, value: NDArray) -> NDArray:
-        """See ``Node``."""
         if self._exact:
             self.value = value
             self.sizes = HEADER + value[0].nbytes
@@ -224,9 +221,14 @@ class Broadcast(Wire):
             h = np.zeros_like(value)
         apart = value - h if self._channel.memory else value
         q, self.sizes[:] = compress(
-            self._compressor, apart, self._seed, self._name, np.arange(len(value)), self.count,
+            self._compressor,
+            apart,
+            self._seed,
+            self._name,
+            np.arange(len(value)),
+            self.count,
             own=len(value) <= OWN_STREAM,
-        )  # fmt: skip
+        )
         self.count += 1
         if not self._channel.memory:
             self.value = q
@@ -239,12 +241,10 @@ class Broadcast(Wire):
         return self.value
 
     def exchange(self, now: RoundGraph) -> NDArray:
-        """See ``Wire``."""
         self._now = now
         return now.alike(self.sizes) if isinstance(self.sizes, int) else self.sizes * now.out
 
     def mix(self) -> NDArray:
-        """See ``Node``."""
         if self.value is None:
             return NOTHING
         mixed = self.average()
@@ -252,7 +252,6 @@ class Broadcast(Wire):
         return mixed
 
     def average(self) -> NDArray:
-        """See ``Node``."""
         return self._product(self._now.matrix, self.value)
 
 
@@ -299,12 +298,10 @@ class PerEdge(Wire):
         self.mixed: Any = NOTHING  # [n, d]
 
     def publish(self, value: NDArray) -> NDArray:
-        """See ``Node``."""
         self.value = value
         return value
 
     def exchange(self, now: RoundGraph) -> NDArray:
-        """See ``Wire``."""
         if self.value is None:
             return np.zeros_like(now.out)
         n, d = self.value.shape
@@ -334,7 +331,6 @@ class PerEdge(Wire):
         return sizes
 
     def mix(self) -> NDArray:
-        """See ``Node``."""
         return self.mixed
 
 
@@ -350,12 +346,10 @@ class Shares(Wire):
         self.arrived: Any = None  # [n, d]
 
     def publish(self, value: NDArray) -> NDArray:
-        """See ``Node``."""
         self.value = value
         return value
 
     def exchange(self, now: RoundGraph) -> NDArray:
-        """See ``Wire``."""
         sizes = (HEADER + self.value[0].nbytes) * now.out
         if not self._lossy:
             self.arrived = self._product(now.matrix, self.value)
@@ -394,11 +388,9 @@ class Stacked:
         raise AttributeError(f"the node has no {field} yet")
 
     def mix(self, channel: str) -> NDArray:
-        """See ``Node``."""
         return self._wires[channel].mix()
 
     def publish(self, channel: str, value: NDArray) -> NDArray:
-        """See ``Node``."""
         wire = self._wires[channel]
         if self._starting:
             wire.start(value)
@@ -406,15 +398,12 @@ class Stacked:
         return wire.publish(value)
 
     def average(self, channel: str) -> NDArray:
-        """See ``Node``."""
         return self._wires[channel].average()
 
     def push(self, channel: str, value: NDArray) -> None:
-        """See ``Node``."""
         self._wires[channel].publish(value)
 
     def pushed(self, channel: str) -> NDArray:
-        """See ``Node``."""
         return self._wires[channel].mix()
 
     def exchange(self, now: RoundGraph) -> NDArray:

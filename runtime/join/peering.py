@@ -103,7 +103,6 @@ class LoopSource(JobSource):
             raise StorageError(f"{folder}: cannot be written ({error.strerror})") from None
 
     def start(self) -> None:
-        """See ``Source``."""
         if self._over:
             log.warning("%s", self._over)
             self.end()

@@ -94,7 +94,6 @@ class PairingNode(GossipNode):
 
     @property
     def quiet(self) -> bool:
-        """See ``GossipNode``."""
         idle = all(exchange.is_ == IDLE for exchange in self.exchanges.values())
         return self.begun and self.job is None and self.round >= self.limit and idle
 
@@ -127,9 +126,11 @@ class PairingNode(GossipNode):
         return effects
 
     def _received(self, frm: int, kind: str, number: int, items: Sequence[Item]) -> list[Effect]:
-        handlers = {SHARES: self._shared, GOT: self._taken} if self.method.pushes else {
-            OFFER: self._offered, ANSWER: self._answered, CONFIRM: self._confirmed
-        }  # fmt: skip
+        handlers = (
+            {SHARES: self._shared, GOT: self._taken}
+            if self.method.pushes
+            else {OFFER: self._offered, ANSWER: self._answered, CONFIRM: self._confirmed}
+        )
         if kind not in handlers:
             raise PeerError(f'node {frm} sent "{kind}", which no asynchronous node sends')
         if self._link(frm).is_ != OPEN or number < self._link(frm).since:

@@ -154,7 +154,6 @@ class Values(End):
             self.publish(value)
 
     def publish(self, value: NDArray) -> NDArray:
-        """See ``Node``."""
         if self._squeeze is None:
             self.value = self.frame = value
         else:
@@ -163,11 +162,9 @@ class Values(End):
         return self.value
 
     def send(self, links: LocalView, anew: Sequence[int]) -> dict[int, Item]:
-        """See ``End``."""
         return dict.fromkeys(links.hears, self.frame)
 
     def receive(self, links: LocalView, got: Mapping[int, Read]) -> None:
-        """See ``End``."""
         if self.value is None:
             return
         total = NOTHING
@@ -198,11 +195,9 @@ class Public(End):
         self.copies: dict[int, Any] = {}
 
     def start(self, value: NDArray) -> None:
-        """See ``End``."""
         self.h = self.first = value
 
     def publish(self, value: NDArray) -> NDArray:
-        """See ``Node``."""
         if self.h is None:
             self.h = np.zeros_like(value)
         self.q, self.frame = self._squeeze(value - self.h, self.count)
@@ -210,14 +205,12 @@ class Public(End):
         return self.h + self.q
 
     def send(self, links: LocalView, anew: Sequence[int]) -> dict[int, Item]:
-        """See ``End``."""
         sent: dict[int, Item] = dict.fromkeys(links.hears, self.frame)
         if self.q is not None:
             sent |= {j: self.h + self._damping * self.q for j in anew}
         return sent
 
     def receive(self, links: LocalView, got: Mapping[int, Read]) -> None:
-        """See ``End``."""
         total = NOTHING if self.q is None else np.zeros_like(self.q)
         for j, weight in links.takes.items():
             q, whole = got[j]
@@ -236,7 +229,6 @@ class Public(End):
             self.q = self.frame = None
 
     def close(self, j: int) -> None:
-        """See ``End``."""
         super().close(j)
         self.copies[j] = NOTHING
 
@@ -253,12 +245,10 @@ class Copies(End):
         self.sent: dict[int, NDArray] = {}  # their copies after the messages that are on their way
 
     def publish(self, value: NDArray) -> NDArray:
-        """See ``Node``."""
         self.value = value
         return value
 
     def send(self, links: LocalView, anew: Sequence[int]) -> dict[int, Item]:
-        """See ``End``."""
         items: dict[int, Item] = dict.fromkeys(links.hears)
         if self.value is None:
             return items
@@ -273,7 +263,6 @@ class Copies(End):
         return items
 
     def receive(self, links: LocalView, got: Mapping[int, Read]) -> None:
-        """See ``End``."""
         sent, self.sent = self.sent, {}
         for j in links.takes:
             q, whole = got[j]
@@ -293,7 +282,6 @@ class Copies(End):
         self._back(total)
 
     def close(self, j: int) -> None:
-        """See ``End``."""
         super().close(j)
         for table in (self.out, self.back, self.sent):
             table.pop(j, None)
@@ -308,18 +296,15 @@ class Totals(End):
         self.taken: dict[int, NDArray] = {}
 
     def publish(self, value: NDArray) -> NDArray:
-        """See ``Node``."""
         self.value = value
         return value
 
     def send(self, links: LocalView, anew: Sequence[int]) -> dict[int, Item]:
-        """See ``End``."""
         for j, share in links.shares.items():
             self.given[j] = self.given.get(j, NOTHING) + share * self.value
         return {j: self.given[j] for j in links.hears}
 
     def receive(self, links: LocalView, got: Mapping[int, Read]) -> None:
-        """See ``End``."""
         self.mixed = links.own * self.value
         for j in links.takes:
             total = got[j].value
@@ -327,7 +312,6 @@ class Totals(End):
             self.taken[j] = total
 
     def fresh(self, j: int) -> None:
-        """See ``End``."""
         self.given.pop(j, None)
         self.taken.pop(j, None)
 
@@ -379,18 +363,15 @@ class NodeChannels:
         return squeeze
 
     def mix(self, channel: str) -> NDArray:
-        """See ``Node``."""
         return self._ends[channel].mix()
 
     def publish(self, channel: str, value: NDArray) -> NDArray:
-        """See ``Node``."""
         if self._starting:
             self._ends[channel].start(value)
             return value
         return self._ends[channel].publish(value)
 
     def average(self, channel: str) -> NDArray:
-        """See ``Node``."""
         end = self._ends[channel]
         return end.value + end.mix()
 

@@ -77,10 +77,7 @@ class Network:
                 f"{name} needs nodes that keep a share of what they have when asynchronous, and "
                 "here the diagonal of the weights is not positive; take lazy weights"
             )
-        troubles = [
-            (self.loss, "messages are lost"),
-            (self.dropping, "nodes sit rounds out"),
-        ]
+        troubles = [(self.loss, "messages are lost"), (self.dropping, "nodes sit rounds out")]
         trouble = next((said for there, said in troubles if there), "")
         if not method.varying and not self.fixed:
             raise ConfigError(

@@ -40,9 +40,14 @@ class RoundNode(GossipNode):
 
     def _make(self, x: NDArray, common: bool) -> None:
         self.node = NodeChannels(
-            self.i, self.n, self.method, x,
-            fixed=self.network.fixed, common=common, seed=self.experiment.seed,
-        )  # fmt: skip
+            self.i,
+            self.n,
+            self.method,
+            x,
+            fixed=self.network.fixed,
+            common=common,
+            seed=self.experiment.seed,
+        )
 
     def _starting(self) -> list[Effect]:
         self.jobs = self.round
@@ -170,7 +175,6 @@ class RoundNode(GossipNode):
 
     @property
     def reached(self) -> int:
-        """See ``GossipNode``."""
         return self.round + (self.now is not None)
 
     def _next(self, j: int) -> int:
@@ -203,7 +207,6 @@ class RoundNode(GossipNode):
 
     @property
     def quiet(self) -> bool:
-        """See ``GossipNode``."""
         return self.begun and self.now is None and self.round >= self.limit
 
     # -- Checkpoints ---------------------------------------------------------------------------

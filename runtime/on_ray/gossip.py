@@ -75,7 +75,6 @@ class GossipActor:
             self._posts |= dict.fromkeys(nodes, post)
 
     def begin(self, now_s: float, limit: float) -> None:
-        """See ``NodeLoop``."""
         self._hosted.begin(now_s, limit)
 
     def deliver(self, parcels: Sequence[Envelope], *large: Any) -> None:
@@ -93,11 +92,9 @@ class GossipActor:
             self._hosted.tell(what, argument)
 
     def ask(self, question: int, what: str) -> None:
-        """See ``NodeLoop``."""
         self._hosted.ask(question, what)
 
     def report(self, wait_s: float) -> NodeReport:
-        """See ``NodeLoop``."""
         return self._hosted.report(wait_s)
 
     def _give(self, i: int, job: Compute) -> None:
@@ -150,7 +147,6 @@ class GossipSlot(Slot):
 
     @property
     def here(self) -> bool:
-        """See ``Slot``."""
         return self.ready is None
 
 
@@ -168,11 +164,7 @@ class RayGossip(GossipDriver[GossipSlot]):
     """
 
     def __init__(
-        self,
-        experiment: "Experiment",
-        options: "Ray",
-        records: Records,
-        **around: Any,
+        self, experiment: "Experiment", options: "Ray", records: Records, **around: Any
     ) -> None:
         devices.check(experiment.task, options.device, here=options.address == "local")
         self._options, self._ray, self._device = options, load(), options.device

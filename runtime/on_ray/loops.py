@@ -98,7 +98,6 @@ class LoopRunner(Runner):
         self.loops = Loops(work, lambda worker, came: self._answers.put(came))
 
     def compute(self, orders: Sequence[JobRequest]) -> list[JobResult]:
-        """See ``Runner``."""
         return [self._one(order) for order in orders]
 
     def _one(self, order: JobRequest) -> JobResult:

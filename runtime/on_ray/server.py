@@ -196,7 +196,6 @@ class RayBackend(ComputeBackend):
     # -- Orders ----------------------------------------------------------------------------------
 
     def submit(self, order: JobRequest) -> None:
-        """See ``ComputeBackend``."""
         seat = self._seat[order.worker]
         if seat.ready is not None:  # nobody is there: it will be submitted again
             return
@@ -244,7 +243,6 @@ class RayBackend(ComputeBackend):
     # -- Answers ---------------------------------------------------------------------------------
 
     def collect(self, timeout_s: float) -> Sequence[ComputeEvent]:
-        """See ``ComputeBackend``."""
         for seat in self._seats:
             while seat.waiting and seat.calls < CALLS:
                 self._call(seat)

@@ -58,9 +58,13 @@ def planned(folder: Path) -> tuple[list[str], Callable[[str], object]]:
     def run(name: str) -> None:
         (experiment,) = shared or read(file)
         PeerProcess(
-            experiment, seats, names.index(name), folder / name,
-            suspect_after_s=plan["suspect_after_s"], watched=True,
-        ).run()  # fmt: skip
+            experiment,
+            seats,
+            names.index(name),
+            folder / name,
+            suspect_after_s=plan["suspect_after_s"],
+            watched=True,
+        ).run()
 
     return names, run
 
@@ -80,7 +84,6 @@ class PeerSlot(Slot):
 
     @property
     def here(self) -> bool:
-        """See ``Slot``."""
         return self.began
 
 
@@ -146,7 +149,6 @@ class ZmqGossip(GossipDriver[PeerSlot]):
         return socket
 
     def _launch(self, states: Mapping[int, dict[str, Any]] | None, now_s: float) -> None:
-        """See ``GossipDriver``."""
         for i, state in (states or {}).items():
             folder = self._folder / self._seats[i].name
             folder.mkdir()
@@ -166,7 +168,6 @@ class ZmqGossip(GossipDriver[PeerSlot]):
     # -- Questions and answers -------------------------------------------------------------------
 
     def _listen(self, timeout_s: float) -> None:
-        """See ``GossipDriver``."""
         end_s = time.monotonic() + timeout_s
         while True:
             now_s = time.monotonic()
@@ -254,7 +255,6 @@ class ZmqGossip(GossipDriver[PeerSlot]):
         chair.told = NodeReport()
 
     def _ask(self, what: str) -> dict[int, Any]:
-        """See ``GossipDriver``."""
         self._questions += 1
         question, asked = self._questions, [chair for chair in self._seats if chair.here]
         who = [(chair, chair.replaced) for chair in asked]

@@ -1,8 +1,8 @@
 """Workers or peers on this machine: one process loads what they need, and forks them.
 
 ``python -m offbeat.runtime.on_zeromq.local HEAVY worker ENDPOINT COUNT KEYS``, or ``... peer
-FOLDER``, is that process; it imports what is HEAVY first.  It ends, and all it began with it, when its
-standard input does: whatever happens to who asked for them, nothing is left behind.
+FOLDER``, is that process; it imports what is HEAVY first.   It ends, and all it began with it,
+when its standard input does: whatever happens to who asked for them, nothing is left behind.
 """
 
 import ctypes

@@ -33,13 +33,7 @@ import zmq
 from threadpoolctl import threadpool_limits
 
 from offbeat.runtime.base import trees
-from offbeat.runtime.base.errors import (
-    ComputeError,
-    ConfigError,
-    PeerError,
-    Refused,
-    StorageError,
-)
+from offbeat.runtime.base.errors import ComputeError, ConfigError, PeerError, Refused, StorageError
 from offbeat.runtime.base.logs import FIRST_S, REMIND_S, Note, Seldom, identify, tell
 from offbeat.runtime.experiment.experiment import Experiment
 from offbeat.runtime.gossip.hosted import Envelope, NodeLoop, NodeReport
@@ -153,13 +147,20 @@ class PeerProcess:
             self._exact = (folder / EXACT).exists()
             self._state, self._notes = self._saved()
             self.mesh = PeerProtocol(
-                hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), text, me,
-                [seat.name for seat in seats], sorted(node.neighbours), spoken,
-                self.liveness, incarnation=self._claim.incarnation,
+                hashlib.blake2b(text.encode(), digest_size=8).hexdigest(),
+                text,
+                me,
+                [seat.name for seat in seats],
+                sorted(node.neighbours),
+                spoken,
+                self.liveness,
+                incarnation=self._claim.incarnation,
                 nonce=random.SystemRandom().randrange(1, mesh.PROCESS),
-                saved=self._state is not None, joins=node.bears, now_s=time.monotonic(),
+                saved=self._state is not None,
+                joins=node.bears,
+                now_s=time.monotonic(),
                 resend_s=sockets.PIECE_S,
-            )  # fmt: skip
+            )
             run, incarnation = self.mesh.run, self.mesh.incarnation
             identify(run=run, node=self.seat.name, incarnation=incarnation)
             self._open(bind, keys_folder, descriptor)
@@ -352,10 +353,15 @@ class PeerProcess:
             return
         state = self._state if how == mesh.RESTORE else None
         self._hosted = hosted = NodeLoop(
-            self.experiment, [self.me], self._carry, incarnation=self.mesh.incarnation,
-            joining=how == mesh.JOIN, refuse=self._refuse, elsewhere=self.elsewhere,
+            self.experiment,
+            [self.me],
+            self._carry,
+            incarnation=self.mesh.incarnation,
+            joining=how == mesh.JOIN,
+            refuse=self._refuse,
+            elsewhere=self.elsewhere,
             states=None if state is None else {self.me: state["node"]},
-        )  # fmt: skip
+        )
         if not self._watched:
             if self._state is not None:
                 self.records.restore(self._state["records"])

@@ -182,9 +182,15 @@ class ZmqBackend(ComputeBackend):
                 keys.as_server(self._socket, own)
             self._descriptor = self._socket.fileno()  # to ask for it takes as long as a message
             self._hub = ServerProtocol(
-                self._claim.run, text, spoken, experiment.fleet.workers,
-                self._claim.incarnation, liveness, version("offbeat"), sockets.PIECE_S,
-            )  # fmt: skip
+                self._claim.run,
+                text,
+                spoken,
+                experiment.fleet.workers,
+                self._claim.incarnation,
+                liveness,
+                version("offbeat"),
+                sockets.PIECE_S,
+            )
             if options.metrics:
                 self._exporter = Exporter(options.metrics, SERVER)
             self._guard.watch(self._socket, sockets.FAILED)
@@ -267,17 +273,14 @@ class ZmqBackend(ComputeBackend):
     # -- ComputeBackend ------------------------------------------------------------------------
 
     def submit(self, order: JobRequest) -> None:
-        """See ``ComputeBackend``."""
         self._hub.submit(order, time.monotonic())
         self._send()
 
     def cancel(self, serial: int) -> None:
-        """See ``ComputeBackend``."""
         self._hub.cancel(serial, time.monotonic())
         self._send()
 
     def collect(self, timeout_s: float) -> Sequence[ComputeEvent]:
-        """See ``ComputeBackend``."""
         hub, descriptor = self._hub, [self._descriptor]
         end_s = time.monotonic() + timeout_s
         while True:
@@ -305,11 +308,9 @@ class ZmqBackend(ComputeBackend):
         self._claim.check()
 
     def ended(self, reason: str) -> None:
-        """See ``ComputeBackend``."""
         self._done = reason != "interrupted"
 
     def close(self) -> None:
-        """See ``ComputeBackend``."""
         if self._context.closed:
             return
         if hasattr(self, "_hub"):

@@ -79,8 +79,9 @@ class Worker:
         nonce = random.SystemRandom().randrange(1, 2**52)
         self.name = self.own.name if self.own else name or f"{where}:{nonce % 16**4:04x}"
         identify(node=self.name)
-        self.spoke = WorkerProtocol(self.name, nonce, version("offbeat"), where, time.monotonic(),
-                           sockets.PIECE_S)  # fmt: skip
+        self.spoke = WorkerProtocol(
+            self.name, nonce, version("offbeat"), where, time.monotonic(), sockets.PIECE_S
+        )
         self._context = zmq.Context()
         self._leaving = False
         self._computing = False

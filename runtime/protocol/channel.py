@@ -43,12 +43,7 @@ class ReliableChannel(Generic[T]):
     """
 
     def __init__(
-        self,
-        *,
-        resend_s: float,
-        ack_s: float = 0.05,
-        window: int = WINDOW,
-        most: int = MOST_QUEUED,
+        self, *, resend_s: float, ack_s: float = 0.05, window: int = WINDOW, most: int = MOST_QUEUED
     ) -> None:
         self.window, self._most, self._share = window, most, window // ACK_SHARE
         self._first_s, self._ack_s = resend_s, ack_s

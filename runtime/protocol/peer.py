@@ -59,9 +59,7 @@ from offbeat.runtime.protocol.wire import (
     pack,
     parcels,
 )
-from offbeat.runtime.protocol.wire import (
-    Counter as Natural,
-)
+from offbeat.runtime.protocol.wire import Counter as Natural
 
 PROCESS = 2**20  # processes of one incarnation are told apart by a number below this,
 RESETS = 2**16  # and each gives a link up less often than that
@@ -562,9 +560,14 @@ class PeerProtocol:
         n.beat_s = now_s + (self.liveness.tick_s if often else self.liveness.heartbeat_s)
         self._beats += 1
         body = Beat(
-            self._beats, n.theirs, n.before, self.hears(n, now_s), self.standing,
-            bool(n.since) and process(n.since) == process(n.theirs), self.round,
-        )  # fmt: skip
+            self._beats,
+            n.theirs,
+            n.before,
+            self.hears(n, now_s),
+            self.standing,
+            bool(n.since) and process(n.since) == process(n.theirs),
+            self.round,
+        )
         (parcel,) = parcels("beat", body)
         n.link.owes(np.inf)  # the beat says it
         self._post(n, parcel, 0)
@@ -577,7 +580,12 @@ class PeerProtocol:
 
     def _post(self, n: Neighbour, parcel: Any, sequence: int) -> None:
         frames = pack(
-            parcel, run=self.run, node=self.name, incarnation=n.mine, to=n.theirs,
-            sequence=sequence, acknowledged=n.link.acknowledged,
-        )  # fmt: skip
+            parcel,
+            run=self.run,
+            node=self.name,
+            incarnation=n.mine,
+            to=n.theirs,
+            sequence=sequence,
+            acknowledged=n.link.acknowledged,
+        )
         self.outbox.append((n.number, parcel.kind == "beat", frames))

@@ -7,13 +7,7 @@ are derived from.
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
-from offbeat.runtime.base.errors import (
-    ConfigError,
-    OldIncarnation,
-    StaleJob,
-    UnknownJob,
-    WrongNode,
-)
+from offbeat.runtime.base.errors import ConfigError, OldIncarnation, StaleJob, UnknownJob, WrongNode
 from offbeat.runtime.protocol.channel import WINDOW
 
 MOST_OFFENCES = 10  # messages that cannot be right, before a node is cut off

@@ -133,7 +133,6 @@ class ServerProtocol:
         self._tell(seat, "work", body, now_s, arrays)
 
     def cancel(self, serial: int, now_s: float) -> None:
-        """See ``Crew``."""
         self._orders.pop(serial, None)
         self._opinions.pop(serial, None)
         if (taken := self.jobs.cancel(serial)) is None:
@@ -283,9 +282,13 @@ class ServerProtocol:
             self.counts["joined"] += 1
         self.seats[head.node].at(address, now_s)
         welcome = say.Welcome(
-            hello.nonce, member.incarnation, member.slot, self.liveness.suspect_after_s,
-            self._experiment, self._manifest,
-        )  # fmt: skip
+            hello.nonce,
+            member.incarnation,
+            member.slot,
+            self.liveness.suspect_after_s,
+            self._experiment,
+            self._manifest,
+        )
         self._post(address, "welcome", welcome, 0)
 
     def _misnamed(self, address: bytes, node: str, head: Header, hello: say.Hello) -> None:
@@ -392,9 +395,10 @@ class ServerProtocol:
             self.events.append(answer)
             return
         others = [
-            s for s in self._slots if s is not None and s is not seat
-            and not self.roster.suspects(s.member, now_s)
-        ]  # fmt: skip
+            s
+            for s in self._slots
+            if s is not None and s is not seat and not self.roster.suspects(s.member, now_s)
+        ]
         if self._keeping or not others:  # nobody else could
             self.events.append(answer)
             return
@@ -531,6 +535,11 @@ class ServerProtocol:
 
     def _packed(self, parcel: Frames, to: int, acknowledged: int, sequence: int = 0) -> list[Any]:
         return pack(
-            parcel, run=self.run, node=SERVER, incarnation=self.incarnation, to=to,
-            sequence=sequence, acknowledged=acknowledged,
-        )  # fmt: skip
+            parcel,
+            run=self.run,
+            node=SERVER,
+            incarnation=self.incarnation,
+            to=to,
+            sequence=sequence,
+            acknowledged=acknowledged,
+        )

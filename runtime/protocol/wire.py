@@ -179,9 +179,17 @@ def pack(
 ) -> list[Any]:
     """The frames of a message."""
     head = Header(
-        VERSION, run, node, incarnation, to, sequence, acknowledged,
-        parcel.kind, parcel.arrays, parcel.body,
-    )  # fmt: skip
+        VERSION,
+        run,
+        node,
+        incarnation,
+        to,
+        sequence,
+        acknowledged,
+        parcel.kind,
+        parcel.arrays,
+        parcel.body,
+    )
     return [_encode(head), *parcel.frames]
 
 

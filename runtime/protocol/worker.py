@@ -309,9 +309,16 @@ class WorkerProtocol:
         link = self._link
         for sequence, parcel in link.out(now_s):
             self.outbox.append(
-                pack(parcel, run=self.run, node=self.node, incarnation=self.incarnation,
-                     to=self.server, sequence=sequence, acknowledged=link.acknowledged)
-            )  # fmt: skip
+                pack(
+                    parcel,
+                    run=self.run,
+                    node=self.node,
+                    incarnation=self.incarnation,
+                    to=self.server,
+                    sequence=sequence,
+                    acknowledged=link.acknowledged,
+                )
+            )
         if link.owes(now_s):
             self._pulsate()
 
@@ -319,7 +326,10 @@ class WorkerProtocol:
         (parcel,) = parcels(kind, body)
         greeting = kind == "hello"
         return pack(
-            parcel, run=self.run, node=self.node,
-            incarnation=0 if greeting else self.incarnation, to=0 if greeting else self.server,
+            parcel,
+            run=self.run,
+            node=self.node,
+            incarnation=0 if greeting else self.incarnation,
+            to=0 if greeting else self.server,
             acknowledged=acknowledged,
-        )  # fmt: skip
+        )

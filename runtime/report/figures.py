@@ -131,9 +131,13 @@ def _targets(plt: Any, data: dict[str, Any]) -> Any:
         return None
     wide = [measure for measure in keys if measure["key"] != "gradients_to_target"]
     figure, panels = plt.subplots(
-        1, len(wide), figsize=(2.5 + 2.6 * len(wide), 1.1 + 0.19 * len(shown)), squeeze=False,
-        sharey=True, layout="constrained",
-    )  # fmt: skip
+        1,
+        len(wide),
+        figsize=(2.5 + 2.6 * len(wide), 1.1 + 0.19 * len(shown)),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
+    )
     for axes, measure in zip(panels[0], wide, strict=True):
         unit, middles = measure.get("unit", 1), []
         for place, (setting, _, line) in enumerate(shown):
@@ -214,9 +218,12 @@ def _timeline(plt: Any, data: dict[str, Any]) -> Any:
                 for worker in {s[1] for s in mine}:
                     bars = [(s[2], s[3] - s[2]) for s in mine if s[1] == worker]
                     axes.broken_barh(
-                        bars, (worker + start, height), facecolors=colours[kind], lw=0,
+                        bars,
+                        (worker + start, height),
+                        facecolors=colours[kind],
+                        lw=0,
                         alpha=0.55 if odd and not kind else 1.0,
-                    )  # fmt: skip
+                    )
             if axes is panels[0, 0]:
                 axes.plot([], [], color=colours[kind], lw=5, label=name)
         axes.set(xlim=(0, one["until_s"]), ylim=(one["workers"] - 0.4, -0.6), ylabel="worker")
@@ -253,9 +260,11 @@ def _graphs(plt: Any, data: dict[str, Any]) -> Any:
         axes.add_collection(LineCollection(lines, colors="0.6", linewidths=0.6))
         colour = {"c": np.log10(frame["loss"]), "cmap": "cividis"} if "loss" in frame else {}
         drawn = axes.scatter(
-            *at.T, s=float(np.clip(1200 / one["n"], 6, 60)), zorder=3,
+            *at.T,
+            s=float(np.clip(1200 / one["n"], 6, 60)),
+            zorder=3,
             **(colour or {"color": COLOURS[0]}),
-        )  # fmt: skip
+        )
         if colour:
             figure.colorbar(drawn, ax=axes, shrink=0.5, label="log10 of the loss")
         axes.set_title(f"{one['name']}\ngap {one['gap']:.3g}", fontsize=8)

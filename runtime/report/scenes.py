@@ -106,10 +106,13 @@ def graphs(
         last = [k % topology.period if topology.period else k for k in last]
         used = sorted(set(last))
         frames = [
-            {"edges": used.index(k), "loss": _short(row["node_loss"]),
-             "said": f"after round {row['step']:,}, at {row['time_s']:,.6g} s"}
+            {
+                "edges": used.index(k),
+                "loss": _short(row["node_loss"]),
+                "said": f"after round {row['step']:,}, at {row['time_s']:,.6g} s",
+            }
             for k, row in zip(last, rows, strict=True)
-        ]  # fmt: skip
+        ]
     else:
         used = list(range(min(length, FRAMES)))
         said = "every round" if length == 1 else "round {} of {}".format("{}", length)

@@ -126,7 +126,6 @@ def make_server(folder: Path, port: int, every_s: float) -> ThreadingHTTPServer:
         """Answers with the report as it is now."""
 
         def do_GET(self) -> None:
-            """See ``BaseHTTPRequestHandler``."""
             # A name that leads here from a page elsewhere (DNS rebinding) is not ours.
             name = self.headers.get("Host", "").rsplit(":", 1)[0]
             if name not in (HOST, "localhost"):

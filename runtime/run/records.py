@@ -110,11 +110,7 @@ class Records:
     """
 
     def __init__(
-        self,
-        fleet: Fleet,
-        folder: Path | None,
-        trace: bool = True,
-        nodes: bool = False,
+        self, fleet: Fleet, folder: Path | None, trace: bool = True, nodes: bool = False
     ) -> None:
         self.nodes = nodes
         self.done = np.zeros(fleet.workers, np.int64)  # results of each worker

@@ -172,18 +172,15 @@ class Engine(Loop):
         return {"concurrency": workers.peak, **workers.facts()}
 
     def run(self) -> tuple[str, dict[str, float]]:
-        """See ``Loop``."""
         keep_freed()  # every step makes a new model: jobs in flight hold the one before
         reason, final = super().run()
         self.workers.ended(reason)
         return reason, final
 
     def close(self) -> None:
-        """See ``Loop``."""
         self.workers.close()
 
     def outstanding(self) -> list[int]:
-        """See ``Loop``."""
         return [job.step for job in self.workers.jobs()]
 
     def _start(self) -> None:
@@ -218,9 +215,16 @@ class Engine(Loop):
                 if event.loss != event.loss:
                     self._diverged(event)
                 rows.append(
-                    (event.time_s, event.worker, event.number, event.step, server.step,
-                     event.start_s, event.end_s)
-                )  # fmt: skip
+                    (
+                        event.time_s,
+                        event.worker,
+                        event.number,
+                        event.step,
+                        server.step,
+                        event.start_s,
+                        event.end_s,
+                    )
+                )
                 if own:
                     event.x = event.x.copy()  # others may compute at it yet
                 arrive(facade, event)

@@ -57,20 +57,16 @@ class RemoteWorkers(VirtualWorkers):
         return super().facts() | {"failures": self.failures, "restarts": self.restarts}
 
     def ended(self, reason: str) -> None:
-        """See ``ComputeBackend``."""
         self.crew.ended(reason)
 
     def state(self) -> dict[str, Any]:
-        """See ``VirtualWorkers``."""
         self.crew.saving()
         return super().state()
 
     def close(self) -> None:
-        """See ``VirtualWorkers``."""
         self.crew.close()
 
     def take(self, worker: int, x: NDArray, step: int, more: More | None = None) -> None:
-        """See ``VirtualWorkers``."""
         super().take(worker, x, step, more)
         self._send()
 
@@ -208,11 +204,9 @@ class LiveWorkers(RemoteWorkers):
         return self._before_s + (time.monotonic() - self._began_s) / self._pace
 
     def reach(self, mark_s: float) -> None:
-        """See ``VirtualWorkers``."""
         self.now_s = max(self.now_s, min(mark_s, self.clock_s()))
 
     def idle(self) -> bool:
-        """See ``VirtualWorkers``."""
         return super().idle() and not (self._sent or self._came or self._without)
 
     def pop(self, before_s: float) -> Job | Left | Joined | Timer | TraceNote | None:

@@ -507,12 +507,15 @@ class VirtualWorkers:
             "jobs": [
                 {
                     "model": at[id(job.x)],
-                    **{key: getattr(job, key) for key in Job.__slots__
-                       if key not in ("x", "dropped") and hasattr(job, key)},
+                    **{
+                        key: getattr(job, key)
+                        for key in Job.__slots__
+                        if key not in ("x", "dropped") and hasattr(job, key)
+                    },
                 }
                 for job in jobs
             ],
-        }  # fmt: skip
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from what ``state`` answered."""

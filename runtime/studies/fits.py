@@ -44,9 +44,14 @@ def against(
     graphs |= {at for at, key in enumerate(keys) if key == "fleet.workers"}
     if series := _series(rows, axes, settings, colour, graphs, gap, "steps_to_target"):
         made.append(
-            {"id": "gap", "title": "Rounds to the target against the spectral gap",
-             "x": "spectral gap", "y": "rounds to the target", "series": series}
-        )  # fmt: skip
+            {
+                "id": "gap",
+                "title": "Rounds to the target against the spectral gap",
+                "x": "spectral gap",
+                "y": "rounds to the target",
+                "series": series,
+            }
+        )
     for at, axis in enumerate(axes):
         if metric is None or at == colour or len(axis["values"]) < 2:
             continue
@@ -57,10 +62,14 @@ def against(
         x_of = partial(lambda at, numbers, s: numbers[settings[s]["at"][at]], at, numbers)
         if series := _series(rows, axes, settings, colour, {at}, x_of, "floor"):
             made.append(
-                {"id": f"floor-{at}", "title": f"What is left against {axis['label']}",
-                 "x": axis["label"], "y": f"{word(metric)}, mean of the last fifth",
-                 "series": series}
-            )  # fmt: skip
+                {
+                    "id": f"floor-{at}",
+                    "title": f"What is left against {axis['label']}",
+                    "x": axis["label"],
+                    "y": f"{word(metric)}, mean of the last fifth",
+                    "series": series,
+                }
+            )
     return made
 
 
@@ -91,10 +100,18 @@ def _series(
         rest = tuple(value[i] for i in free if i != colour)
         x, y, lo, hi, labels = map(list, zip(*line, strict=True))
         series.append(
-            {"name": name or "run", "colour": value.get(colour, 0), "x": x, "y": y, "lo": lo,
-             "hi": hi, "labels": labels, "fit": slope(x, y),
-             "dash": dashes.setdefault(rest, len(dashes))}
-        )  # fmt: skip
+            {
+                "name": name or "run",
+                "colour": value.get(colour, 0),
+                "x": x,
+                "y": y,
+                "lo": lo,
+                "hi": hi,
+                "labels": labels,
+                "fit": slope(x, y),
+                "dash": dashes.setdefault(rest, len(dashes)),
+            }
+        )
     enough = any(len(set(drawn["x"])) >= FIT for drawn in series)
     return series if enough and len(series) <= MOST_LINES else []
 

@@ -154,10 +154,7 @@ def setting(server, update):
 
 WRONG = {
     "set": (setting, r"sets server\.x, which changes nothing; server\.apply\(delta\)"),
-    "column": (
-        lambda s, u: s.apply(u.payload[:, None]),
-        r"of shape \[10, 1\]; the model's",
-    ),
+    "column": (lambda s, u: s.apply(u.payload[:, None]), r"of shape \[10, 1\]; the model's"),
     "number": (lambda s, u: s.apply(0.1), r"a step of shape \[\]; the model's is \[10\]"),
 }
 

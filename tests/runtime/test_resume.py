@@ -167,10 +167,7 @@ def test_objects_of_one_class_are_told_apart(tmp_path):
             return super().initial(seed) + 1.0
 
     def made(lr=0.1, kind=Shifted):
-        return {
-            "task": kind(np.eye(3)),
-            "algorithm": Method(Schedule(Finisher()), [StepSize(lr)]),
-        }
+        return {"task": kind(np.eye(3)), "algorithm": Method(Schedule(Finisher()), [StepSize(lr)])}
 
     folder = tmp_path / "run"
     offbeat.run(**made(), fleet="3 1..3", stop={"steps": 30}, folder=folder)

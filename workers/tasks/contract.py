@@ -96,17 +96,14 @@ class Guarded:
         return getattr(self.task, name)
 
     def initial(self, seed: int) -> NDArray:
-        """See ``Task``."""
         return deepcopy(self.task.initial(seed))
 
     @alone
     def gradient(self, x: Any, worker: NDArray, draw: NDArray) -> tuple[Any, Any]:
-        """See ``Task``."""
         return deepcopy(self.task.gradient(deepcopy(x), worker, draw))
 
     @alone
     def evaluate(self, x: NDArray) -> dict[str, float]:
-        """See ``Task``."""
         return self.task.evaluate(x.copy())
 
     def repeat(self, seed: int) -> None:

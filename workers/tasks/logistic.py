@@ -39,7 +39,6 @@ class Binary:
     def gradient(
         self, x: NDArray, a: Inputs, y: NDArray | None, c: NDArray
     ) -> tuple[NDArray, NDArray]:
-        """See ``Model``."""
         u = np.matvec(a, x)  # minus the margin
         losses = np.vecdot(np.logaddexp(self._zero, u), c)
         p = expit(u, out=u)
@@ -71,13 +70,11 @@ class Multinomial:
     def gradient(
         self, x: NDArray, a: Inputs, y: NDArray | None, c: NDArray
     ) -> tuple[NDArray, NDArray]:
-        """See ``Model``."""
         logits = np.matmul(a, x.reshape(-1, *self.shape))
         losses, residual = cross_entropy(logits, y, c)
         return losses, np.matmul(a.transpose(0, 2, 1), residual).reshape(x.shape)
 
     def hits(self, x: NDArray, a: Features, y: NDArray) -> NDArray:
-        """See ``Model``."""
         return (a @ x.reshape(self.shape)).argmax(axis=1) == y
 
 

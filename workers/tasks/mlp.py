@@ -68,7 +68,6 @@ class MLP:
     def gradient(
         self, x: NDArray, a: NDArray, y: NDArray | None, c: NDArray
     ) -> tuple[NDArray, NDArray]:
-        """See ``Model``."""
         layers = self._layers(x)
         *values, logits = self._forward(layers, a)
         losses, delta = cross_entropy(logits, y, c)
@@ -88,7 +87,6 @@ class MLP:
         return self._forward(self._layers(x[None]), a[None])[-1][0]
 
     def hits(self, x: NDArray, a: NDArray, y: NDArray) -> NDArray:
-        """See ``Model``."""
         return self.logits(x, a).argmax(axis=1) == y
 
 

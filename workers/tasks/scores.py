@@ -28,9 +28,16 @@ def known(loss: Any, outputs: Any, targets: Any) -> Hits | None:
     nn, functional = torch.nn, torch.nn.functional
     largest = partial(_largest, _ignored(loss))
     rules: dict[Any, Hits] = dict.fromkeys(
-        [functional.cross_entropy, functional.nll_loss, functional.multi_margin_loss,
-         nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss], largest,
-    )  # fmt: skip
+        [
+            functional.cross_entropy,
+            functional.nll_loss,
+            functional.multi_margin_loss,
+            nn.CrossEntropyLoss,
+            nn.NLLLoss,
+            nn.MultiMarginLoss,
+        ],
+        largest,
+    )
     logits, chances = partial(_above, 0.0), partial(_above, 0.5)
     rules |= {functional.binary_cross_entropy_with_logits: logits, nn.BCEWithLogitsLoss: logits}
     rules |= {functional.binary_cross_entropy: chances, nn.BCELoss: chances}

@@ -38,9 +38,15 @@ class Transformer(nn.Module):
     """
 
     def __init__(
-        self, vocabulary: int, length: int, layers: int, width: int, heads: int, head: int,
+        self,
+        vocabulary: int,
+        length: int,
+        layers: int,
+        width: int,
+        heads: int,
+        head: int,
         seed: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, width)
         self.places = nn.Parameter(torch.empty(length, width))

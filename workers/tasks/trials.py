@@ -76,8 +76,10 @@ def _shapes(task: Any, rows: NDArray, accuracy: Hits | None) -> Hits | None:
     about = ", ".join(_size(leaf) for leaf in [*leaves(outputs), *leaves(targets)])
     value = _attempt(
         f"the loss cannot be computed of outputs and targets {about}",
-        task._loss, outputs, mapped(torch.clone, targets),
-    )  # fmt: skip
+        task._loss,
+        outputs,
+        mapped(torch.clone, targets),
+    )
     if not torch.is_tensor(value) or value.numel() != 1:
         shape = list(value.shape) if torch.is_tensor(value) else type(value).__name__
         raise ConfigError(
@@ -98,9 +100,13 @@ def _shapes(task: Any, rows: NDArray, accuracy: Hits | None) -> Hits | None:
     if accuracy is None:
         return known(task._loss, outputs, targets)
     return _attempt(
-        "accuracy cannot be computed", said, accuracy, mapped(torch.detach, outputs), targets,
+        "accuracy cannot be computed",
+        said,
+        accuracy,
+        mapped(torch.detach, outputs),
+        targets,
         len(rows),
-    )  # fmt: skip
+    )
 
 
 def _mean(loss: Hits, outputs: Any, targets: Any, value: float) -> None:

@@ -3,13 +3,7 @@
 import pytest
 from deploying import SERVER
 
-from offbeat.runtime.base.errors import (
-    ConfigError,
-    OldIncarnation,
-    StaleJob,
-    UnknownJob,
-    WrongNode,
-)
+from offbeat.runtime.base.errors import ConfigError, OldIncarnation, StaleJob, UnknownJob, WrongNode
 from offbeat.runtime.commands.network import serving
 from offbeat.runtime.protocol.roster import (
     FREE_RESTARTS,
