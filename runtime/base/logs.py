@@ -117,6 +117,7 @@ class Lines(logging.Formatter):
     """Records as JSON, one a line."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """One object."""
         row: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(),
             "level": record.levelname.lower(),

@@ -5,15 +5,18 @@ make, so that only state is stored and the object itself is built from its setti
 """
 
 import hashlib
+import json
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
+import safetensors.numpy as safetensors
+from numpy.typing import NDArray
 
 from offbeat.runtime.base.errors import ConfigError
-from offbeat.runtime.run import checkpoint
 
 LEAVES = (bool, int, float, str, type(None), np.ndarray)
+MARK = "\0array"  # stands for an array in the tree; no field has such a name
 
 
 def dump(value: Any, where: str = "the algorithm") -> Any:
@@ -44,7 +47,7 @@ def dump(value: Any, where: str = "the algorithm") -> Any:
 
 def digest(value: Any) -> str:
     """What tells ``value`` from others; raises ConfigError as ``dump`` does."""
-    return hashlib.blake2b(checkpoint.dumps({"tree": dump(value)}), digest_size=8).hexdigest()
+    return hashlib.blake2b(dumps({"tree": dump(value)}), digest_size=8).hexdigest()
 
 
 def load(target: Any, tree: Any, where: str = "the algorithm") -> Any:
@@ -75,3 +78,48 @@ def load(target: Any, tree: Any, where: str = "the algorithm") -> Any:
     for key, item in inner.items():
         setattr(target, key, load(getattr(target, key, None), item, f"{where}.{key}"))
     return target
+
+
+def split(tree: Any, arrays: dict[str, NDArray]) -> Any:
+    """``tree`` with its arrays moved to ``arrays``."""
+    places: dict[int, str] = {}  # id -> key: a model that a job in flight has, too, is kept once
+
+    def strip(tree: Any) -> Any:
+        if isinstance(tree, np.ndarray):
+            if id(tree) not in places:
+                key = places[id(tree)] = f"{len(arrays):06d}"
+                arrays[key] = np.asarray(tree, order="C")
+            return {MARK: places[id(tree)]}
+        if isinstance(tree, dict):
+            return {key: strip(item) for key, item in tree.items()}
+        if isinstance(tree, list | tuple):
+            return [strip(item) for item in tree]
+        return tree
+
+    return strip(tree)
+
+
+def fill(tree: Any, arrays: dict[str, NDArray]) -> Any:
+    """``tree`` with its arrays put back from ``arrays``."""
+    if isinstance(tree, dict):
+        if tree.keys() == {MARK}:
+            return arrays[tree[MARK]]
+        return {key: fill(item, arrays) for key, item in tree.items()}
+    if isinstance(tree, list):
+        return [fill(item, arrays) for item in tree]
+    return tree
+
+
+def dumps(state: dict[str, Any]) -> bytes:
+    """``state`` as bytes, to be sent."""
+    arrays: dict[str, NDArray] = {}
+    tree = json.dumps(split(state, arrays)).encode()
+    return safetensors.save({MARK: np.frombuffer(tree, np.uint8), **arrays})
+
+
+def loads(data: bytes) -> dict[str, Any]:
+    """What ``dumps`` was given."""
+    arrays = safetensors.load(data)
+    state = fill(json.loads(arrays.pop(MARK).tobytes()), arrays)
+    assert isinstance(state, dict)
+    return state

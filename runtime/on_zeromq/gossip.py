@@ -217,7 +217,7 @@ class ZmqGossip(GossipDriver[PeerSlot]):
                     raise ComputeError(f"{chair.name} reports more than {MOST_REPORT} bytes")
                 if told.last and chair.asked is not None:
                     chair.asked = None
-                    self._reported(chair, trees.load(None, checkpoint.loads(bytes(chair.data))))
+                    self._reported(chair, trees.load(None, trees.loads(bytes(chair.data))))
 
     def _reported(self, chair: PeerSlot, fields: dict[str, Any]) -> None:
         incarnation, began = fields.pop("incarnation"), fields.pop("began")

@@ -582,7 +582,7 @@ class PeerProcess:
                     self._hosted.ask(*args)
             if len(self._replies) >= MOST_WATCHERS:
                 self._replies.clear()
-            last = node, body.question, checkpoint.dumps(trees.dump(self._told()))
+            last = node, body.question, trees.dumps(trees.dump(self._told()))
             self._replies[address] = last
         data = np.frombuffer(last[2], np.uint8)
         for at in range(0, len(data), PIECE_BYTES):

@@ -126,6 +126,7 @@ def make_server(folder: Path, port: int, every_s: float) -> ThreadingHTTPServer:
         """Answers with the report as it is now."""
 
         def do_GET(self) -> None:
+            """The page, or what it asks for."""
             # A name that leads here from a page elsewhere (DNS rebinding) is not ours.
             name = self.headers.get("Host", "").rsplit(":", 1)[0]
             if name not in (HOST, "localhost"):

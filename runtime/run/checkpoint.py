@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
+from offbeat.runtime.base import trees
 from offbeat.runtime.base.errors import StorageError, passes
 from offbeat.runtime.base.logs import tell
 
@@ -27,13 +28,12 @@ KEPT = 2
 SOONER = 30  # the first wait for a save is so much shorter than the last,
 SHARE = 0.01  # if saves then take no more than this of the time
 PARTIAL = ".partial"
-MARK = "\0array"  # stands for an array in the tree; no field has such a name
 
 
 def write(folder: Path, number: int, state: dict[str, Any]) -> None:
     """Write ``state`` as checkpoint ``number``; raises OSError, and then nothing has changed."""
     arrays: dict[str, NDArray] = {}
-    tree = json.dumps(_strip(state, arrays))
+    tree = json.dumps(trees.split(state, arrays))
     header = {"format": FORMAT, "state": tree, "digest": _digest(tree, arrays)}
     data = save(arrays, header)
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def _read_one(path: Path) -> dict[str, Any]:
         raise ValueError(f"its format is {header.get('format')!r}, not {FORMAT!r}")
     if header["digest"] != _digest(header["state"], arrays):
         raise ValueError("its digest is wrong")
-    state = _fill(json.loads(header["state"]), arrays)
+    state = trees.fill(json.loads(header["state"]), arrays)
     if not isinstance(state, dict):
         raise ValueError("it holds no state")
     return state
@@ -142,47 +142,3 @@ def _digest(tree: str, arrays: dict[str, NDArray]) -> str:
         digest.update(f"{key} {arrays[key].dtype} {arrays[key].shape}".encode())
         digest.update(np.asarray(arrays[key], order="C").data)
     return digest.hexdigest()
-
-
-def _strip(tree: Any, arrays: dict[str, NDArray]) -> Any:
-    """``tree`` with its arrays moved to ``arrays``."""
-    places: dict[int, str] = {}  # id -> key: a model that a job in flight has, too, is kept once
-
-    def strip(tree: Any) -> Any:
-        if isinstance(tree, np.ndarray):
-            if id(tree) not in places:
-                key = places[id(tree)] = f"{len(arrays):06d}"
-                arrays[key] = np.asarray(tree, order="C")
-            return {MARK: places[id(tree)]}
-        if isinstance(tree, dict):
-            return {key: strip(item) for key, item in tree.items()}
-        if isinstance(tree, list | tuple):
-            return [strip(item) for item in tree]
-        return tree
-
-    return strip(tree)
-
-
-def _fill(tree: Any, arrays: dict[str, NDArray]) -> Any:
-    if isinstance(tree, dict):
-        if tree.keys() == {MARK}:
-            return arrays[tree[MARK]]
-        return {key: _fill(item, arrays) for key, item in tree.items()}
-    if isinstance(tree, list):
-        return [_fill(item, arrays) for item in tree]
-    return tree
-
-
-def dumps(state: dict[str, Any]) -> bytes:
-    """``state`` as bytes, to be sent."""
-    arrays: dict[str, NDArray] = {}
-    tree = json.dumps(_strip(state, arrays)).encode()
-    return save({MARK: np.frombuffer(tree, np.uint8), **arrays})
-
-
-def loads(data: bytes) -> dict[str, Any]:
-    """What ``dumps`` was given."""
-    arrays = load(data)
-    state = _fill(json.loads(arrays.pop(MARK).tobytes()), arrays)
-    assert isinstance(state, dict)
-    return state
