@@ -1,14 +1,13 @@
 """Names and shapes of a model's parameters, as text that travels and can be compared."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
 from offbeat.runtime.base.errors import BadHeader
-from offbeat.workers.tasks.external import bare as stripped
 
 FILE = "shapes.json"  # in a run's folder
 MOST_RANK = 16
@@ -17,6 +16,7 @@ Size = Annotated[int, Meta(ge=0, lt=2**53)]
 Shape = Annotated[tuple[Size, ...], Meta(max_length=MOST_RANK)]
 Shapes = list[tuple[str, Shape]]
 _decoder = msgspec.json.Decoder(Shapes)
+COMPILED, PARALLEL = "_orig_mod.", "module."  # what torch.compile and DataParallel add to names
 
 
 def write(shapes: Iterable[tuple[str, Iterable[int]]]) -> str:
@@ -47,6 +47,18 @@ def read(text: str, dim: int | None = None) -> Shapes:
             raise BadHeader("the shapes of a model name a parameter twice")
         if (made := sum(math.prod(shape) for _, shape in found)) != dim:
             raise BadHeader(f"the shapes of a model make {made} parameters, not {dim}")
+    return found
+
+
+def stripped(names: Sequence[str]) -> dict[str, str]:
+    """Names -> the same without what wrappers add.
+
+    >>> stripped(["module.a._orig_mod.b"]), stripped(["module.a", "b"])
+    ({'module.a._orig_mod.b': 'a.b'}, {'module.a': 'module.a', 'b': 'b'})
+    """
+    found = {name: name.replace(COMPILED, "") for name in names}
+    if all(name.startswith(PARALLEL) for name in found.values()):
+        return {name: kept.removeprefix(PARALLEL) for name, kept in found.items()}
     return found
 
 

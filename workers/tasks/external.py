@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from offbeat.runtime.base.errors import ConfigError
 from offbeat.runtime.base.registry import Count, File, Spec
+from offbeat.runtime.base.shapes import stripped
 from offbeat.workers.tasks.contract import TASKS
 from offbeat.workers.tasks.shards import DType
 
@@ -20,7 +21,6 @@ ELSEWHERE = (
     'work = "own-loop(steps=50)" and begin it with: offbeat serve EXPERIMENT.toml; gossip needs no '
     "server, and on Ray the work needs its loop"
 )
-COMPILED, PARALLEL = "_orig_mod.", "module."  # what torch.compile and DataParallel add to names
 Shapes = Sequence[tuple[str, tuple[int, ...]]]
 _FORMATS = {"F32": np.float32, "F64": np.float64}
 
@@ -113,23 +113,11 @@ def external(
     return External(shapes, len(start), start.dtype.str, workers, start)
 
 
-def bare(names: Sequence[str]) -> dict[str, str]:
-    """Names -> the same without what wrappers add.
-
-    >>> bare(["module.a._orig_mod.b"]), bare(["module.a", "b"])
-    ({'module.a._orig_mod.b': 'a.b'}, {'module.a': 'module.a', 'b': 'b'})
-    """
-    found = {name: name.replace(COMPILED, "") for name in names}
-    if all(name.startswith(PARALLEL) for name in found.values()):
-        return {name: kept.removeprefix(PARALLEL) for name, kept in found.items()}
-    return found
-
-
 def _read(path: Path) -> tuple[Shapes, NDArray]:
     """Names and shapes in a safetensors file, and its entries ``[d]``, in order of names."""
     try:
         with safe_open(path, framework="numpy") as source:
-            called = bare(source.keys())
+            called = stripped(source.keys())
             names = sorted(called, key=called.__getitem__)
             formats = {name: source.get_slice(name).get_dtype() for name in names}
             if odd := [name for name in names if formats[name] not in _FORMATS]:
