@@ -135,11 +135,12 @@ def attributes(old: str) -> Callable[[str], Any]:
 
     def get(name: str) -> Any:
         now = NAMES.get(new, {}).get(name, name)
-        if name.startswith("__") or not hasattr(module := import_module(HERE + new), now):
+        value = None if name.startswith("__") else getattr(import_module(HERE + new), now, None)
+        if value is None or isinstance(value, ModuleType):  # modules are found without this
             raise AttributeError(f"module {HERE + old!r} has no attribute {name!r}")
         text = f"{HERE}{old}.{name} is private, and moved: {HERE}{new}.{now}; see offbeat.extend"
         warnings.warn(text, DeprecationWarning, stacklevel=2)
-        return getattr(module, now)
+        return value
 
     return get
 

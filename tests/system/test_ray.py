@@ -358,7 +358,7 @@ def hosts():
     found = set()
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):  # it ended meanwhile
-            found |= {process.pid} if process.cmdline()[:1] == ["ray::Host"] else set()
+            found |= {process.pid} if process.cmdline()[:1] == ["ray::ServerActor"] else set()
     return found
 
 
