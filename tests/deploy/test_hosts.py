@@ -63,7 +63,7 @@ def test_hosts_are_the_nodes_of_a_graph_by_name(hosts, tmp_path, monkeypatch):
     hosts("".join(map(row.format, ["bern", "oslo", "paris"])))
     done = CliRunner().invoke(app, [*words, "bern"])
     assert 'no host is called "rome", as a node of the graph is' in str(done.exception)
-    monkeypatch.setattr(peering, "Peering", Peer)
+    monkeypatch.setattr(peering, "LoopSource", Peer)
     ears = {name: f"tcp://127.0.0.1:{port}" for port, name in enumerate(["bern", "oslo", "rome"])}
     _peering(file, ears, "rome", tmp_path, {"bind": "", "keys_folder": None})(None)
     assert seen[1] == (["oslo", "bern", "rome"], 2)

@@ -345,7 +345,7 @@ def happens(workers, *events):
     told = []
     while (event := workers.pop(np.inf)) is not None or workers._came:
         told.append(type(event).__name__)
-    return [name for name in told if name not in ("Note", "NoneType")]
+    return [name for name in told if name not in ("TraceNote", "NoneType")]
 
 
 def test_a_worker_is_back_when_its_outage_is_over_and_its_process_is_there():
