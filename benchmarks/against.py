@@ -1,8 +1,9 @@
 """Any benchmark, of this checkout beside another revision's: medians and their ratio, cell by cell.
 
 ``python benchmarks/against.py REVISION virtual_engine.py --quick``: the revision is laid out in a
-temporary folder, with its own package and its own benchmark, and the two programs run in turn.
-What is compared are the figures that both print.  Words behind the benchmark are handed to it.
+temporary folder, with its own package and its own benchmark (this one's, where it has none), and
+the two programs run in turn.  What is compared are the figures that both print.  Words behind the
+benchmark are handed to it.
 """
 
 import argparse
@@ -40,7 +41,8 @@ def lay_out(revision: str, into: Path) -> Path:
 def figures(tree: Path, imports: Path, benchmark: str, words: list[str]) -> dict[str, float]:
     """What one run of a tree's benchmark prints."""
     environment = {**os.environ, "PYTHONPATH": str(imports)}
-    command = [sys.executable, str(tree / "benchmarks" / benchmark), *words]
+    program = tree / "benchmarks" / benchmark
+    command = [sys.executable, str(program if program.exists() else HERE / benchmark), *words]
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=tree)
     try:
         found = json.loads(run.stdout.splitlines()[-1])["figures"]

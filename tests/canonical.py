@@ -19,6 +19,7 @@ from offbeat.algorithms.gossip import (
 from offbeat.runtime.experiment.settings import Evaluate, Stop
 from offbeat.runtime.gossip.pairs import Pairs
 from offbeat.runtime.gossip.rounds import Rounds
+from offbeat.runtime.node.asynchronous import ANSWERED
 from offbeat.runtime.node.channels import LocalView, NodeChannels
 from offbeat.runtime.node.network import Network
 from offbeat.runtime.run.records import Records
@@ -91,6 +92,21 @@ def pairs(task, method, topology="ring", fleet=None, **more):
     return engine(Pairs, task, method, topology, fleet or f"{task.workers}", **more)
 
 
+def under_way(made, name):
+    """What exchanges, or shares, that one end knows of will still move at the other."""
+    total = np.zeros(1)
+    for i, node in enumerate(made.nodes):
+        if made.method.pushes:
+            for j, given in node.node._out[name].items():
+                total = total + given - made.nodes[j].node._back[name].get(i, 0.0)
+            continue
+        for j, at in node.exchanges.items():
+            moved = at.phase is ANSWERED and made.nodes[j].exchanges[i].number > at.number
+            if moved and name in at.mine.keys() & at.theirs.keys():
+                total = total + at.weight * (at.theirs[name] - at.mine[name])
+    return total
+
+
 def mixed(made):
     """X of a run as papers count it: after the messages of the last round are mixed in."""
     node, (name, channel) = made.node, next(iter(made.method.channels.items()))
@@ -131,7 +147,7 @@ class Peers:
     def advance(self):
         now = self.network.round(self.k)
         self.k += 1  # of the draw
-        links = [LocalView(now, i) for i in range(len(self.nodes))]
+        links = [LocalView.of(now, i) for i in range(len(self.nodes))]
         sent = [node.outbox(mine) for node, mine in zip(self.nodes, links, strict=True)]
         for i, node in enumerate(self.nodes):
             node.inbox(links[i], {j: node.read(m[i]) for j, m in enumerate(sent) if i in m})

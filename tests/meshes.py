@@ -11,7 +11,8 @@ import numpy as np
 from simulated import experiment
 
 from offbeat.runtime.gossip.hosted import Envelope
-from offbeat.runtime.node.node import Compute, Send, gossip_node
+from offbeat.runtime.node.make import gossip_node
+from offbeat.runtime.node.node import Compute, Send
 from offbeat.runtime.protocol import peer as mesh
 from offbeat.runtime.protocol.peer import PeerProtocol
 from offbeat.runtime.protocol.roster import Liveness

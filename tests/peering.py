@@ -16,7 +16,8 @@ from offbeat.runtime.api import api
 from offbeat.runtime.base.errors import OffbeatError
 from offbeat.runtime.commands.network import asking
 from offbeat.runtime.experiment.experiment import from_table
-from offbeat.runtime.node.node import OPEN, gossip_node
+from offbeat.runtime.node.make import gossip_node
+from offbeat.runtime.node.node import OPEN
 from offbeat.runtime.on_zeromq.alike import PeerAddress, alone
 from offbeat.runtime.on_zeromq.peer import PeerProcess
 from offbeat.runtime.run import checkpoint

@@ -15,7 +15,8 @@ from offbeat.runtime.experiment.experiment import Experiment
 from offbeat.runtime.experiment.settings import Evaluate, Stop
 from offbeat.runtime.node.asynchronous import IDLE
 from offbeat.runtime.node.channels import Copies, Public
-from offbeat.runtime.node.node import OPEN, Compute, RoundDone, Send, gossip_node
+from offbeat.runtime.node.make import gossip_node
+from offbeat.runtime.node.node import OPEN, Compute, RoundDone, Send
 from offbeat.topologies import TOPOLOGIES
 from offbeat.workers.fleet import Fleet
 
@@ -249,15 +250,15 @@ def ends_agree(simulation, i):
         if (mine.mine, mine.theirs) != (theirs.theirs, theirs.mine):
             continue
         if node.method.pushes:
-            if at.is_ != IDLE or other.seen.get(i) != at.number - 1 or mine.mine:
+            if at.phase is not IDLE or other.seen.get(i) != at.number - 1 or mine.mine:
                 continue  # nothing is known of what was under way when a link closed
-            tables = [(node.channels.out, other.channels.back)]
-        elif at.is_ != IDLE or back.is_ != IDLE or at.number != back.number:
+            tables = [(node.node._out, other.node._back)]
+        elif at.phase is not IDLE or back.phase is not IDLE or at.number != back.number:
             continue
         else:
             tables = [
-                (node.channels.out, other.channels.back),
-                (node.channels.back, other.channels.out),
+                (node.node._out, other.node._back),
+                (node.node._back, other.node._out),
                 (node.flow, {n: {i: -v for i, v in f.items()} for n, f in other.flow.items()}),
             ]
         for mine, theirs in tables:
@@ -272,7 +273,7 @@ def moves_are_kept(simulation, i):
     if node.joining or not node.begun or "v" not in method.channels:
         return
     gain = method.channels["v"].gain
-    has = node.node.v + gain * node.channels.got["v"]
+    has = node.node.v + gain * node.node._got.get("v", 0.0)
     taken = gain * sum(node.flow["v"].values())
     np.testing.assert_allclose(has, put_in(node) + taken, rtol=0, atol=1e-9)
     simulation.counts["sums compared"] += 1

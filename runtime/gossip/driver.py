@@ -23,7 +23,7 @@ from offbeat.runtime.base.logs import tell
 from offbeat.runtime.experiment.experiment import Experiment
 from offbeat.runtime.gossip.hosted import NodeReport
 from offbeat.runtime.gossip.loop import COUNTS, measure
-from offbeat.runtime.node.node import gossip_node
+from offbeat.runtime.node.make import gossip_node
 from offbeat.runtime.run.loop import Loop
 from offbeat.runtime.run.records import ROWS_HELD, Records
 

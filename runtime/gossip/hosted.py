@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 from offbeat.runtime.base.errors import OffbeatError, PeerError
-from offbeat.runtime.base.randomness import rng
 from offbeat.runtime.experiment.experiment import Experiment
 from offbeat.runtime.node.channels import Item
-from offbeat.runtime.node.node import Compute, Effect, GossipNode, Send, gossip_node
+from offbeat.runtime.node.make import gossip_node
+from offbeat.runtime.node.network import Uplink
+from offbeat.runtime.node.node import Compute, Effect, GossipNode, Send
 
 AGAIN_S = 5.0  # real seconds without a new round after which messages are repeated
 MOST_MAIL = 256  # parcels handled before the thread computes again
@@ -101,7 +102,7 @@ class NodeLoop:
         fleet = experiment.fleet
         self._clock = fleet.timing(experiment.seed, 0).clock
         self._measured, self._pace = fleet.law().measured, experiment.pace
-        self._fleet, self._steps, self._seed = fleet, experiment.work.steps, experiment.seed
+        self._steps = experiment.work.steps
         self._every = experiment.evaluate.steps if not experiment.asynchronous else None
         self._tracing = experiment.record.trace
         self._reports = hasattr(experiment.task, "report")
@@ -112,8 +113,7 @@ class NodeLoop:
         self._timers: list[tuple[float, int, tuple[Any, ...]]] = []
         self._order = itertools.count()
         self._jobs: deque[tuple[int, Compute, float]] = deque()  # with when they were given
-        self._serials: dict[tuple[int, int], int] = {}
-        self._link_s = dict.fromkeys(nodes, 0.0)  # until when what it sends keeps its link busy
+        self._uplinks = {i: Uplink(fleet, experiment.seed, i) for i in nodes}
         self._moved_s = dict.fromkeys(nodes, math.inf)  # when it last did a round, really
         self._report, self._lock = NodeReport(), threading.Condition()
         self._urgent, self._begun, self._ended = False, False, False
@@ -315,7 +315,7 @@ class NodeLoop:
                 self._do(i, node.start())
             else:
                 state = self._states[i]
-                self._serials |= {(i, j): serial for j, serial in state["serials"]}
+                self._uplinks[i].restore({**state["uplink"], "free_s": 0.0})
                 self._note(i, "restore", node.limit)
                 self._do(i, node.restore(state["node"]))
         self._states, self._begun = None, True
@@ -353,10 +353,7 @@ class NodeLoop:
             found: Any = {i: (now_s, n.model) for i, n in self.nodes.items() if not n.joining}
         else:
             found = {
-                i: {
-                    "node": node.state(),
-                    "serials": [[j, k] for (frm, j), k in self._serials.items() if frm == i],
-                }
+                i: {"node": node.state(), "uplink": self._uplinks[i].state()}
                 for i, node in self.nodes.items()
             }
         self._report.answers[question] = found
@@ -380,20 +377,10 @@ class NodeLoop:
 
     def _post(self, i: int, send: Send, again: bool) -> None:
         """Have a message on its way, or hold it for as long as an emulated link takes."""
-        serial = self._serials.get((i, send.to), 0)
-        self._serials[i, send.to] = serial + 1
-        incarnation = self.nodes[i].incarnation
-        parcel = Envelope(
-            send.to, i, incarnation, serial, send.kind, send.number, send.items, again
-        )
-        fleet, now_s = self._fleet, self.now_s()
-        delay_s = fleet.latency_s
-        if fleet.bandwidth:  # one message after the other
-            self._link_s[i] = max(self._link_s[i], now_s) + send.nbytes / fleet.bandwidth
-            delay_s += self._link_s[i] - now_s
-        if fleet.jitter_s:
-            at = i * self._fleet.workers + send.to
-            delay_s += rng(self._seed, "message jitter", at, serial).exponential(fleet.jitter_s)
+        uplink, now_s, incarnation = self._uplinks[i], self.now_s(), self.nodes[i].incarnation
+        serial, items = uplink.serial(send.to), send.items
+        delay_s = uplink.delay_s(now_s, send.to, send.nbytes, serial)
+        parcel = Envelope(send.to, i, incarnation, serial, send.kind, send.number, items, again)
         if delay_s:
             self._later(now_s + delay_s, "post", parcel)
         else:

@@ -57,8 +57,6 @@ class GossipLoop(Loop):
         self.method, self.fleet, self.timing = private(method), fleet, timing
         self.n = fleet.workers
         self.network = Network(topology, fleet, method, seed, asynchronous)
-        self.bytes = 0  # sent by all
-        self.messages = self.messages_lost = 0  # over one link in one round, all channels
 
     @property
     def gradients(self) -> int:
@@ -66,7 +64,11 @@ class GossipLoop(Loop):
         return self.records.arrivals * self.work.steps
 
     def facts(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in COUNTS}
+        return dict(self.counts())
+
+    @abstractmethod
+    def counts(self) -> dict[str, int]:
+        """What all nodes sent; a message is all channels' over one link."""
 
     def close(self) -> None:
         if isinstance(self.work, FarmedWork):

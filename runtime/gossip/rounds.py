@@ -22,7 +22,8 @@ from offbeat.algorithms.gossip import Gossip, Points
 from offbeat.runtime.base.errors import ConfigError, Diverged
 from offbeat.runtime.base.tensors import keep_freed
 from offbeat.runtime.gossip.loop import COUNTS, GossipLoop, measure
-from offbeat.runtime.gossip.stacked import Broadcast, PerEdge, RoundGraph, Shares, Stacked, Wire
+from offbeat.runtime.gossip.stacked import Broadcast, PerEdge, Shares, Stacked, Wire
+from offbeat.runtime.node.network import RoundGraph
 from offbeat.runtime.run.records import Records
 from offbeat.topologies import Topology
 from offbeat.workers.fleet import Fleet, Timing
@@ -71,6 +72,7 @@ class Rounds(GossipLoop):
             asynchronous=False,
             **around,
         )
+        self.bytes = self.messages = self.messages_lost = 0
         self._windows = fleet.windows() if self.network.dropping else {}
         self._reach: NDArray | None = None  # [n], who must hear every message
         if replicas == "global" and not self.network.fixed and not method.exact:
@@ -120,6 +122,9 @@ class Rounds(GossipLoop):
         return self.method.models(self.node).mean(axis=0)
 
     # -- Rounds --------------------------------------------------------------------------------
+
+    def counts(self) -> dict[str, int]:
+        return {key: getattr(self, key) for key in COUNTS}
 
     def _start(self) -> None:
         wanted = self.method.init(self.node)

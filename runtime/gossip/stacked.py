@@ -11,8 +11,6 @@ Three kinds of wire carry a channel:
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,84 +23,11 @@ from offbeat.algorithms.gossip import Channel
 from offbeat.runtime.base import trees
 from offbeat.runtime.base.errors import ConfigError
 from offbeat.runtime.base.randomness import rng
+from offbeat.runtime.node.network import NOTHING, RoundGraph
 
 DENSE = 16  # nodes up to which a dense product is faster than a sparse one
 OWN_STREAM = 256  # nodes up to which each has generators of its own; beyond, one draws for all
-MOST_PADDED = 4  # entries of a table of neighbours, for each neighbour
-NOTHING: Any = 0.0  # what is mixed on a channel before anything is published
 MOST_LINKS_BYTES = 2**33  # of the copies that one channel's links keep
-
-
-@dataclass(frozen=True)
-class RoundGraph:
-    """Who hears whom in one round: m messages, and the weights.
-
-    Args:
-        matrix: ``[n, n]``; the weights of links that fail are back on the diagonal.
-        src, dst, weight: ``[m]``, of the messages that are sent, by dst.
-        through: ``[m]``, those that are received; None for all.
-        reach: ``[n]``, to how many each node sends, if to more than hear it now.
-    """
-
-    matrix: sparse.csr_array
-    src: NDArray
-    dst: NDArray
-    weight: NDArray
-    through: NDArray | None = None
-    reach: NDArray | None = None
-
-    @cached_property
-    def out(self) -> NDArray:
-        """``[n]``: how many messages each node sends."""
-        if self.reach is not None:
-            return self.reach
-        return np.bincount(self.src, minlength=self.matrix.shape[0])
-
-    @cached_property
-    def messages(self) -> int:
-        """How many all send together."""
-        return int(self.out.sum())
-
-    def alike(self, size: int) -> NDArray:
-        """``[n]``: bytes that each sends if all messages have ``size``; made once."""
-        if size not in self._alike:
-            self._alike[size] = size * self.out
-        return self._alike[size]
-
-    @cached_property
-    def _alike(self) -> dict[int, NDArray]:
-        return {}
-
-    @cached_property
-    def _count(self) -> NDArray:
-        return np.bincount(self.dst, minlength=self.matrix.shape[0])
-
-    @cached_property
-    def _heard(self) -> NDArray:
-        """``[most, n]``: whom each node hears; n stands for nobody."""
-        n, count = self.matrix.shape[0], self._count
-        first = np.cumsum(count) - count
-        heard = np.full((count.max(initial=0), n), n)
-        for place, row in enumerate(heard):
-            more = count > place
-            row[more] = self.src[first[more] + place]
-        return heard
-
-    def latest(self, time_s: NDArray, sent_s: NDArray) -> NDArray:
-        """``[n]``: ``time_s``, or the last ``sent_s`` of whom each hears, if that is later."""
-        most = int(self._count.max(initial=0))
-        if most * len(time_s) > MOST_PADDED * (len(self.dst) + len(time_s)):  # there is a hub
-            latest = time_s.copy()
-            np.maximum.at(latest, self.dst, sent_s[self.src])
-            return latest
-        if most * len(time_s) > len(self.dst):
-            sent_s = np.append(sent_s, -np.inf)
-        latest = np.maximum.reduce(sent_s.take(self._heard), axis=0, initial=-np.inf)
-        return np.maximum(time_s, latest)
-
-    def received(self, x: NDArray) -> NDArray:
-        """``x [m, ...]`` of the messages that are received."""
-        return x if self.through is None else x[self.through]
 
 
 class Product:

@@ -11,23 +11,52 @@ and Almeida, DAIS 2009).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offbeat.algorithms.compression import Compressor
+from offbeat.algorithms.compression import Compressor, Message
 from offbeat.algorithms.compression.contract import HEADER, decode
 from offbeat.algorithms.gossip import Channel, Gossip
 from offbeat.runtime.base import trees
 from offbeat.runtime.base.errors import PeerError
 from offbeat.runtime.base.randomness import rng
 from offbeat.runtime.base.tensors import finite
-from offbeat.runtime.gossip.stacked import NOTHING, RoundGraph
+from offbeat.runtime.node.network import NOTHING, RoundGraph
 
 Item = bytes | NDArray | None
 """What one channel sends over one link: a compressor's frame, a vector, or nothing."""
+
+
+Spoken = dict[str, NDArray]
+"""What one node says to another: a vector a channel, as who hears it then knows it."""
+
+
+class Coded:
+    """A compressed vector: the ``value`` that its receiver reads, and the message, or its frame."""
+
+    __slots__ = ("_frame", "message", "value")
+
+    def __init__(
+        self, value: NDArray, message: Message | None = None, frame: bytes | None = None
+    ) -> None:
+        self.value, self.message, self._frame = value, message, frame
+
+    @property
+    def frame(self) -> bytes:
+        """The bytes that travel; they are made when they are asked for."""
+        if self._frame is None:
+            assert self.message is not None
+            self._frame = self.message.encode()[0]
+        return self._frame
+
+    @property
+    def nbytes(self) -> int:
+        """How many."""
+        return len(self.frame) if self.message is None else self.message.nbytes
 
 
 class Read(NamedTuple):
@@ -37,39 +66,43 @@ class Read(NamedTuple):
     whole: bool
 
 
+@dataclass
 class LocalView:
-    """What one node sees of a round.
+    """What one node sees of a round."""
 
-    Args:
-        now: the round of all nodes.
-        node: whose view it is.
-    """
+    hears: list[int]
+    """To whom messages are sent, whether they arrive or not."""
+    gives: dict[int, float]
+    """The weights with which others take this node's vector."""
+    shares: dict[int, float]
+    """The same, of messages that are lost, too."""
+    takes: dict[int, float]
+    """The weights with which this node takes theirs."""
+    own: float
 
-    def __init__(self, now: RoundGraph, node: int) -> None:
-        got = np.ones(len(now.src), bool) if now.through is None else now.through
-        out, back = now.src == node, now.dst == node
-        self.hears: list[int] = now.dst[out].tolist()
-        """To whom messages are sent, whether they arrive or not."""
+    @classmethod
+    def of(cls, graph: RoundGraph, node: int) -> "LocalView":
+        """What ``node`` sees of the round of all nodes."""
+        got = np.ones(len(graph.src), bool) if graph.through is None else graph.through
+        out, back = graph.src == node, graph.dst == node
         # Plain numbers: numpy's own would make single precision double.
-        weight = now.weight
-        self.gives = _pairs(now.dst, weight, out & got)
-        """The weights with which others take this node's vector."""
-        self.shares = _pairs(now.dst, weight, out)
-        """The same, of messages that are lost, too."""
-        self.takes = _pairs(now.src, weight, back & got)
-        """The weights with which this node takes theirs."""
-        self.own = float(now.matrix.diagonal()[node])
+        return cls(
+            hears=graph.dst[out].tolist(),
+            gives=_pairs(graph.dst, graph.weight, out & got),
+            shares=_pairs(graph.dst, graph.weight, out),
+            takes=_pairs(graph.src, graph.weight, back & got),
+            own=float(graph.matrix.diagonal()[node]),
+        )
 
     def without(self, gone: Sequence[int], pushes: bool) -> "LocalView":
         """The same without some nodes: their weight is this node's own."""
-        less: LocalView = object.__new__(LocalView)
-        less.hears = [j for j in self.hears if j not in gone]
-        for name in ("gives", "shares", "takes"):
-            pairs = getattr(self, name).items()
-            setattr(less, name, {j: weight for j, weight in pairs if j not in gone})
-        before, after = (self.shares, less.shares) if pushes else (self.takes, less.takes)
-        less.own = self.own + sum(weight for j, weight in before.items() if j not in after)
-        return less
+        gives, shares, takes = (
+            {j: weight for j, weight in weights.items() if j not in gone}
+            for weights in (self.gives, self.shares, self.takes)
+        )
+        before, after = (self.shares, shares) if pushes else (self.takes, takes)
+        own = self.own + sum(weight for j, weight in before.items() if j not in after)
+        return LocalView([j for j in self.hears if j not in gone], gives, shares, takes, own)
 
 
 def _pairs(node: NDArray, weight: NDArray, which: NDArray) -> dict[int, float]:
@@ -454,11 +487,14 @@ def read(items: Sequence[Item], sizes: Sequence[int], dtype: np.dtype) -> list[R
     return found
 
 
-def nbytes(items: Sequence[Item]) -> int:
+def nbytes(items: Iterable[Item | Coded]) -> int:
     """Bytes of a message."""
-    sizes = (
-        len(item) if isinstance(item, bytes) else HEADER + item.nbytes
+    return sum(
+        item.nbytes
+        if isinstance(item, Coded)
+        else len(item)
+        if isinstance(item, bytes)
+        else HEADER + item.nbytes
         for item in items
         if item is not None
     )
-    return sum(sizes)

@@ -1,6 +1,9 @@
 """The links of a gossip run: a topology; some messages are lost, some nodes are away."""
 
-from functools import lru_cache
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,13 +11,86 @@ from scipy import sparse
 
 from offbeat.algorithms.gossip import Gossip
 from offbeat.runtime.base.errors import ConfigError
-from offbeat.runtime.base.randomness import Streams
-from offbeat.runtime.gossip.stacked import RoundGraph
+from offbeat.runtime.base.randomness import Streams, rng
 from offbeat.topologies import Topology
 from offbeat.topologies.weights import TOLERANCE
 from offbeat.workers.fleet import Fleet
 
 KEPT_ROUNDS = 64
+MOST_PADDED = 4  # entries of a table of neighbours, for each neighbour
+NOTHING: Any = 0.0  # what is mixed on a channel before anything is published
+
+
+@dataclass(frozen=True)
+class RoundGraph:
+    """Who hears whom in one round: m messages, and the weights.
+
+    Args:
+        matrix: ``[n, n]``; the weights of links that fail are back on the diagonal.
+        src, dst, weight: ``[m]``, of the messages that are sent, by dst.
+        through: ``[m]``, those that are received; None for all.
+        reach: ``[n]``, to how many each node sends, if to more than hear it now.
+    """
+
+    matrix: sparse.csr_array
+    src: NDArray
+    dst: NDArray
+    weight: NDArray
+    through: NDArray | None = None
+    reach: NDArray | None = None
+
+    @cached_property
+    def out(self) -> NDArray:
+        """``[n]``: how many messages each node sends."""
+        if self.reach is not None:
+            return self.reach
+        return np.bincount(self.src, minlength=self.matrix.shape[0])
+
+    @cached_property
+    def messages(self) -> int:
+        """How many all send together."""
+        return int(self.out.sum())
+
+    def alike(self, size: int) -> NDArray:
+        """``[n]``: bytes that each sends if all messages have ``size``; made once."""
+        if size not in self._alike:
+            self._alike[size] = size * self.out
+        return self._alike[size]
+
+    @cached_property
+    def _alike(self) -> dict[int, NDArray]:
+        return {}
+
+    @cached_property
+    def _count(self) -> NDArray:
+        return np.bincount(self.dst, minlength=self.matrix.shape[0])
+
+    @cached_property
+    def _heard(self) -> NDArray:
+        """``[most, n]``: whom each node hears; n stands for nobody."""
+        n, count = self.matrix.shape[0], self._count
+        first = np.cumsum(count) - count
+        heard = np.full((count.max(initial=0), n), n)
+        for place, row in enumerate(heard):
+            more = count > place
+            row[more] = self.src[first[more] + place]
+        return heard
+
+    def latest(self, time_s: NDArray, sent_s: NDArray) -> NDArray:
+        """``[n]``: ``time_s``, or the last ``sent_s`` of whom each hears, if that is later."""
+        most = int(self._count.max(initial=0))
+        if most * len(time_s) > MOST_PADDED * (len(self.dst) + len(time_s)):  # there is a hub
+            latest = time_s.copy()
+            np.maximum.at(latest, self.dst, sent_s[self.src])
+            return latest
+        if most * len(time_s) > len(self.dst):
+            sent_s = np.append(sent_s, -np.inf)
+        latest = np.maximum.reduce(sent_s.take(self._heard), axis=0, initial=-np.inf)
+        return np.maximum(time_s, latest)
+
+    def received(self, x: NDArray) -> NDArray:
+        """``x [m, ...]`` of the messages that are received."""
+        return x if self.through is None else x[self.through]
 
 
 class Network:
@@ -40,6 +116,7 @@ class Network:
         asynchronous: bool = False,
     ) -> None:
         self.topology, self.loss, self._pushes = topology, fleet.loss, method.pushes
+        self._asynchronous = asynchronous
         self.dropping = fleet.on_outage != "pause" and bool(fleet.outages)
         self.fixed = topology.period == 1 and not self.loss and not self.dropping
         self._streams = Streams(seed, "loss", topology.n)
@@ -136,6 +213,16 @@ class Network:
         """Round ``k`` if nothing is lost and nobody away."""
         return self._whole(k if self.topology.period is None else k % self.topology.period)
 
+    def place(self, k: int) -> int:
+        """A round that is as ``k`` is to who sees all losses; the same of many, where many are."""
+        if self._asynchronous or not self.loss:
+            return k if self.topology.period is None else k % self.topology.period
+        return k
+
+    def seen(self, k: int) -> RoundGraph:
+        """Round ``k`` as its nodes see it: between asynchronous ones, losses are of exchanges."""
+        return self.whole(k) if self._asynchronous else self.round(k)
+
     def arrives(self, k: int, src: int, dst: int) -> bool:
         """Whether message ``k`` from ``src`` to ``dst`` is not lost."""
         return not self.loss or bool(self._arrives(k, np.array([src]), np.array([dst]))[0])
@@ -152,3 +239,45 @@ class Network:
             return np.zeros(0, bool)
         address = np.int64(k) * self.topology.n + dst
         return self._streams.uniform(src, address, 1)[:, 0] >= self.loss
+
+
+class Uplink:
+    """When what one node sends arrives: its link sends one message after the other.
+
+    Args:
+        fleet: its latency, bandwidth and jitter.
+        seed: of the run.
+        i: the node.
+    """
+
+    def __init__(self, fleet: Fleet, seed: int, i: int) -> None:
+        self._fleet, self._seed, self._i = fleet, seed, i
+        self._free_s = 0.0  # until when what it sends keeps its link busy
+        self._serials: dict[int, int] = {}  # to whom -> of the next message
+
+    def serial(self, to: int) -> int:
+        """The number of the message at hand among those to this node."""
+        serial = self._serials.get(to, 0)
+        self._serials[to] = serial + 1
+        return serial
+
+    def delay_s(self, now_s: float, to: int, nbytes: int, serial: int) -> float:
+        """Seconds until a message of ``nbytes`` that is sent now is there."""
+        fleet = self._fleet
+        delay_s = fleet.latency_s
+        if fleet.bandwidth:
+            self._free_s = max(self._free_s, now_s) + nbytes / fleet.bandwidth
+            delay_s += self._free_s - now_s
+        if fleet.jitter_s:
+            at = self._i * fleet.workers + to
+            delay_s += rng(self._seed, "message jitter", at, serial).exponential(fleet.jitter_s)
+        return delay_s
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"free_s": self._free_s, "serials": [[j, k] for j, k in self._serials.items()]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from what ``state`` answered."""
+        self._free_s = state["free_s"]
+        self._serials = {j: k for j, k in state["serials"]}

@@ -37,52 +37,76 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from offbeat.algorithms.compression.contract import HEADER
 from offbeat.algorithms.gossip import Gossip, Points
 from offbeat.runtime.base import trees
 from offbeat.runtime.base.errors import ConfigError, Diverged, PeerError
 from offbeat.runtime.base.tensors import finite
-from offbeat.runtime.compute.private import private
-from offbeat.runtime.experiment.experiment import Experiment
-from offbeat.runtime.node.channels import Item, LocalView, nbytes
+from offbeat.runtime.node.channels import Coded, Item, LocalView, Spoken, nbytes
 from offbeat.runtime.node.network import Network
-from offbeat.workers.tasks.contract import guarded
-from offbeat.workers.work import updated
+from offbeat.workers.tasks.contract import Task, guarded
+from offbeat.workers.work import Work, updated
 
 MOST_OPENINGS = 2**32  # of one link by one incarnation of a node
+KEPT_VIEWS = 64  # rounds of which a node keeps who hears whom
+WEIGHT_BYTES = HEADER + 8
 OPEN, OPENING, CLOSED = range(3)
 HELLO = "open"
 
 
-@dataclass(frozen=True)
 class Send:
-    """A message: ``kind`` and ``number`` (of the round or exchange) say what the items are."""
+    """A message: ``kind`` and ``number`` (of the round or exchange) say what the items are.
 
-    to: int
-    kind: str
-    number: int
-    items: tuple[Item, ...]
+    Args:
+        to: whom.
+        kind, number: see above.
+        items: one a channel.
+        spoken: the same as they are read, which saves who is in this process the reading.
+        weight: of the exchange that is offered; it travels before the items.
+    """
+
+    __slots__ = ("_items", "_nbytes", "kind", "number", "spoken", "to", "weight")
+
+    def __init__(
+        self,
+        to: int,
+        kind: str,
+        number: int,
+        items: Sequence[Item | Coded] = (),
+        spoken: Spoken | None = None,
+        weight: float | None = None,
+    ) -> None:
+        self.to, self.kind, self.number, self._items = to, kind, number, items
+        self.spoken, self.weight = spoken or {}, weight
+        self._nbytes: int | None = None
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        """What travels."""
+        items = tuple(item.frame if isinstance(item, Coded) else item for item in self._items)
+        return items if self.weight is None else (np.array([self.weight]), *items)
 
     @property
     def nbytes(self) -> int:
         """Bytes of its items."""
-        return nbytes(self.items)
+        if self._nbytes is None:
+            self._nbytes = nbytes(self._items) + (0 if self.weight is None else WEIGHT_BYTES)
+        return self._nbytes
 
 
-@dataclass(frozen=True)
-class Compute:
+class Compute(NamedTuple):
     """Job ``number`` of this node: gradients at ``points`` ([d] each), on one sample."""
 
     number: int
     points: tuple[NDArray, ...]
 
 
-@dataclass(frozen=True)
-class RoundDone:
+class RoundDone(NamedTuple):
     """The node has done ``round`` rounds, and its model ``[d]`` is this."""
 
     round: int
@@ -106,34 +130,47 @@ class Edge:
         self.anew = False  # whether the next message says the whole copy
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What all nodes of a run share: what they are, and what they are in.
+
+    Args:
+        task, work: whose gradients, and what takes a gradient's place.
+        method, network, seed: the algorithm, its links, its randomness.
+        closes: whether links may close and open again, as between processes.
+    """
+
+    task: Task
+    work: Work
+    method: Gossip
+    network: Network
+    seed: int
+    closes: bool = True
+
+    @cached_property
+    def start(self) -> NDArray:
+        """``[d]``: where all nodes begin."""
+        return self.task.initial(self.seed)
+
+
 class GossipNode(ABC):
     """What synchronous and asynchronous nodes share: links, the method, gradients.
 
     Args:
-        experiment: of which it is one node.
+        setting: of which it is one node.
         i: its number.
         incarnation: how often it was started before; what an older one sent is not heard.
         joining: whether it has lost its state and takes its neighbours'.
     """
 
     def __init__(
-        self, experiment: Experiment, i: int, *, incarnation: int = 0, joining: bool = False
+        self, setting: Setting, i: int, *, incarnation: int = 0, joining: bool = False
     ) -> None:
-        method, topology = experiment.algorithm, experiment.topology
-        assert isinstance(method, Gossip)
-        assert topology is not None
-        self.experiment, self.method, self.i, self.n = experiment, private(method), i, topology.n
-        self.network = Network(
-            topology, experiment.fleet, method, experiment.seed, experiment.asynchronous
-        )
-        if self.network.dropping:
-            raise ConfigError(
-                'on_outage = "lose" is for virtual time: here nodes are away when they are; '
-                'take "pause"'
-            )
-        if experiment.replicas == "global":
-            raise ConfigError('replicas = "global" is for virtual time; take "links"')
-        self.bears = method.pushes or (method.varying and not topology.directed)
+        self.setting, self.method, self.network = setting, setting.method, setting.network
+        topology = self.network.topology
+        self.i, self.n = i, topology.n
+        bears = self.method.pushes or (self.method.varying and not topology.directed)
+        self.bears = setting.closes and bears
         self.incarnation, self.joining = incarnation, joining
         self.limit: float = np.inf  # rounds it may begin
         self.round = 0  # at hand, or next
@@ -146,12 +183,16 @@ class GossipNode(ABC):
         self.models: dict[int, NDArray] = {}
         self.ages: dict[int, int] = {}
         self.counts: Counter[str] = Counter()
+        self._views: dict[int, LocalView] = {}
 
     # -- What a driver calls -------------------------------------------------------------------
 
-    def start(self) -> list[Effect]:
-        """The run begins."""
-        return [] if self.joining else self._init()
+    def start(self, x: NDArray | None = None) -> list[Effect]:
+        """The run begins, where all nodes start, or at ``x [d]``, where this one does."""
+        if self.joining:
+            return []
+        self._make(self._initial() if x is None else x, common=x is None)
+        return self._starting()
 
     def receive(
         self, frm: int, kind: str, number: int, items: Sequence[Item], incarnation: int = 0
@@ -195,9 +236,8 @@ class GossipNode(ABC):
                 f"the gradient or loss of node {self.i} is not finite in round {self.round}; take "
                 "a smaller step size"
             )
-        self.job = None
         try:
-            return self._computed(gradients if len(gradients) > 1 else gradients[0])
+            return self.accept(gradients)
         except ConfigError:
             if np.isfinite(self.node.x).all():
                 raise
@@ -205,6 +245,16 @@ class GossipNode(ABC):
                 f"the model of node {self.i} is not finite after round {self.round}; take a "
                 "smaller step size"
             ) from None
+
+    def accept(self, gradients: tuple[NDArray, ...]) -> list[Effect]:
+        """The job at hand is done, and what came of it is finite: a gradient a point."""
+        self.job = None
+        return self._computed(gradients if len(gradients) > 1 else gradients[0])
+
+    def repeat(self) -> list[Effect]:
+        """The job at hand is lost, and done again on another sample."""
+        assert self.job is not None
+        return [self._compute(self.job.points)]
 
     def down(self, j: int) -> list[Effect]:
         """Nothing is heard of ``j``."""
@@ -241,10 +291,10 @@ class GossipNode(ABC):
 
     def answer(self, job: Compute) -> tuple[list[float], Points]:
         """Losses and gradients of ``job``: what a driver computes for ``computed``."""
-        e, steps = self.experiment, np.array([self.experiment.work.steps])
+        work, task = self.setting.work, guarded(self.setting.task)
+        steps = np.array([work.steps])
         rows, draws = np.array([self.i]), steps * job.number
-        task = guarded(e.task)
-        found = [updated(e.work, task, x[None], rows, draws, steps, {}) for x in job.points]
+        found = [updated(work, task, x[None], rows, draws, steps, {}) for x in job.points]
         losses = [float(loss[0]) for loss, _ in found]
         gradients = tuple(gradient[0] for _, gradient in found)
         return losses, gradients if len(gradients) > 1 else gradients[0]
@@ -255,8 +305,8 @@ class GossipNode(ABC):
         period = self.network.topology.period
         if period is None:
             return frozenset(range(self.n)) - {self.i}
-        rounds = (LocalView(self.network.whole(k), self.i) for k in range(period))
-        return frozenset(j for links in rounds for j in (*links.hears, *links.takes))
+        views = (LocalView.of(self.network.whole(k), self.i) for k in range(period))
+        return frozenset(j for view in views for j in (*view.hears, *view.takes))
 
     @property
     def model(self) -> NDArray:
@@ -279,7 +329,7 @@ class GossipNode(ABC):
     """What the method sees."""
 
     @abstractmethod
-    def _make(self, x: NDArray, common: bool) -> None:
+    def _make(self, x: NDArray, *, common: bool) -> None:
         """Make ``node``, beginning at ``x [d]``, at which all begin if it is ``common``."""
 
     @abstractmethod
@@ -324,9 +374,8 @@ class GossipNode(ABC):
 
     # -- The method ----------------------------------------------------------------------------
 
-    def _init(self) -> list[Effect]:
-        self._make(self.experiment.task.initial(self.experiment.seed), True)
-        return self._starting()
+    def _initial(self) -> NDArray:
+        return self.setting.start.copy()
 
     def _starting(self) -> list[Effect]:
         wanted = self.method.init(self.node)
@@ -342,6 +391,15 @@ class GossipNode(ABC):
         return []
 
     # -- Links ---------------------------------------------------------------------------------
+
+    def _view(self, k: int) -> LocalView:
+        """Who hears whom in round ``k``, if all links are open."""
+        place = self.network.place(k)
+        if place not in self._views:
+            if len(self._views) >= KEPT_VIEWS:
+                del self._views[next(iter(self._views))]
+            self._views[place] = LocalView.of(self.network.seen(place), self.i)
+        return self._views[place]
 
     def _link(self, j: int) -> Edge:
         if j not in self.links:
@@ -376,7 +434,7 @@ class GossipNode(ABC):
             raise PeerError("a greeting has no promise")
         if x is not None and not (
             isinstance(x, np.ndarray)
-            and x.shape == (self.experiment.task.dim,)
+            and x.shape == (self.setting.task.dim,)
             and x.dtype.kind == "f"
             and finite(x)
         ):
@@ -420,7 +478,7 @@ class GossipNode(ABC):
         self.joining = False
         self.models.clear()
         self.counts["joined"] += 1
-        self._make(x, False)
+        self._make(x, common=False)
         for j in asked:
             self._opening(j)
         return [*self._starting(), *(self._hello(j) for j in asked)]
@@ -451,7 +509,7 @@ class GossipNode(ABC):
             None if state["job"] is None else Compute(state["job"][0], tuple(state["job"][1]))
         )
         if state["node"] is not None:
-            self._make(self.experiment.task.initial(self.experiment.seed), True)
+            self._make(self._initial(), common=True)
             self._restore_node(state["node"])
         job: list[Effect] = [] if self.job is None else [self.job]
         return [*job, *self.again(), *([] if self.joining else self._step())]
@@ -463,14 +521,3 @@ class GossipNode(ABC):
     @abstractmethod
     def _restore_node(self, state: dict[str, Any]) -> None:
         """Put it back."""
-
-
-def gossip_node(
-    experiment: Experiment, i: int, *, incarnation: int = 0, joining: bool = False
-) -> GossipNode:
-    """Node ``i`` of ``experiment``: synchronous or asynchronous, as it says."""
-    from offbeat.runtime.node.asynchronous import PairingNode
-    from offbeat.runtime.node.synchronous import RoundNode
-
-    kind: type[GossipNode] = PairingNode if experiment.asynchronous else RoundNode
-    return kind(experiment, i, incarnation=incarnation, joining=joining)

@@ -16,7 +16,6 @@ from offbeat.runtime.node.node import CLOSED, OPENING, Edge, Effect, GossipNode,
 
 MOST_EARLY = 2  # messages held of one neighbour: of the round at hand, and of the next
 MOST_EARLY_ONE_WAY = 1024  # the same of one that does not hear this node
-KEPT_LINKS = 64  # rounds whose links are kept
 MAIL, GOT = "mail", "got"
 
 
@@ -31,14 +30,13 @@ class RoundNode(GossipNode):
         self.found: Any = None  # the gradient, if it is there before the messages
         self.mail: dict[int, dict[int, list[Read]]] = {}  # round -> node -> what it sent
         self.kept: dict[int, dict[int, tuple[Item, ...]]] = {}  # node -> round -> may not be there
-        self._views: dict[int, LocalView] = {}
         # Whether whoever is heard hears this node, in the same rounds.
         self._paired = not self.network.topology.directed
         self._paired &= not (self.method.pushes and self.network.loss)
 
     # -- Rounds --------------------------------------------------------------------------------
 
-    def _make(self, x: NDArray, common: bool) -> None:
+    def _make(self, x: NDArray, *, common: bool) -> None:
         self.node = NodeChannels(
             self.i,
             self.n,
@@ -46,7 +44,7 @@ class RoundNode(GossipNode):
             x,
             fixed=self.network.fixed,
             common=common,
-            seed=self.experiment.seed,
+            seed=self.setting.seed,
         )
 
     def _starting(self) -> list[Effect]:
@@ -96,7 +94,7 @@ class RoundNode(GossipNode):
         anew = [j for j in used.hears if self._link(j).anew]
         effects: list[Effect] = []
         for j, items in self.node.outbox(used, anew).items():
-            mail = Send(j, MAIL, k, tuple(items))
+            mail = Send(j, MAIL, k, items)
             self.counts["messages"] += 1
             self.counts["bytes"] += mail.nbytes
             if j in used.gives:
@@ -130,15 +128,6 @@ class RoundNode(GossipNode):
         out = [j for j, link in links.items() if link.is_ == CLOSED or k < link.since]
         return view.without(out, self.method.pushes) if out else view
 
-    def _view(self, k: int) -> LocalView:
-        """Who hears whom in round ``k`` if all links are open."""
-        place = 0 if self.network.fixed else k
-        if place not in self._views:
-            if len(self._views) >= KEPT_LINKS:
-                del self._views[next(iter(self._views))]
-            self._views[place] = LocalView(self.network.round(place), self.i)
-        return self._views[place]
-
     # -- Messages ------------------------------------------------------------------------------
 
     def _received(self, frm: int, kind: str, number: int, items: Sequence[Item]) -> list[Effect]:
@@ -152,7 +141,7 @@ class RoundNode(GossipNode):
         link = self._link(frm)
         if link.is_ == CLOSED or number < link.since:
             return self._dropped("closed")
-        receipt: list[Effect] = [] if self._paired else [Send(frm, GOT, number, ())]
+        receipt: list[Effect] = [] if self._paired else [Send(frm, GOT, number)]
         if number < self.round or (number == self.round and self.full and self.now is not None):
             return receipt + self._dropped("stale")
         if frm in self.mail.get(number, {}):

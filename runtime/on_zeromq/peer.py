@@ -37,7 +37,8 @@ from offbeat.runtime.base.errors import ComputeError, ConfigError, PeerError, Re
 from offbeat.runtime.base.logs import FIRST_S, REMIND_S, Note, Seldom, identify, tell
 from offbeat.runtime.experiment.experiment import Experiment
 from offbeat.runtime.gossip.hosted import Envelope, NodeLoop, NodeReport
-from offbeat.runtime.node.node import Compute, gossip_node
+from offbeat.runtime.node.make import gossip_node
+from offbeat.runtime.node.node import Compute
 from offbeat.runtime.on_zeromq.alike import PeerAddress, check, lines
 from offbeat.runtime.on_zeromq.server import Claim
 from offbeat.runtime.protocol import messages as say

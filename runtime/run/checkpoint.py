@@ -23,7 +23,7 @@ from offbeat.runtime.base import trees
 from offbeat.runtime.base.errors import StorageError, passes
 from offbeat.runtime.base.logs import tell
 
-FORMAT = "offbeat checkpoint 1"
+FORMAT = "offbeat checkpoint 2"
 KEPT = 2
 SOONER = 30  # the first wait for a save is so much shorter than the last,
 SHARE = 0.01  # if saves then take no more than this of the time

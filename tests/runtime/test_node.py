@@ -19,7 +19,8 @@ from simulated import (
 
 from offbeat.algorithms.gossip import ad_psgd, dsgt, motef
 from offbeat.runtime.base.errors import PeerError
-from offbeat.runtime.node.node import MOST_OPENINGS, OPEN, OPENING, gossip_node
+from offbeat.runtime.node.make import gossip_node
+from offbeat.runtime.node.node import MOST_OPENINGS, OPEN, OPENING
 from offbeat.runtime.node.synchronous import MOST_EARLY
 from offbeat.topologies import TOPOLOGIES
 from offbeat.workers.fleet import Fleet
@@ -254,7 +255,7 @@ def apace(seed, drop=0.05, **more):
     assert min(node.round for node in nodes) >= 20  # who joins does its first gradient, too
     if "v" in method.channels:
         gain = method.channels["v"].gain
-        v = sum(node.node.v + gain * node.channels.got["v"] for node in nodes)
+        v = sum(node.node.v + gain * node.node._got.get("v", 0.0) for node in nodes)
         np.testing.assert_allclose(v, sum(map(put_in, nodes)), atol=1e-9)
     return live
 
@@ -290,7 +291,7 @@ def test_messages_that_are_lost_move_nothing(seed):
     assert live.counts["lost"] > 20
     first = next(iter(method.channels))
     gain = 1.0 if method.pushes else method.channels[first].gain
-    sums = sum(gain * node.channels.got[first] for node in live.nodes.values())
+    sums = sum(gain * node.node._got.get(first, 0.0) for node in live.nodes.values())
     if not method.pushes:  # else all is given away
         sums = sums + sum(node.node.x for node in live.nodes.values())
     np.testing.assert_allclose(sums / 8, 3.5, atol=1e-10)
