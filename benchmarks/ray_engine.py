@@ -114,7 +114,7 @@ class Kept(RayBackend):
 class Engine(backends.Ray):
     """``ray``, whose actors stay for the next run."""
 
-    def crew(self, experiment: Experiment, folder: Path | None = None) -> RayBackend:
+    def backend(self, experiment: Experiment, folder: Path | None = None) -> RayBackend:
         return Kept(experiment, self)
 
 

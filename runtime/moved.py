@@ -123,7 +123,9 @@ NAMES = {
     "protocol.wire": {"Parcel": "Frames", "Message": "Received"},
     "protocol.worker": {"Spoke": "WorkerProtocol"},
     "report.recorded": {"Run": "RecordedRun"},
-    "server.virtual": {"Note": "TraceNote"},
+    "compute.jobs": {"Note": "TraceNote"},
+    "experiment.engines": {"Backend": "Engine"},
+    "server.loop": {"Engine": "ServerLoop"},
     "studies.cell": {"Job": "CellJob"},
     "transport.keys": {"Identity": "KeyPair"},
 }

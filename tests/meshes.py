@@ -10,12 +10,12 @@ from collections import Counter
 import numpy as np
 from simulated import experiment
 
+from offbeat.runtime.experiment.engines import Liveness
 from offbeat.runtime.gossip.hosted import Envelope
 from offbeat.runtime.node.make import gossip_node
 from offbeat.runtime.node.node import Compute, Send
 from offbeat.runtime.protocol import peer as mesh
 from offbeat.runtime.protocol.peer import PeerProtocol
-from offbeat.runtime.protocol.roster import Liveness
 
 MOST_EVENTS = 400_000  # of one run: beyond, it hangs
 LIVENESS = Liveness(4.0)

@@ -5,47 +5,93 @@ import re
 import subprocess
 import sys
 import zipfile
+from collections import Counter
+from graphlib import TopologicalSorter
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("topologies", "algorithms", "workers", "runtime", "deploy")
-LEAF = "base"  # of runtime: every room may import it
-FORBIDDEN = {"ray", "zmq", "time", "random", "asyncio", "threading"}
-MAY_IMPORT = {
-    "topologies": {"topologies"},
-    "algorithms": {"algorithms", "topologies"},
-    "workers": {"workers", "algorithms"},
-    "runtime": {"topologies", "algorithms", "workers", "runtime"},
-    "deploy": set(ROOMS),
+FORBIDDEN = {"ray", "zmq", "time", "random", "asyncio", "threading"}  # to mathematics
+# CONTRIBUTING's table of rooms, bottom to top.
+ORDER = re.findall(r"^\| `([a-z_/]+)/` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+ENTRANCES = {"runtime/root.py", "runtime/extend.py"}  # what hands names on, on top of everything
+SOURCES = {
+    path.relative_to(ROOT).as_posix(): ast.parse(path.read_text())
+    for room in ROOMS
+    for path in sorted((ROOT / room).rglob("*.py"))
 }
-# The command line, and offbeat.join in its place: where all rooms come together.
-TOP = {"runtime/commands/cli.py", "runtime/join/run.py"}
 
 
-def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(tree):
+    """What is imported, wherever: ``a`` by ``import a``, ``a.b`` by ``from a import b``."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            yield str(node.module)
+            assert node.level == 0, "a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_dependencies_run_one_way(room):
-    files = list((ROOT / room).rglob("*.py"))
-    assert files
-    for path in files:
-        for name in imports(path):
-            first, *rest = name.split(".")
-            if room in ("algorithms", "topologies"):
-                assert first not in FORBIDDEN, f"{path} imports {name}"
-            if first == "offbeat" and rest:
-                leaf = rest[0] == "runtime" and len(rest) > 1 and rest[1] == LEAF
-                top = str(path.relative_to(ROOT)) in TOP
-                assert leaf or top or rest[0] in MAY_IMPORT[room], f"{path} imports {name}"
+def files_of(tree):
+    """The files of ours that are imported: of a module, or of what a name comes from."""
+    for name in imports(tree):
+        module = name.removeprefix("offbeat.").replace(".", "/")
+        package = module.rpartition("/")[0]
+        places = [f"{at}{end}" for at in (module, package) for end in (".py", "/__init__.py")]
+        yield from [place for place in places if place in SOURCES][:1]
+
+
+def height(path):
+    """Of its room in the table; what lies loose in ``runtime`` is below all."""
+    return max((at for at, room in enumerate(ORDER) if path.startswith(f"{room}/")), default=-1)
+
+
+def test_a_room_imports_only_rooms_below_it():
+    wrong = [
+        f"{path} imports {other}"
+        for path, tree in SOURCES.items()
+        if path not in ENTRANCES
+        for other in files_of(tree)
+        if height(other) > height(path)
+    ]
+    assert wrong == []
+
+
+def test_no_imports_run_in_a_circle():
+    graph = {path: set(files_of(tree)) - {path} for path, tree in SOURCES.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the files
+
+
+def test_mathematics_knows_no_clock_and_no_engine():
+    for path, tree in SOURCES.items():
+        if path.startswith(("algorithms/", "topologies/")):
+            assert not {name.split(".")[0] for name in imports(tree)} & FORBIDDEN, path
+
+
+def test_rooms_files_and_functions_are_small():
+    rooms = Counter(str(Path(path).parent) for path in SOURCES if not path.endswith("__init__.py"))
+    assert {room: n for room, n in rooms.items() if room.startswith("runtime/") and n > 8} == {}
+    everything = {path: (ROOT / path).read_text() for path in SOURCES}
+    long = {path: n for path, text in everything.items() if (n := text.count("\n")) > 500}
+    assert long == {}
+    functions = {
+        f"{path}: {node.name}": node.end_lineno - node.lineno + 1
+        for path, tree in SOURCES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert {name: n for name, n in functions.items() if n > 60} == {}
+    assert [path for path, text in everything.items() if "# fmt:" in text] == []
+
+
+def test_a_class_has_a_name_of_its_own():
+    names = Counter(
+        node.name
+        for tree in SOURCES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    )
+    assert [name for name, n in names.items() if n > 1] == []
 
 
 # Who reads the wall clock: for a date that is shown, and to see by how much clocks differ.
@@ -60,12 +106,6 @@ def test_nothing_but_dates_depends_on_the_wall_clock():
             if WALL.search(path.read_text()):
                 readers.add(str(path.relative_to(ROOT)))
     assert readers == READS_DATES
-
-
-def test_the_leaf_imports_no_room():
-    for path in (ROOT / "runtime" / LEAF).glob("*.py"):
-        names = [name for name in imports(path) if name.startswith("offbeat")]
-        assert all(name.split(".")[1:3] == ["runtime", LEAF] for name in names), path
 
 
 def test_every_method_is_documented_where_it_is_declared():

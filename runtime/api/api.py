@@ -19,7 +19,7 @@ from offbeat.runtime.api.launch import Progress, loop
 from offbeat.runtime.base.errors import ConfigError, StorageError, nearest
 from offbeat.runtime.base.logs import tell
 from offbeat.runtime.experiment import metrics
-from offbeat.runtime.experiment.engines import ENGINES, Backend
+from offbeat.runtime.experiment.engines import ENGINES, Engine
 from offbeat.runtime.experiment.experiment import (
     Experiment,
     Record,
@@ -35,7 +35,7 @@ from offbeat.runtime.run import checkpoint
 from offbeat.runtime.run.folders import begun, check_same, check_trace, check_whole
 from offbeat.runtime.run.loop import Loop, uninterrupted
 from offbeat.runtime.run.records import TRACE_COLUMNS, Records, read_timers, read_trace
-from offbeat.runtime.server.loop import Engine
+from offbeat.runtime.server.loop import ServerLoop
 from offbeat.topologies import TOPOLOGIES, Topology, from_matrix, from_networkx, saved
 from offbeat.topologies.saved import SAVED
 from offbeat.workers.fleet import Fleet
@@ -161,7 +161,7 @@ def run(
     evaluate: Evaluate | Mapping[str, Any] | None = None,
     record: Record | Mapping[str, Any] | None = None,
     seed: int = 0,
-    engine: Backend | str | Mapping[str, Any] = "virtual",
+    engine: Engine | str | Mapping[str, Any] = "virtual",
     clock: str | None = None,
     pace: float = 1.0,
     folder: str | Path | None = None,
@@ -276,7 +276,7 @@ def resume(
     topology: Topology | nx.Graph | NDArray | None = None,
     work: Work | None = None,
     fleet: Fleet | None = None,
-    engine: Backend | str | Mapping[str, Any] | None = None,
+    engine: Engine | str | Mapping[str, Any] | None = None,
     overrides: Sequence[str] | None = None,
     changed: bool = False,
     progress: Progress | None = None,
@@ -370,7 +370,7 @@ def replay(
         return _replay(experiment, read_inputs(folder / "trace.jsonl", length))
     trace = read_trace(folder / "trace.jsonl")[: state["records"]["flushed"]]
     engine = loop(experiment, None, None, trace)
-    if isinstance(engine, Engine):
+    if isinstance(engine, ServerLoop):
         rung = read_timers(folder / "trace.jsonl") if experiment.real else None
         engine.workers.follow(state["records"]["events"], rung)
     engine.stop = Stop(gradients=max(1, state["gradients"]))

@@ -12,7 +12,7 @@ from offbeat.runtime.base.errors import ConfigError, StorageError
 from offbeat.runtime.base.logs import tell
 from offbeat.runtime.compute.backend import ComputeBackend
 from offbeat.runtime.compute.farmed import FarmedWork
-from offbeat.runtime.experiment.engines import Virtual
+from offbeat.runtime.experiment.engines import Ray, Virtual, Zmq
 from offbeat.runtime.experiment.experiment import Experiment
 from offbeat.runtime.gossip.pairs import Pairs
 from offbeat.runtime.gossip.replayed import RecordedClock, RecordedTiming
@@ -20,7 +20,7 @@ from offbeat.runtime.gossip.rounds import Rounds
 from offbeat.runtime.run import checkpoint
 from offbeat.runtime.run.loop import Loop
 from offbeat.runtime.run.records import Records
-from offbeat.runtime.server.loop import Engine
+from offbeat.runtime.server.loop import ServerLoop
 from offbeat.runtime.server.remote import LiveWorkers, RemoteWorkers
 from offbeat.runtime.server.virtual import VirtualWorkers
 from offbeat.workers.compressed import Compressed
@@ -85,9 +85,9 @@ def _loop(
     if isinstance(e.algorithm, Gossip):
         if trace is not None:
             return _gossip(e, records, around, None, trace)
-        if (loop := e.engine.gossip(e, records, **around)) is not None:
+        if (loop := _live_gossip(e, records, around)) is not None:
             return loop
-        crew = e.engine.crew(e, folder)
+        crew = _backend(e, folder)
         try:
             return _gossip(e, records, around, crew, None)
         except BaseException:
@@ -98,17 +98,45 @@ def _loop(
     algorithm = copy.deepcopy(e.algorithm)
     if trace is not None:
         workers = VirtualWorkers(e.task, e.fleet, RecordedTiming(trace), e.work, x)
-        return Engine(e.task, algorithm, workers, records, **around)
+        return ServerLoop(e.task, algorithm, workers, records, **around)
     sized = isinstance(e.work, Compressed)
     jobs = e.task, e.fleet, e.fleet.timing(e.seed, int(x.nbytes), sized), e.work, x
-    if (crew := e.engine.crew(e, folder)) is None:
-        return Engine(e.task, algorithm, VirtualWorkers(*jobs), records, **around)
+    if (crew := _backend(e, folder)) is None:
+        return ServerLoop(e.task, algorithm, VirtualWorkers(*jobs), records, **around)
     try:
         workers = LiveWorkers(*jobs, crew, e.pace) if e.real else RemoteWorkers(*jobs, crew)
-        return Engine(e.task, algorithm, workers, records, **around)
+        return ServerLoop(e.task, algorithm, workers, records, **around)
     except BaseException:
         crew.close()
         raise
+
+
+def _backend(e: Experiment, folder: Path | None) -> ComputeBackend | None:
+    """Who computes the jobs of ``e``; None: this process."""
+    backend: ComputeBackend | None = e.engine.backend(e, folder)
+    if backend is None and isinstance(e.engine, Ray):
+        from offbeat.runtime.on_ray.server import RayBackend
+
+        return RayBackend(e, e.engine, folder)
+    if backend is None and isinstance(e.engine, Zmq):
+        from offbeat.runtime.on_zeromq.server import ZmqBackend
+
+        return ZmqBackend(e, e.engine, folder)
+    return backend
+
+
+def _live_gossip(e: Experiment, records: Records, around: dict[str, Any]) -> Loop | None:
+    """The loop of live nodes of ``e``; None: this process runs them, under the virtual clock."""
+    loop: Loop | None = e.engine.gossip(e, records, **around)
+    if loop is None and e.real and isinstance(e.engine, Ray):
+        from offbeat.runtime.on_ray.gossip import RayGossip
+
+        return RayGossip(e, e.engine, records, **around)
+    if loop is None and e.real and isinstance(e.engine, Zmq):
+        from offbeat.runtime.on_zeromq.gossip import ZmqGossip
+
+        return ZmqGossip(e, e.engine, records, **around)
+    return loop
 
 
 def _try_out(e: Experiment) -> None:

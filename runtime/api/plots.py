@@ -12,7 +12,6 @@ from offbeat.runtime.base.registry import Spec, told_apart
 from offbeat.runtime.run.records import column
 
 if TYPE_CHECKING:
-    from offbeat.runtime.api.api import Result
     from offbeat.runtime.experiment.experiment import Experiment
     from offbeat.topologies import Topology
 
@@ -48,10 +47,8 @@ STRIP = 8  # rounds a row
 ARROWS = 600  # drawn one by one, which is slow; more edges are lines
 
 
-def picture(
-    results: Sequence["Result"], path: str | Path, labels: Sequence[str] | None = None
-) -> Path:
-    """Draw ``results`` together and write ``path`` (its ending says the format)."""
+def picture(results: Sequence[Any], path: str | Path, labels: Sequence[str] | None = None) -> Path:
+    """Draw some ``Result``s together and write ``path`` (its ending says the format)."""
     path = Path(path)
     import matplotlib
 
@@ -129,7 +126,7 @@ def legend(figure: Any, axes: Any) -> None:
         figure.legend(handles, names, frameon=False, fontsize=8, loc="outside right upper")
 
 
-def _lines(results: Sequence["Result"]) -> list[dict[str, Any]]:
+def _lines(results: Sequence[Any]) -> list[dict[str, Any]]:
     """A colour for each method, a dash for each topology and mode."""
     methods = [str(result.experiment.algorithm.spec or id(result)) for result in results]
     places = [
@@ -157,7 +154,7 @@ def styles(lines: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
     return made
 
 
-def _seconds(label: str, results: Sequence["Result"]) -> str:
+def _seconds(label: str, results: Sequence[Any]) -> str:
     """``label``, of which real seconds are not virtual."""
     return label.removeprefix("virtual ") if results[0].experiment.real else label
 
@@ -172,7 +169,7 @@ def _window(traces: Sequence[NDArray]) -> float:
     return min(window, max(float(column(t, "end_s").max()) for t in traces)) or 1.0
 
 
-def _timeline(axes: Any, result: "Result", window: float, colour: str) -> None:
+def _timeline(axes: Any, result: Any, window: float, colour: str) -> None:
     """Bars where a worker computes, alternately shaded job by job; empty where it waits."""
     trace = result.trace
     trace = trace[column(trace, "start_s") < window]

@@ -17,10 +17,9 @@ from rich.table import Table
 from offbeat.algorithms.gossip import Gossip
 from offbeat.runtime.base.errors import ComputeError, ConfigError
 from offbeat.runtime.base.logs import FORM, telling
-from offbeat.runtime.experiment.engines import ENGINES
+from offbeat.runtime.experiment.engines import ENGINES, Liveness
 from offbeat.runtime.protocol import messages as say
 from offbeat.runtime.protocol import wire
-from offbeat.runtime.protocol.roster import Liveness
 from offbeat.runtime.transport import keys, sockets
 
 PORT = 5555

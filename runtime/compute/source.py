@@ -11,15 +11,8 @@ from offbeat.runtime.base.errors import ComputeError, ConfigError
 from offbeat.runtime.base.logs import FIRST_S, REMIND_S, log
 from offbeat.runtime.compute.backend import JobRequest, JobResult
 from offbeat.runtime.compute.flat import Flat
-from offbeat.runtime.node.node import Compute
 
 WAIT_S = 0.5  # a wait is cut short after so long, to look at signals
-
-
-def ordered(i: int, job: Compute, steps: int) -> JobRequest:
-    """A gossip node's job as a loop is given it."""
-    (x,) = job.points
-    return JobRequest(job.number, i, i, steps * job.number, steps, job.number, x, None)
 
 
 class Source(Protocol):

@@ -2,60 +2,84 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal
 
+from offbeat.runtime.base.errors import ConfigError
 from offbeat.runtime.base.registry import Count, Natural, NonNegative, Positive, Registry, Spec
-from offbeat.runtime.protocol.roster import Liveness
-
-if TYPE_CHECKING:
-    from offbeat.runtime.compute.backend import ComputeBackend
-    from offbeat.runtime.experiment.experiment import Experiment
-    from offbeat.runtime.run.loop import Loop
-    from offbeat.runtime.run.records import Records
 
 ENGINES = Registry("engine")
 
 
-class Backend(Protocol):
-    """The contract of an engine; ``spec`` is how a file names it."""
+@dataclass(frozen=True)
+class Liveness:
+    """Every time of a run on a network, from one.
 
-    spec: Spec | None
-    clocks: tuple[str, ...]
+    Args:
+        suspect_after_s: silence after which a node is suspected: it gets no new work.
+    """
+
+    suspect_after_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        """A setting that no network could meet is refused."""
+        if not 0.05 <= self.suspect_after_s <= 3600:
+            raise ConfigError(
+                f"suspect_after_s must be from 0.05 to 3600, not {self.suspect_after_s}"
+            )
+
+    @property
+    def heartbeat_s(self) -> float:
+        """How often a node says that it is alive."""
+        return self.suspect_after_s / 4
+
+    @property
+    def down_after_s(self) -> float:
+        """Silence after which a node is dead, and its jobs are someone else's."""
+        return 1.5 * self.suspect_after_s
+
+    @property
+    def resend_s(self) -> float:
+        """When something that was not acknowledged is sent again at the earliest."""
+        return self.suspect_after_s / 2
+
+    @property
+    def tick_s(self) -> float:
+        """How often whoever runs this has to look at the clock."""
+        return self.suspect_after_s / 10
+
+
+class Engine:
+    """Where a run's jobs are computed; ``spec`` is how a file names it.
+
+    What this package's own begin is known to ``runtime.api.launch``; another says it here.
+    """
+
+    spec: Spec | None = None
+    clocks: tuple[str, ...] = ("virtual",)
     """The clocks it can keep; the first is the one it keeps where nothing is said."""
 
-    def crew(self, experiment: "Experiment", folder: Path | None = None) -> "ComputeBackend | None":
-        """Who computes the jobs of a run; None: this process.
+    def backend(self, experiment: Any, folder: Path | None = None) -> Any:
+        """The compute backend of a run; None: this process computes.
 
         Args:
             experiment: whose jobs.
             folder: of the run, if it has one.
         """
-        ...
+        return None
 
-    def gossip(self, experiment: "Experiment", records: "Records", **around: Any) -> "Loop | None":
-        """What runs a gossip method; None: this process, and the crew, if there is one, computes.
+    def gossip(self, experiment: Any, records: Any, **around: Any) -> Any:
+        """The loop of a gossip run; None: this process, whose gradients ``backend`` computes.
 
         Args:
             experiment: what to run.
             records: where everything is written.
             around: see ``Loop``, and the seed.
         """
-        ...
+        return None
 
 
-class Virtual:
+class Virtual(Engine):
     """This process, under the virtual clock."""
-
-    spec: Spec | None = None
-    clocks: tuple[str, ...] = ("virtual",)
-
-    def crew(self, experiment: "Experiment", folder: Path | None = None) -> "ComputeBackend | None":
-        """Nobody else."""
-        return None
-
-    def gossip(self, experiment: "Experiment", records: "Records", **around: Any) -> "Loop | None":
-        """Nobody else."""
-        return None
 
 
 @ENGINES.register("virtual")
@@ -65,7 +89,7 @@ def virtual() -> Virtual:
 
 
 @dataclass
-class Ray:
+class Ray(Engine):
     """Ray actors; the fields are the arguments of ``ray``."""
 
     spec: Spec | None = field(default=None, init=False)
@@ -78,20 +102,6 @@ class Ray:
     placement: str
     restarts: int
     device: str
-
-    def crew(self, experiment: "Experiment", folder: Path | None = None) -> "ComputeBackend | None":
-        """Actors."""
-        from offbeat.runtime.on_ray.server import RayBackend
-
-        return RayBackend(experiment, self, folder)
-
-    def gossip(self, experiment: "Experiment", records: "Records", **around: Any) -> "Loop | None":
-        """Actors that speak to one another, under a real clock."""
-        if not experiment.real:
-            return None
-        from offbeat.runtime.on_ray.gossip import RayGossip
-
-        return RayGossip(experiment, self, records, **around)
 
 
 @ENGINES.register("ray")
@@ -124,7 +134,7 @@ def ray(
 
 
 @dataclass
-class Zmq:
+class Zmq(Engine):
     """Machines over ZeroMQ; the fields are the arguments of ``zmq``."""
 
     spec: Spec | None = field(default=None, init=False)
@@ -135,20 +145,6 @@ class Zmq:
     suspect_after_s: float
     most_idle_s: float | None
     metrics: str
-
-    def crew(self, experiment: "Experiment", folder: Path | None = None) -> "ComputeBackend | None":
-        """Whoever joins."""
-        from offbeat.runtime.on_zeromq.server import ZmqBackend
-
-        return ZmqBackend(experiment, self, folder)
-
-    def gossip(self, experiment: "Experiment", records: "Records", **around: Any) -> "Loop | None":
-        """Peers on this machine, under a real clock."""
-        if not experiment.real:
-            return None
-        from offbeat.runtime.on_zeromq.gossip import ZmqGossip
-
-        return ZmqGossip(experiment, self, records, **around)
 
 
 @ENGINES.register("zmq")

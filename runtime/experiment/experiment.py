@@ -1,7 +1,6 @@
 """An experiment: a value that a TOML file, a command line or Python describes alike."""
 
 import json
-import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -20,7 +19,6 @@ from offbeat.runtime.base import trees
 from offbeat.runtime.base.errors import ConfigError, nearest
 from offbeat.runtime.base.registry import (
     MADE_BY_HAND,
-    MOST_SEEDS,
     Count,
     Positive,
     Registry,
@@ -28,21 +26,19 @@ from offbeat.runtime.base.registry import (
     parse_call,
     settings,
 )
-from offbeat.runtime.experiment import files, metrics
-from offbeat.runtime.experiment.engines import ENGINES, Backend, Virtual, Zmq, virtual
+from offbeat.runtime.experiment import checks, files, metrics
+from offbeat.runtime.experiment.checks import MODES
+from offbeat.runtime.experiment.engines import ENGINES, Engine, virtual
 from offbeat.runtime.experiment.overrides import change
-from offbeat.runtime.experiment.settings import BOUNDS, DEFAULT_STEPS, Evaluate, Stop
-from offbeat.runtime.node.network import Network
+from offbeat.runtime.experiment.settings import DEFAULT_STEPS, Evaluate, Stop
 from offbeat.topologies import TOPOLOGIES, Topology, saved
 from offbeat.topologies.saved import SAVED
-from offbeat.workers.compressed import Compressed
 from offbeat.workers.fleet import Fleet, Outage
 from offbeat.workers.tasks import OWN_FILE, TASKS, Task
 from offbeat.workers.work import WORK, OwnLoop, Work, gradient
 
 T = TypeVar("T")
 
-MOST_NODES = 200  # whose losses are recorded one by one
 EMULATED = {"speeds", "stragglers"}  # how fast workers are to seem
 SAVING = "record.save_every_s", "record.max_failed_saves"
 
@@ -95,113 +91,19 @@ class Experiment:
     record: Record = field(default_factory=Record)
     work: Work = field(default_factory=gradient)
     seed: int = 0
-    engine: Backend = field(default_factory=virtual)
+    engine: Engine = field(default_factory=virtual)
     clock: str | None = None
     pace: float = 1.0
 
     def __post_init__(self) -> None:
         """What no part can see alone."""
-        parts, workers = self.task.workers, self.fleet.workers
-        any_shard = getattr(self.algorithm, "any_shard", None)  # gossip has none
-        if parts < workers or (parts > workers and not any_shard):
-            hint = "; for more shards than workers, take sample_shards = true"
-            raise ConfigError(
-                f"the task is divided among {parts} workers, but the fleet has {workers}"
-                + (hint if parts > workers and any_shard is False else "")
-            )
-        self._check_clock()
-        self._check_code()
-        for metric in self.stop.targets:
-            self._check_target(metric)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ConfigError(f"seed must be a whole number, not {self.seed!r}")
-        if not 0 <= self.seed < MOST_SEEDS:
-            raise ConfigError(f"seed must be from 0 to {MOST_SEEDS - 1}, not {self.seed}")
-        if isinstance(self.algorithm, Gossip):
-            self._check_gossip(self.algorithm)
-        elif (self.topology, self.mode, self.replicas) != (None, None, "links"):
-            raise ConfigError(
-                "a method with a server has no topology, no mode and no replicas; remove them"
-            )
-        elif self.fleet.loss:
-            raise ConfigError("fleet.loss is for gossip; a server's messages are not lost")
-        if self.record.nodes and (self.topology is None or self.fleet.workers > MOST_NODES):
-            raise ConfigError(
-                f"record.nodes is for gossip on at most {MOST_NODES} nodes; remove it"
-            )
+        checks.refuse(checks.of_experiment(self))
         self.algorithm.check(self.fleet.workers)
-
-    def _check_target(self, metric: str) -> None:
-        try:
-            metrics.better(metric, metrics.own(self.task), BOUNDS)
-        except ConfigError as error:
-            raise ConfigError(f"stop.{metric}: {error}") from None
-        if self.evaluate == Evaluate():
-            raise ConfigError(
-                f"stop.{metric}: the run never evaluates; give evaluate.steps or the like"
-            )
-
-    def _check_code(self) -> None:
-        spec = getattr(self.task, "spec", None)
-        served = isinstance(self.engine, Zmq) and not isinstance(self.algorithm, Gossip)
-        if served and spec and spec.name == OWN_FILE and not isinstance(self.work, OwnLoop):
-            raise ConfigError(
-                f'task "{OWN_FILE}": workers over ZeroMQ run no file that a server names; take '
-                'work = "own-loop", and let your loops join with offbeat.join'
-            )
-
-    def _check_clock(self) -> None:
-        clocks = self.engine.clocks
-        if self.clock is not None and self.clock not in clocks:
-            raise ConfigError(
-                f'clock must be {" or ".join(clocks)} with engine = "{self.engine.spec}", '
-                f'not "{self.clock}"'
-            )
-        if isinstance(self.pace, bool) or not isinstance(self.pace, int | float):
-            raise ConfigError(f"pace must be a number, not {self.pace!r}")
-        if not 0 < self.pace < math.inf:
-            raise ConfigError(f"pace must be positive and finite, not {self.pace}")
-        if self.fleet.law().measured and not self.real:
-            raise ConfigError(
-                'fleet.speeds = "real" needs a real clock; take clock = "real" and '
-                'engine = "ray" or "zmq", or a speed law such as "lognormal(1.0)"'
-            )
-        if self.fleet.law().measured and self.fleet.stragglers:
-            raise ConfigError("fleet.stragglers: nothing is emulated where speeds are real")
 
     @property
     def real(self) -> bool:
         """Whether time is real."""
         return (self.clock or self.engine.clocks[0]) == "real"
-
-    def _check_gossip(self, method: Gossip) -> None:
-        name = method.spec.name if method.spec else type(method).__name__
-        if self.topology is None:
-            raise ConfigError(f'{name} is a gossip method: give a topology, as topology = "ring"')
-        if isinstance(self.work, Compressed):
-            raise ConfigError(
-                f"{name}: gossip compresses what it sends by the method's own compressor; give "
-                "the work that is compressed alone"
-            )
-        elsewhere = not isinstance(self.engine, Virtual)
-        if elsewhere and self.work.keep(1, self.task.initial(self.seed)):
-            raise ConfigError(
-                f'{name}: with engine = "{self.engine.spec}" a gossip node keeps nothing between '
-                "rounds; give its work fresh = true"
-            )
-        if method.points > 1 and isinstance(self.work, OwnLoop):
-            raise ConfigError(
-                f"{name} wants gradients at {method.points} points on one sample, and a training "
-                "loop makes its steps from one; take motef"
-            )
-        if self.mode not in (None, *MODES):
-            raise ConfigError(f'mode must be one of {", ".join(MODES)}, not "{self.mode}"')
-        if self.replicas not in REPLICAS:
-            raise ConfigError(f"replicas must be one of {', '.join(REPLICAS)}")
-        if self.mode == "synchronous" and not method.synchronous:
-            raise ConfigError(f"{name} is asynchronous by its nature; leave mode out")
-        Network(self.topology, self.fleet, method, self.seed, self.asynchronous)
-        method.suits(self.task.dim)
 
     @property
     def asynchronous(self) -> bool:
@@ -269,15 +171,13 @@ NEEDED = {
     "algorithm": ("arrive", "ask"),
     "topology": ("matrix",),
     "work": ("update",),
-    "engine": ("crew",),
+    "engine": ("clocks",),
 }
 # What an object of a user's own must have.
 WHOLE = {
     "task": ("workers", "dim", "initial", "gradient", "evaluate"),
     "work": ("steps", "keep", "update"),
 }
-MODES = ("synchronous", "asynchronous")
-REPLICAS = ("links", "global")
 KEYS = [entry.name for entry in fields(Experiment)] + ["files"]
 
 
@@ -337,14 +237,7 @@ def from_table(table: Mapping[str, Any], *, ours: bool = False) -> list[Experime
             )
 
     files.check(table)
-
-    def attempt(make: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return make(*args, **kwargs)
-        except ConfigError as error:
-            mistakes.append(str(error))
-            return None
-
+    attempt = _Attempts(mistakes)
     seed = table.get("seed", 0)
     stop = attempt(make_settings, Stop, table.get("stop", {"steps": DEFAULT_STEPS}))
     evaluate = attempt(make_settings, Evaluate, table["evaluate"]) if "evaluate" in table else None
@@ -398,6 +291,20 @@ def from_table(table: Mapping[str, Any], *, ours: bool = False) -> list[Experime
             topologies, algorithms, _several(table, "mode", None)
         )
     ]
+
+
+class _Attempts:
+    """Makes parts; what is wrong with one is added to ``mistakes``, and None stands for it."""
+
+    def __init__(self, mistakes: list[str]) -> None:
+        self._mistakes = mistakes
+
+    def __call__(self, make: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return make(*args, **kwargs)
+        except ConfigError as error:
+            self._mistakes.append(str(error))
+            return None
 
 
 def _runs_code(task: Any) -> bool:

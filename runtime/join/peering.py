@@ -11,8 +11,9 @@ from offbeat.runtime.base import shapes
 from offbeat.runtime.base.errors import ConfigError, StorageError
 from offbeat.runtime.compute.backend import JobResult
 from offbeat.runtime.compute.flat import Flat, fit
-from offbeat.runtime.compute.source import JobSource, log, ordered
+from offbeat.runtime.compute.source import JobSource, log
 from offbeat.runtime.experiment.experiment import Experiment
+from offbeat.runtime.node.make import request
 from offbeat.runtime.node.node import Compute
 from offbeat.runtime.on_zeromq.alike import PeerAddress
 from offbeat.runtime.on_zeromq.peer import PeerProcess
@@ -34,7 +35,7 @@ class LoopPeer(PeerProcess):
         super().__init__(*args, **peer)
 
     def _give(self, i: int, job: Compute) -> None:
-        self._desk.put(ordered(i, job, self.experiment.work.steps))
+        self._desk.put(request(i, job, self.experiment.work.steps))
 
     def take(self, answer: JobResult) -> None:
         """What came of the job at hand."""

@@ -1,12 +1,13 @@
 """One node of an experiment: synchronous or asynchronous, as it says."""
 
 from offbeat.algorithms.gossip import Gossip
-from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.compute.backend import JobRequest
 from offbeat.runtime.compute.private import private
+from offbeat.runtime.experiment.checks import of_live_nodes, refuse
 from offbeat.runtime.experiment.experiment import Experiment
 from offbeat.runtime.node.asynchronous import PairingNode
 from offbeat.runtime.node.network import Network
-from offbeat.runtime.node.node import GossipNode, Setting
+from offbeat.runtime.node.node import Compute, GossipNode, Setting
 from offbeat.runtime.node.synchronous import RoundNode
 
 
@@ -21,14 +22,14 @@ def gossip_node(
     e, method, topology = experiment, experiment.algorithm, experiment.topology
     assert isinstance(method, Gossip)
     assert topology is not None
+    refuse(of_live_nodes(e))
     network = Network(topology, e.fleet, method, e.seed, e.asynchronous)
-    if network.dropping:
-        raise ConfigError(
-            'on_outage = "lose" is for virtual time: here nodes are away when they are; '
-            'take "pause"'
-        )
-    if e.replicas == "global":
-        raise ConfigError('replicas = "global" is for virtual time; take "links"')
     setting = Setting(e.task, e.work, private(method), network, e.seed)
     kind: type[GossipNode] = PairingNode if e.asynchronous else RoundNode
     return kind(setting, i, incarnation=incarnation, joining=joining)
+
+
+def request(i: int, job: Compute, steps: int) -> JobRequest:
+    """The job of node ``i`` as a training loop is given it."""
+    (x,) = job.points
+    return JobRequest(job.number, i, i, steps * job.number, steps, job.number, x, None)

@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from offbeat.algorithms.gossip import Gossip
-from offbeat.runtime.base.errors import ConfigError
 from offbeat.runtime.base.randomness import Streams, rng
+from offbeat.runtime.experiment.checks import dropping, of_links, refuse
 from offbeat.topologies import Topology
-from offbeat.topologies.weights import TOLERANCE
 from offbeat.workers.fleet import Fleet
 
 KEPT_ROUNDS = 64
@@ -115,72 +114,13 @@ class Network:
         seed: int,
         asynchronous: bool = False,
     ) -> None:
+        refuse(of_links(topology, fleet, method, asynchronous))
         self.topology, self.loss, self._pushes = topology, fleet.loss, method.pushes
         self._asynchronous = asynchronous
-        self.dropping = fleet.on_outage != "pause" and bool(fleet.outages)
+        self.dropping = dropping(fleet)
         self.fixed = topology.period == 1 and not self.loss and not self.dropping
         self._streams = Streams(seed, "loss", topology.n)
         self._whole = lru_cache(maxsize=min(topology.period or 1, KEPT_ROUNDS))(self._round)
-        self._check(fleet, method, asynchronous)
-
-    def _check(self, fleet: Fleet, method: Gossip, asynchronous: bool) -> None:
-        name = method.spec.name if method.spec else type(method).__name__
-        n, topology = fleet.workers, self.topology
-        if topology.n != n:
-            raise ConfigError(f"the topology has {topology.n} nodes, but the fleet has {n} workers")
-        if fleet.on_outage == "reassign":
-            raise ConfigError(
-                'on_outage = "reassign" is for methods with a server; a gossip node can "pause", '
-                'or "lose" the rounds it is away'
-            )
-        gone = [outage.worker for outage in fleet.outages if outage.to_s is None]
-        if gone and not asynchronous and not self.dropping:
-            raise ConfigError(
-                f"worker {gone[0]} pauses for ever, and in a synchronous run its neighbours would "
-                'wait for it: give its outage an end, or take on_outage = "lose"'
-            )
-        if asynchronous and not method.asynchronous:
-            raise ConfigError(
-                f"{name} needs nodes that do equally many rounds; run it synchronously, or take "
-                "dsgd, ad-psgd, dsgt, choco, beer or motef"
-            )
-        if asynchronous and topology.directed and not method.pushes:
-            raise ConfigError(
-                f"{name} exchanges both ways when asynchronous, and this graph is directed; take "
-                "an undirected one, or gradient-push"
-            )
-        if asynchronous and method.pushes and topology.matrix(0).diagonal().min() <= 0:
-            raise ConfigError(
-                f"{name} needs nodes that keep a share of what they have when asynchronous, and "
-                "here the diagonal of the weights is not positive; take lazy weights"
-            )
-        troubles = [(self.loss, "messages are lost"), (self.dropping, "nodes sit rounds out")]
-        trouble = next((said for there, said in troubles if there), "")
-        if not method.varying and not self.fixed:
-            raise ConfigError(
-                f"{name} is right only while the weights do not change, and here "
-                f"{trouble or 'the graph does'}; take dsgd, dsgt, choco, beer or motef"
-            )
-        if trouble and topology.directed and not method.pushes:
-            raise ConfigError(
-                f"{name} would lose the nodes' mean where {trouble} on a directed graph: its links "
-                "cannot be paired; take an undirected graph, or gradient-push"
-            )
-        if topology.directed and not method.varying:
-            raise ConfigError(
-                f"{name} may diverge where weights are not symmetric, and this graph is directed; "
-                "take an undirected one, or dsgd, dsgt or gradient-push"
-            )
-        sums = [np.abs(topology.matrix(0).sum(axis=axis) - 1).max() for axis in (0, 1)]
-        if not method.pushes and sums[1] > TOLERANCE:
-            raise ConfigError(
-                f"{name} needs weights whose rows sum to 1; these suit gradient-push only"
-            )
-        if sums[0] > TOLERANCE:
-            raise ConfigError(
-                f"{name} needs weights whose columns sum to 1: with these the sum over the nodes "
-                "would not be kept"
-            )
 
     def round(self, k: int, present: NDArray | None = None) -> RoundGraph:
         """Round ``k`` among the nodes ``present [n]`` (a mask; None for all)."""

@@ -18,10 +18,10 @@ from threadpoolctl import threadpool_limits
 from offbeat.runtime.base.errors import ComputeError, ConfigError
 from offbeat.runtime.base.tensors import keep_freed
 from offbeat.runtime.compute.backend import JobResult
-from offbeat.runtime.compute.source import ordered
 from offbeat.runtime.gossip.driver import GossipDriver, Slot
 from offbeat.runtime.gossip.hosted import Envelope, NodeLoop, NodeReport
 from offbeat.runtime.node.channels import nbytes
+from offbeat.runtime.node.make import request
 from offbeat.runtime.node.node import Compute
 from offbeat.runtime.on_ray.loops import Loops, farewell, meet
 from offbeat.runtime.on_ray.server import INLINE_BYTES, START_EACH_S, START_S, places, why
@@ -100,7 +100,7 @@ class GossipActor:
     def _give(self, i: int, job: Compute) -> None:
         """A job for a loop."""
         assert self._loops is not None
-        self._loops.give(ordered(i, job, self._steps))
+        self._loops.give(request(i, job, self._steps))
 
     def _came(self, i: int, came: JobResult | Exception) -> None:
         """From a loop's thread: what became of its job."""

@@ -5,10 +5,10 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import NamedTuple
 
-from offbeat.algorithms.gossip import Gossip
 from offbeat.runtime.base.errors import ConfigError
 from offbeat.runtime.base.registry import MADE_BY_HAND
 from offbeat.runtime.experiment import files
+from offbeat.runtime.experiment.checks import of_peers, refuse
 from offbeat.runtime.experiment.experiment import Experiment
 from offbeat.workers.tasks.external import External
 
@@ -53,14 +53,7 @@ def lines(experiment: Experiment, seats: Sequence[PeerAddress]) -> str:
 
 def check(experiment: Experiment) -> None:
     """Raise ConfigError where peers cannot run ``experiment`` by themselves."""
-    stop = experiment.stop
-    if not isinstance(experiment.algorithm, Gossip):
-        raise ConfigError("a method with a server has no peers; see offbeat serve")
-    if unseen := [*stop.targets, *(["gradients"] if stop.gradients is not None else [])]:
-        raise ConfigError(
-            "peers stop after steps (rounds), seconds or wall_s: none of them sees the others' "
-            f"models; remove stop.{' and stop.'.join(unseen)}, or let offbeat run watch them"
-        )
+    refuse(of_peers(experiment))
 
 
 def alone(experiment: Experiment) -> Experiment:

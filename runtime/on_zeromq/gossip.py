@@ -20,15 +20,15 @@ import zmq
 
 from offbeat.runtime.base import errors, trees
 from offbeat.runtime.base.errors import ComputeError, ConfigError, StorageError
+from offbeat.runtime.experiment.engines import Liveness
 from offbeat.runtime.gossip.driver import LOOK_S, GossipDriver, Slot
 from offbeat.runtime.gossip.hosted import NodeReport
-from offbeat.runtime.on_zeromq.local import Nursery
 from offbeat.runtime.protocol.peer import WATCHING, Told, Watch
-from offbeat.runtime.protocol.roster import Liveness
 from offbeat.runtime.protocol.wire import Reader, pack, parcels
 from offbeat.runtime.run import checkpoint
 from offbeat.runtime.run.records import Records
 from offbeat.runtime.transport import sockets
+from offbeat.runtime.transport.nursery import Nursery
 
 if TYPE_CHECKING:
     from offbeat.runtime.experiment.engines import Zmq

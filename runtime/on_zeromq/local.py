@@ -1,7 +1,7 @@
 """Workers or peers on this machine: one process loads what they need, and forks them.
 
 ``python -m offbeat.runtime.on_zeromq.local HEAVY worker ENDPOINT COUNT KEYS``, or ``... peer
-FOLDER``, is that process; it imports what is HEAVY first.   It ends, and all it began with it,
+FOLDER``, is that process; it imports what is HEAVY first.  It ends, and all it began with it,
 when its standard input does: whatever happens to who asked for them, nothing is left behind.
 """
 
@@ -10,7 +10,6 @@ import logging
 import os
 import select
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -18,46 +17,13 @@ from logging import getLogger
 from pathlib import Path
 
 from offbeat.runtime.base import logs
-from offbeat.runtime.base.errors import ComputeError, OffbeatError
+from offbeat.runtime.base.errors import OffbeatError
+from offbeat.runtime.transport.nursery import END_S
 
 log = getLogger("offbeat.net")
-END_S = 5.0  # for processes to end by themselves
 MOST_RESTARTS = 10  # of each place
 PAUSE_S = 0.2  # between a death and the next try
 PR_SET_PDEATHSIG = 1
-
-
-class Nursery:
-    """The process that has them, seen from who asked for it.
-
-    Args:
-        words: "worker", the endpoint of the server, how many (they are called local-0, local-1,
-            ...) and the folder of keys, or ""; or "peer" and the folder with their plan.
-    """
-
-    def __init__(self, *words: str) -> None:
-        heavy = [name for name in ("torch", "sklearn") if name in sys.modules]
-        program = [sys.executable, "-m", "offbeat.runtime.on_zeromq.local", ",".join(heavy)]
-        self._what = words[0]
-        self._process = subprocess.Popen([*program, *words], stdin=subprocess.PIPE)
-
-    def check(self) -> None:
-        """Raise ComputeError if it is not there any more."""
-        if (code := self._process.poll()) is not None:
-            raise ComputeError(
-                f"the {self._what}s on this machine do not stay (exit code {code}); they said why "
-                "above"
-            )
-
-    def close(self) -> None:
-        """End it, and its workers."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(2 * END_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()  # its workers die with it
-            self._process.wait()
 
 
 def _follow_parent() -> None:

@@ -35,18 +35,18 @@ from threadpoolctl import threadpool_limits
 from offbeat.runtime.base import trees
 from offbeat.runtime.base.errors import ComputeError, ConfigError, PeerError, Refused, StorageError
 from offbeat.runtime.base.logs import FIRST_S, REMIND_S, Note, Seldom, identify, tell
+from offbeat.runtime.experiment.engines import Liveness
 from offbeat.runtime.experiment.experiment import Experiment
 from offbeat.runtime.gossip.hosted import Envelope, NodeLoop, NodeReport
 from offbeat.runtime.node.make import gossip_node
 from offbeat.runtime.node.node import Compute
 from offbeat.runtime.on_zeromq.alike import PeerAddress, check, lines
-from offbeat.runtime.on_zeromq.server import Claim
 from offbeat.runtime.protocol import messages as say
 from offbeat.runtime.protocol import peer as mesh
 from offbeat.runtime.protocol.peer import PeerProtocol
-from offbeat.runtime.protocol.roster import Liveness
 from offbeat.runtime.protocol.wire import PIECE_BYTES, pack, parcels
 from offbeat.runtime.run import checkpoint, folders
+from offbeat.runtime.run.claim import Claim
 from offbeat.runtime.run.records import Records
 from offbeat.runtime.transport import keys, sockets
 from offbeat.runtime.transport.guard import Guard, needs

@@ -4,12 +4,8 @@ The socket is drained on its own descriptor, in the run's thread: no other loop,
 threads.  While the run evaluates or saves, messages wait in the socket.
 """
 
-import fcntl
-import json
-import os
 import select
 import time
-import uuid
 from collections.abc import Sequence
 from importlib.metadata import version
 from logging import WARNING, getLogger
@@ -19,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import zmq
 
 from offbeat.runtime.base import shapes
-from offbeat.runtime.base.errors import ComputeError, ConfigError, Fenced, StorageError, passes
+from offbeat.runtime.base.errors import ComputeError, ConfigError
 from offbeat.runtime.base.logs import FIRST_S, REMIND_S, Seldom, identify, tell
 from offbeat.runtime.base.registry import MADE_BY_HAND
 from offbeat.runtime.base.tensors import finite
@@ -31,15 +27,16 @@ from offbeat.runtime.compute.backend import (
     JobRequest,
     JobResult,
 )
-from offbeat.runtime.on_zeromq.local import Nursery
+from offbeat.runtime.experiment.engines import Liveness
 from offbeat.runtime.protocol.messages import kinds
-from offbeat.runtime.protocol.roster import Liveness
 from offbeat.runtime.protocol.server import SERVER, ServerProtocol
 from offbeat.runtime.run import checkpoint
 from offbeat.runtime.run.checkpoint import write_whole
+from offbeat.runtime.run.claim import Claim
 from offbeat.runtime.transport import keys, sockets
 from offbeat.runtime.transport.guard import Guard, needs
 from offbeat.runtime.transport.metrics import Exporter
+from offbeat.runtime.transport.nursery import Nursery
 from offbeat.workers.tasks.external import ELSEWHERE, External
 from offbeat.workers.work import OwnLoop
 
@@ -55,85 +52,6 @@ FIRST = 2**52  # serial of the job that asks for a model; no run has so many
 START_S = 60.0  # for the workers of this machine to be there
 GOODBYE_S = 1.0  # for members to hear that the server stops,
 FAREWELL_S = 60.0  # or that the run is over: one that computes, and lives, hears it afterwards
-
-
-class Claim:
-    """One server's right to a run folder: a lock, and an incarnation above all before it.
-
-    Args:
-        folder: of the run; None: it is in memory, and nobody else's.
-        role: of the process, after which the files are called.
-
-    Raises:
-        Fenced: another server has it.
-    """
-
-    def __init__(self, folder: Path | None, role: str = "server") -> None:
-        self.folder, self.run, self.incarnation = folder, uuid.uuid4().hex[:16], 1
-        self._lock: int | None = None
-        if folder is None:
-            return
-        try:
-            self._lock = os.open(
-                folder / f"{role}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644
-            )
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise Fenced(f"{folder}: another {role} runs it; stop that one first") from None
-        except OSError as error:
-            raise StorageError(f"{folder}: cannot be written ({error.strerror})") from None
-        self._path = folder / f"{role}.json"
-        try:
-            if (before := self._read()) is not None:
-                self.run, self.incarnation = before["run"], before["incarnation"] + 1
-            self.take(self.incarnation)
-        except BaseException:
-            self.close()
-            raise
-
-    def take(self, incarnation: int) -> None:
-        """Be this one from now on."""
-        self.incarnation = incarnation
-        if self.folder is None:
-            return
-        mine = {"run": self.run, "incarnation": incarnation}
-        try:
-            write_whole(self._path, json.dumps(mine).encode())
-        except OSError as error:
-            self.close()
-            raise StorageError(f"{self._path}: cannot be written ({error.strerror})") from None
-
-    def _read(self) -> dict[str, Any] | None:
-        try:
-            state = json.loads(self._path.read_bytes())
-            return {"run": str(state["run"]), "incarnation": int(state["incarnation"])}
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StorageError(f"{self._path}: cannot be read ({error})") from None
-
-    def check(self, *, surely: bool = True) -> None:
-        """Raise Fenced if another server has taken the folder over, where locks do not reach.
-
-        Unless it has to be known ``surely``, it may be left to the next look.
-        """
-        if self.folder is None:
-            return
-        try:
-            now = self._read()
-        except StorageError as error:
-            if surely or not passes(error):
-                raise
-            return
-        if now is None or now["incarnation"] != self.incarnation:
-            raise Fenced(f"{self.folder}: another server has taken this run over; this one ends")
-
-    def close(self) -> None:
-        """Give the folder up; may be called twice."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
 
 
 class ZmqBackend(ComputeBackend):

@@ -27,8 +27,8 @@ import zmq
 from offbeat.runtime.base.errors import ComputeError, ConfigError, OffbeatError, Refused
 from offbeat.runtime.base.logs import FIRST_S, REMIND_S, identify, tell
 from offbeat.runtime.compute.backend import JobRequest, Runner
+from offbeat.runtime.experiment.engines import Liveness
 from offbeat.runtime.protocol.messages import Welcome, kinds
-from offbeat.runtime.protocol.roster import Liveness
 from offbeat.runtime.protocol.worker import WorkerProtocol
 from offbeat.runtime.transport import keys, sockets
 from offbeat.runtime.transport.metrics import Exporter

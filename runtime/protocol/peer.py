@@ -40,11 +40,12 @@ from offbeat.runtime.base.errors import (
     WrongRun,
 )
 from offbeat.runtime.base.logs import Note
+from offbeat.runtime.experiment.engines import Liveness
 from offbeat.runtime.gossip.hosted import Envelope
 from offbeat.runtime.node.channels import Item
 from offbeat.runtime.protocol import messages as say
 from offbeat.runtime.protocol.channel import Full, ReliableChannel
-from offbeat.runtime.protocol.roster import GRAVE, MOST_OFFENCES, Liveness
+from offbeat.runtime.protocol.roster import GRAVE, MOST_OFFENCES
 from offbeat.runtime.protocol.wire import (
     MOST_ARRAYS,
     PIECE_BYTES,

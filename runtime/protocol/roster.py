@@ -7,7 +7,8 @@ are derived from.
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
-from offbeat.runtime.base.errors import ConfigError, OldIncarnation, StaleJob, UnknownJob, WrongNode
+from offbeat.runtime.base.errors import OldIncarnation, StaleJob, UnknownJob, WrongNode
+from offbeat.runtime.experiment.engines import Liveness
 from offbeat.runtime.protocol.channel import WINDOW
 
 MOST_OFFENCES = 10  # messages that cannot be right, before a node is cut off
@@ -20,44 +21,6 @@ BUILD_S = 60.0  # silence that is allowed while a task is built: imports let not
 WAIT_MOST_S = 32.0  # twice as long each time, up to this,
 MOST_RESTARTS = 9  # and with so many it is shut out
 MOST_NONCES = 32  # processes of a node that are remembered
-
-
-@dataclass(frozen=True)
-class Liveness:
-    """Every time of a run on a network, from one.
-
-    Args:
-        suspect_after_s: silence after which a node is suspected: it gets no new work.
-    """
-
-    suspect_after_s: float = 1.0
-
-    def __post_init__(self) -> None:
-        """A setting that no network could meet is refused."""
-        if not 0.05 <= self.suspect_after_s <= 3600:
-            raise ConfigError(
-                f"suspect_after_s must be from 0.05 to 3600, not {self.suspect_after_s}"
-            )
-
-    @property
-    def heartbeat_s(self) -> float:
-        """How often a node says that it is alive."""
-        return self.suspect_after_s / 4
-
-    @property
-    def down_after_s(self) -> float:
-        """Silence after which a node is dead, and its jobs are someone else's."""
-        return 1.5 * self.suspect_after_s
-
-    @property
-    def resend_s(self) -> float:
-        """When something that was not acknowledged is sent again at the earliest."""
-        return self.suspect_after_s / 2
-
-    @property
-    def tick_s(self) -> float:
-        """How often whoever runs this has to look at the clock."""
-        return self.suspect_after_s / 10
 
 
 @dataclass(eq=False)

@@ -28,6 +28,7 @@ from offbeat.runtime.base.errors import (
 from offbeat.runtime.base.logs import Note
 from offbeat.runtime.base.tensors import finite
 from offbeat.runtime.compute.backend import Back, ComputeEvent, Failed, Gone, JobRequest, JobResult
+from offbeat.runtime.experiment.engines import Liveness
 from offbeat.runtime.protocol import messages as say
 from offbeat.runtime.protocol.channel import Full, ReliableChannel
 from offbeat.runtime.protocol.roster import (
@@ -35,7 +36,6 @@ from offbeat.runtime.protocol.roster import (
     MOST_OFFENCES,
     MOST_STRIKES,
     JobBook,
-    Liveness,
     Member,
     NotNow,
     Roster,

@@ -20,9 +20,10 @@ from offbeat.runtime.base.errors import (
     Refused,
 )
 from offbeat.runtime.compute.backend import JobRequest, JobResult
+from offbeat.runtime.experiment.engines import Liveness
 from offbeat.runtime.protocol import messages as say
 from offbeat.runtime.protocol.channel import ReliableChannel
-from offbeat.runtime.protocol.roster import MOST_OFFENCES, Liveness
+from offbeat.runtime.protocol.roster import MOST_OFFENCES
 from offbeat.runtime.protocol.wire import (
     Assembly,
     Buffer,

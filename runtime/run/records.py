@@ -3,16 +3,17 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.runtime.base.errors import StorageError
-from offbeat.runtime.server.virtual import Joined, Left, VirtualWorkers
+from offbeat.runtime.compute.jobs import Job, Joined, Left
 from offbeat.workers.fleet import Fleet
 from offbeat.workers.speeds import away
 
@@ -22,6 +23,21 @@ ROWS_HELD = 1024  # arrivals held before they are counted and written; more leav
 HASHED_BYTES = 2**20  # of a file, at once
 HELD_BYTES = 2**13  # of a file, before they are handed to the system
 MOST_HELD = 2**26  # while the disk is full, before the run ends
+
+
+class Workers(Protocol):
+    """What a row of metrics says of a run's workers."""
+
+    n: int
+    now_s: float
+    coded: bool
+    extra: int
+    uploaded: int
+    outstanding: int
+
+    def running(self) -> Sequence[Job]:
+        """The jobs that are being computed."""
+        ...
 
 
 class Growing:
@@ -213,7 +229,7 @@ class Records:
         self.metrics.append(row)
         self._write("metrics.jsonl", json.dumps(row) + "\n")
 
-    def row(self, workers: VirtualWorkers, step: int, facts: dict[str, float]) -> dict[str, float]:
+    def row(self, workers: Workers, step: int, facts: dict[str, float]) -> dict[str, float]:
         """One row of metrics, not recorded."""
         self.flush()
         gradients = self.flushed + workers.extra
@@ -230,7 +246,7 @@ class Records:
         mean = float((taus * self.histogram).sum() / total) if total else 0.0
         return {"staleness_mean": mean, "staleness_max": int(len(taus) - 1)}
 
-    def busy(self, workers: VirtualWorkers) -> float:
+    def busy(self, workers: Workers) -> float:
         """Fraction of the workers' time so far spent on results that arrived or are under way."""
         spent, now_s = float(self.busy_s.sum()), workers.now_s
         for job in workers.running():
@@ -240,7 +256,7 @@ class Records:
                 spent += until_s - job.start_s - still
         return spent / (workers.n * now_s) if now_s else 0.0
 
-    def outage(self, workers: VirtualWorkers, event: Left | Joined) -> None:
+    def outage(self, workers: Workers, event: Left | Joined) -> None:
         """A worker left or came back."""
         row: dict[str, Any] = {"worker": event.worker, "event": "joined"}
         if isinstance(event, Left):

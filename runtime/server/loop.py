@@ -21,10 +21,11 @@ from offbeat.runtime.base import trees
 from offbeat.runtime.base.errors import ConfigError, Diverged
 from offbeat.runtime.base.randomness import rng
 from offbeat.runtime.base.tensors import keep_freed
+from offbeat.runtime.compute.jobs import Job, Joined, Left, More, Timer, TraceNote
 from offbeat.runtime.compute.private import Facade
 from offbeat.runtime.run.loop import Loop
 from offbeat.runtime.run.records import ROWS_HELD, Records
-from offbeat.runtime.server.virtual import Job, Joined, Left, More, Timer, TraceNote, VirtualWorkers
+from offbeat.runtime.server.virtual import VirtualWorkers
 from offbeat.workers.tasks.contract import Task, ours
 
 
@@ -122,7 +123,7 @@ class ServerState:
         return rng(self._seed, purpose, 0, index)
 
 
-class Engine(Loop):
+class ServerLoop(Loop):
     """One run of a server method.
 
     Args:

@@ -18,7 +18,8 @@ from offbeat.runtime.compute.backend import (
     JobRequest,
     JobResult,
 )
-from offbeat.runtime.server.virtual import Job, Joined, Left, More, Timer, TraceNote, VirtualWorkers
+from offbeat.runtime.compute.jobs import Job, Joined, Left, More, Timer, TraceNote
+from offbeat.runtime.server.virtual import VirtualWorkers
 from offbeat.workers.compressed import SENT
 from offbeat.workers.fleet import Fleet, Timing
 from offbeat.workers.tasks.contract import Task

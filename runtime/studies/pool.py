@@ -33,7 +33,7 @@ PRELOADED = (
 )
 
 
-class Engine(Protocol):
+class CellRunner(Protocol):
     """Where cells run: answers (index, outcome) in any order."""
 
     def __call__(
@@ -78,7 +78,7 @@ class Process:
 def processes(
     function: Function, work: Sequence[Any], jobs: int, limit_s: float = math.inf
 ) -> Generator[tuple[int, Outcome], None, None]:
-    """See ``Engine``; a process that dies or takes too long costs its cell, and is replaced."""
+    """See ``CellRunner``; a process that dies or takes too long costs its cell, and is replaced."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([name for name in PRELOADED if name in sys.modules])
     todo = deque(range(len(work)))
@@ -157,7 +157,48 @@ def one_thread() -> None:
         sys.modules["torch"].set_num_threads(1)
 
 
-def engine(text: str) -> Engine:
+def ray_tasks(
+    function: Function, work: Sequence[Any], jobs: int, limit_s: float = math.inf, where: str = ""
+) -> Generator[tuple[int, Outcome], None, None]:
+    """See ``CellRunner``; ``where`` is the address of a cluster, else Ray is begun here."""
+    from offbeat.runtime.on_ray.start import load, start
+
+    ray = load()
+    session = start(where or "local")
+    task = ray.remote(num_cpus=1, max_retries=0)(_on_one_core)
+    running: dict[Any, tuple[int, float]] = {}  # reference -> index, when it was handed out
+    todo = iter(range(len(work)))
+    try:
+        while True:
+            while len(running) < jobs and (index := next(todo, None)) is not None:
+                running[task.remote(function, work[index])] = index, time.monotonic()
+            if not running:
+                return
+            ready, _ = ray.wait(list(running), timeout=LOOK_S)
+            for reference in ready:
+                index, _ = running.pop(reference)
+                try:
+                    yield index, ray.get(reference)
+                except ray.exceptions.RayError as error:  # its process died
+                    *_, last = str(error).strip().splitlines()
+                    yield index, (None, f"{type(error).__name__}: {last}")
+            for reference, (index, since_s) in list(running.items()):
+                if time.monotonic() - since_s > limit_s:
+                    ray.cancel(reference, force=True)
+                    del running[reference]
+                    yield index, (None, f"took longer than {limit_s:g} s")
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)
+        session.stop()
+
+
+def _on_one_core(function: Function, item: Any) -> Outcome:
+    one_thread()
+    return attempt(function, item)
+
+
+def engine(text: str) -> CellRunner:
     """What runs cells: "processes", "ray", or "ray:ADDRESS" of a cluster.
 
     Raises:
@@ -165,9 +206,7 @@ def engine(text: str) -> Engine:
     """
     name, _, where = text.partition(":")
     if name == "ray":
-        from offbeat.runtime.studies.on_ray import tasks
-
-        return functools.partial(tasks, where=where)
+        return functools.partial(ray_tasks, where=where)
     if text != "processes":
         raise ConfigError(f'no engine of studies is called "{text}"{nearest(name, ENGINES)}')
     return processes

@@ -25,9 +25,10 @@ from urllib.parse import urlsplit
 import zmq
 
 from offbeat.runtime.base.errors import Refused
+from offbeat.runtime.experiment.engines import Liveness
 from offbeat.runtime.protocol import wire
 from offbeat.runtime.protocol.channel import WINDOW
-from offbeat.runtime.protocol.roster import MOST_WRONG, Liveness
+from offbeat.runtime.protocol.roster import MOST_WRONG
 from offbeat.runtime.transport import sockets
 
 # Between two looks: mostly, and where something waits, or somebody is new.

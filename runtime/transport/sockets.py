@@ -14,9 +14,9 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from offbeat.runtime.base.errors import ConfigError
+from offbeat.runtime.experiment.engines import Liveness
 from offbeat.runtime.protocol import wire
 from offbeat.runtime.protocol.channel import WINDOW
-from offbeat.runtime.protocol.roster import Liveness
 
 QUEUED = 2 * WINDOW  # messages to a peer
 MOST_FRAMES = wire.MOST_ARRAYS + 2  # header, arrays, and one that is too many

@@ -28,7 +28,7 @@ from offbeat.algorithms.server.muloco import ErrorFeedback
 from offbeat.algorithms.server.outer import Adam, Compensate, DelayedNesterov, Momentum
 from offbeat.runtime.experiment.settings import Evaluate, Stop
 from offbeat.runtime.run.records import Records, column
-from offbeat.runtime.server.loop import Engine
+from offbeat.runtime.server.loop import ServerLoop
 from offbeat.runtime.server.virtual import VirtualWorkers
 from offbeat.workers.speeds import Changing, Law
 from offbeat.workers.tasks import Quadratic, logistic, mlp, quadratic
@@ -372,7 +372,7 @@ def test_what_a_worker_keeps_stays_with_it_whatever_shard_it_is_given():
     work, fleet = WORK.parse("local-steps(adamw(lr=0.01), steps=20)"), FLEET
     task = logistic("digits", workers=4)
     workers = VirtualWorkers(task, fleet, fleet.timing(0, 0), work, task.initial(0))
-    engine = Engine(
+    engine = ServerLoop(
         task, Watched(plan, [StepSize(0.1)]), workers, Records(fleet, None), seed=0,
         stop=Stop(steps=60), evaluate=Evaluate(steps=60),
     )  # fmt: skip

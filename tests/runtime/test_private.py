@@ -96,7 +96,7 @@ class Lacking(Rude):
 class Elsewhere:
     spec, clocks = None, ("virtual",)
 
-    def crew(self, experiment, folder=None):
+    def backend(self, experiment, folder=None):
         raise LookupError("processes are asked for")
 
 

@@ -81,7 +81,7 @@ class Here(Virtual):
     def __init__(self, make, **options):
         self.make, self.options = make, options
 
-    def crew(self, experiment, folder=None):
+    def backend(self, experiment, folder=None):
         self.made = self.make(experiment, **self.options)
         return self.made
 

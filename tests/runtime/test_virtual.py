@@ -9,8 +9,9 @@ from matplotlib import image
 import offbeat
 from offbeat import ConfigError, Diverged, Stop
 from offbeat.algorithms.server import Algorithm
+from offbeat.runtime.compute.jobs import Job
 from offbeat.runtime.run.records import column
-from offbeat.runtime.server.virtual import ALONE_BYTES, Job
+from offbeat.runtime.server.virtual import ALONE_BYTES
 from offbeat.workers.tasks import logistic, mlp, quadratic
 
 

@@ -61,7 +61,7 @@ class Borrowed:
         self.made = ENGINES["ray"](workers_per_actor)
         self.spec, self.clocks, self.gossip = self.made.spec, self.made.clocks, self.made.gossip
 
-    def crew(self, experiment, folder=None):
+    def backend(self, experiment, folder=None):
         return Borrowing(experiment, self.made)
 
 

@@ -16,10 +16,10 @@ import numpy as np
 
 from offbeat.algorithms.compression import COMPRESSORS
 from offbeat.runtime.compute.backend import Back, Failed, Gone, JobRequest, JobResult
+from offbeat.runtime.experiment.engines import Liveness
 from offbeat.runtime.protocol import wire
 from offbeat.runtime.protocol.channel import MOST_QUEUED, WINDOW
 from offbeat.runtime.protocol.messages import kinds
-from offbeat.runtime.protocol.roster import Liveness
 from offbeat.runtime.protocol.server import SERVER, ServerProtocol
 from offbeat.runtime.protocol.worker import WorkerProtocol
 from offbeat.workers.compressed import SENT

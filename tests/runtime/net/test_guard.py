@@ -12,10 +12,11 @@ import pytest
 import zmq
 
 from offbeat.runtime.base.errors import Refused
+from offbeat.runtime.experiment.engines import Liveness
 from offbeat.runtime.protocol import peer as mesh
 from offbeat.runtime.protocol import wire
 from offbeat.runtime.protocol.channel import ReliableChannel
-from offbeat.runtime.protocol.roster import GRAVE, MOST_OFFENCES, MOST_WRONG, Liveness
+from offbeat.runtime.protocol.roster import GRAVE, MOST_OFFENCES, MOST_WRONG
 from offbeat.runtime.transport import guard, keys, sockets
 from offbeat.runtime.transport.guard import Guard
 

@@ -10,10 +10,11 @@ from offbeat.algorithms.compression import COMPRESSORS
 from offbeat.runtime.base.errors import ConfigError, Fenced, PeerError, Refused
 from offbeat.runtime.commands.network import shown
 from offbeat.runtime.compute.backend import Back, Failed, Gone, JobRequest, JobResult
+from offbeat.runtime.experiment.engines import Liveness
 from offbeat.runtime.protocol import messages as say
 from offbeat.runtime.protocol import wire
 from offbeat.runtime.protocol.channel import WINDOW
-from offbeat.runtime.protocol.roster import GRAVE, MOST_OFFENCES, MOST_STRIKES, Liveness
+from offbeat.runtime.protocol.roster import GRAVE, MOST_OFFENCES, MOST_STRIKES
 from offbeat.runtime.protocol.server import ServerProtocol
 from offbeat.runtime.protocol.worker import WorkerProtocol
 from offbeat.workers.compressed import SENT

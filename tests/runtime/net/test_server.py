@@ -14,9 +14,10 @@ from sites import LIMIT_S, finish, free_port
 import offbeat
 from offbeat.runtime.base.errors import ComputeError, Fenced
 from offbeat.runtime.base.logs import FIRST_S
-from offbeat.runtime.on_zeromq.server import Claim, ZmqBackend
+from offbeat.runtime.on_zeromq.server import ZmqBackend
 from offbeat.runtime.on_zeromq.worker import Worker
 from offbeat.runtime.run.checkpoint import Attempts, write_whole
+from offbeat.runtime.run.claim import Claim
 
 
 def test_a_server_that_was_replaced_while_it_slept_saves_nothing(tmp_path, monkeypatch):

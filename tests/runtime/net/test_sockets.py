@@ -8,13 +8,13 @@ import pytest
 import zmq
 
 from offbeat.runtime.base.errors import ConfigError
-from offbeat.runtime.protocol.roster import Liveness
+from offbeat.runtime.experiment.engines import Liveness
 from offbeat.runtime.transport import sockets
 
 BUSY = """
 import os, subprocess, sys, time, zmq
 from offbeat.runtime.transport import sockets
-from offbeat.runtime.protocol.roster import Liveness
+from offbeat.runtime.experiment.engines import Liveness
 
 context = zmq.Context()
 server = sockets.limited(context, zmq.ROUTER, Liveness())
@@ -34,7 +34,7 @@ os._exit(0)
 TALKS = """
 import sys, time, zmq
 from offbeat.runtime.transport import sockets
-from offbeat.runtime.protocol.roster import Liveness
+from offbeat.runtime.experiment.engines import Liveness
 
 socket = sockets.limited(zmq.Context(), zmq.DEALER, Liveness())
 socket.connect(sys.argv[1])

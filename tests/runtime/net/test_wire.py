@@ -21,9 +21,9 @@ from offbeat.runtime.base.errors import (
     WrongRun,
     WrongVersion,
 )
+from offbeat.runtime.experiment.engines import Liveness
 from offbeat.runtime.protocol import messages as say
 from offbeat.runtime.protocol import wire
-from offbeat.runtime.protocol.roster import Liveness
 from offbeat.runtime.protocol.server import ServerProtocol
 from offbeat.runtime.protocol.worker import WorkerProtocol
 from offbeat.runtime.transport import sockets
