@@ -12,7 +12,7 @@ from rich.text import Text
 from offbeat.deploy import render
 from offbeat.deploy.hosts import PORT, read_hosts
 from offbeat.deploy.manifests import EXPERIMENT, FILES
-from offbeat.deploy.plan import SHIPPED, Plan, image, plan, word
+from offbeat.deploy.plan import SHIPPED, Deployment, image, plan, word
 from offbeat.runtime.base.errors import ConfigError
 from offbeat.runtime.base.logs import at_terminal
 
@@ -248,7 +248,7 @@ def doctor(
 
 
 def _write(
-    made: Plan, recipe: str, files: render.Files, out: Path | None, overwrite: bool, then: str
+    made: Deployment, recipe: str, files: render.Files, out: Path | None, overwrite: bool, then: str
 ) -> None:
     folder = out or Path(f"{made.name}-{recipe}")
     files = {**files, **made.files}

@@ -95,10 +95,10 @@ class Host:
         """What ssh connects to."""
         return self.ssh or self.address
 
-    def nodes(self) -> "list[Node]":
+    def nodes(self) -> "list[HostNode]":
         """Its nodes, ``gpu1`` or ``gpu1-0``, ``gpu1-1``, ..., in order."""
         return [
-            Node(
+            HostNode(
                 f"{self.name}-{slot}" if self.slots > 1 else self.name,
                 self.name,
                 self.address,
@@ -109,7 +109,7 @@ class Host:
         ]
 
 
-class Node(NamedTuple):
+class HostNode(NamedTuple):
     """A participant: a worker of a server, or a peer."""
 
     name: str
@@ -122,7 +122,7 @@ class Node(NamedTuple):
     def endpoint(self) -> str:
         """Where it is reached, as ZeroMQ writes it.
 
-        >>> Node("a", "a", "::1", 5555, "cpu").endpoint
+        >>> HostNode("a", "a", "::1", 5555, "cpu").endpoint
         'tcp://[::1]:5555'
         """
         return endpoint(self.address, self.port)
@@ -134,11 +134,11 @@ class Hosts(NamedTuple):
     hosts: tuple[Host, ...]
     server: Host | None = None
 
-    def nodes(self) -> list[Node]:
+    def nodes(self) -> list[HostNode]:
         """All participants, in order; see ``Topology.seated`` for which node of a graph each is."""
         return [node for host in self.hosts for node in host.nodes()]
 
-    def node(self, wanted: str) -> Node:
+    def node(self, wanted: str) -> HostNode:
         """A node, by its name."""
         nodes = self.nodes()
         for node in nodes:

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from offbeat.deploy.plan import SERVER, SHIPPED, Plan
+from offbeat.deploy.plan import SERVER, SHIPPED, Deployment
 
 GRACE_S = 90  # from SIGTERM to SIGKILL: to finish a job and save
 UID = 10001  # of the image's user
@@ -38,10 +38,23 @@ def connected(port: int) -> list[str]:
 # -- Compose ---------------------------------------------------------------------------------------
 
 
-def compose(plan: Plan, image: str) -> str:
-    """compose.yaml: every node a container of one machine."""
-    port = plan.port
-    common: dict[str, Any] = {
+def _secrets(node: str, *others: str) -> list[dict[str, str]]:
+    own = f"{node}.key_secret"
+    authorized = [f"{other}.key" for other in others]
+    return [
+        {"source": own, "target": own},
+        *({"source": key, "target": f"authorized/{key}"} for key in authorized),
+    ]
+
+
+def _gpu(plan: Deployment, number: int) -> dict[str, Any]:
+    """One of its own: of a mere count, Docker gives every container the first."""
+    own = {"driver": "nvidia", "device_ids": [str(number)], "capabilities": ["gpu"]}
+    return {"deploy": {"resources": {"reservations": {"devices": [own]}}}} if plan.cuda else {}
+
+
+def _container(plan: Deployment, image: str) -> dict[str, Any]:
+    return {
         "image": image,
         "pull_policy": "never",
         # Keys are readable by their owner alone, so nodes run as whoever made them.
@@ -57,20 +70,12 @@ def compose(plan: Plan, image: str) -> str:
         "security_opt": ["no-new-privileges:true"],
         "logging": {"driver": "json-file", "options": {"max-size": "10m", "max-file": "3"}},
     }
+
+
+def compose(plan: Deployment, image: str) -> str:
+    """compose.yaml: every node a container of one machine."""
+    port, common = plan.port, _container(plan, image)
     config = [{"source": "experiment", "target": EXPERIMENT}]
-
-    def secrets(node: str, *others: str) -> list[dict[str, str]]:
-        own = f"{node}.key_secret"
-        authorized = [f"{other}.key" for other in others]
-        return [
-            {"source": own, "target": own},
-            *({"source": key, "target": f"authorized/{key}"} for key in authorized),
-        ]
-
-    def gpu(number: int) -> dict[str, Any]:
-        """One of its own: of a mere count, Docker gives every container the first."""
-        own = {"driver": "nvidia", "device_ids": [str(number)], "capabilities": ["gpu"]}
-        return {"deploy": {"resources": {"reservations": {"devices": [own]}}}} if plan.cuda else {}
 
     mount = {"type": "bind", "source": f"./{SHIPPED}", "target": FILES, "read_only": True}
     data = [mount] if plan.files else []
@@ -80,10 +85,10 @@ def compose(plan: Plan, image: str) -> str:
         for number, node in enumerate(plan.nodes):
             services[node] = {
                 **common,
-                **gpu(number),
+                **_gpu(plan, number),
                 "command": plan.peer(f"{CONFIG}/hosts.toml", node, "/run/secrets", f"{RUN}/{node}"),
                 "configs": config,
-                "secrets": secrets(node, *(n for n in plan.nodes if n != node)),
+                "secrets": _secrets(node, *(n for n in plan.nodes if n != node)),
                 "volumes": [f"./run:{RUN}", *data],
                 "healthcheck": _healthcheck(listening(port)),
             }
@@ -92,16 +97,16 @@ def compose(plan: Plan, image: str) -> str:
             **common,
             "command": plan.serve(port, "/run/secrets", f"{RUN}/server"),
             "configs": config,
-            "secrets": secrets(SERVER, SERVER, *plan.participants),
+            "secrets": _secrets(SERVER, SERVER, *plan.participants),
             "volumes": [f"./run:{RUN}", *data],
             "healthcheck": _healthcheck(listening(port)),
         }
         for number, node in enumerate(plan.participants):
             services[node] = {
                 **common,
-                **gpu(number),
+                **_gpu(plan, number),
                 "command": plan.join(f"tcp://server:{port}", node, "/run/secrets"),
-                "secrets": secrets(node, SERVER),
+                "secrets": _secrets(node, SERVER),
                 **({"volumes": data} if data else {}),
                 "depends_on": {"server": {"condition": "service_healthy"}},
                 "healthcheck": _healthcheck(connected(port)),
@@ -139,7 +144,9 @@ def _healthcheck(test: list[str]) -> dict[str, Any]:
 # -- Kubernetes ------------------------------------------------------------------------------------
 
 
-def kubernetes(plan: Plan, image: str, cpus: float, memory: str, storage: str, stay: str) -> str:
+def kubernetes(
+    plan: Deployment, image: str, cpus: float, memory: str, storage: str, stay: str
+) -> str:
     """Headless service, stateful sets, disruption budgets: server and workers, or peers.
 
     Args:
@@ -178,22 +185,22 @@ def kubernetes(plan: Plan, image: str, cpus: float, memory: str, storage: str, s
     return _text(documents, f"{plan.about}; ./apply.sh makes the keys' secrets, and this")
 
 
-def _labels(plan: Plan, role: str | None = None) -> dict[str, str]:
+def _labels(plan: Deployment, role: str | None = None) -> dict[str, str]:
     labels = {"app.kubernetes.io/name": "offbeat", "app.kubernetes.io/instance": plan.name}
     return labels | ({"app.kubernetes.io/component": role} if role else {})
 
 
-def _metadata(plan: Plan, role: str | None = None) -> dict[str, Any]:
+def _metadata(plan: Deployment, role: str | None = None) -> dict[str, Any]:
     name = f"{plan.name}-{role}" if role else plan.name
     return {"name": name, "labels": _labels(plan, role)}
 
 
-def _config_map(plan: Plan, files: dict[str, str]) -> dict[str, Any]:
+def _config_map(plan: Deployment, files: dict[str, str]) -> dict[str, Any]:
     data = {"experiment.toml": plan.text, **files}
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _metadata(plan), "data": data}
 
 
-def _headless(plan: Plan) -> dict[str, Any]:
+def _headless(plan: Deployment) -> dict[str, Any]:
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -207,7 +214,7 @@ def _headless(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _budget(plan: Plan, role: str, allowed: dict[str, int | str]) -> dict[str, Any]:
+def _budget(plan: Deployment, role: str, allowed: dict[str, int | str]) -> dict[str, Any]:
     return {
         "apiVersion": "policy/v1",
         "kind": "PodDisruptionBudget",
@@ -217,7 +224,7 @@ def _budget(plan: Plan, role: str, allowed: dict[str, int | str]) -> dict[str, A
 
 
 def _stateful_set(
-    plan: Plan, role: str, replicas: int, pod: dict[str, Any], storage: str | None
+    plan: Deployment, role: str, replicas: int, pod: dict[str, Any], storage: str | None
 ) -> dict[str, Any]:
     claim = {
         "metadata": {"name": "run"},
@@ -252,8 +259,37 @@ USER = {
 }
 
 
+def _spread(plan: Deployment, role: str) -> dict[str, Any]:
+    return {
+        "maxSkew": 1,
+        "topologyKey": "kubernetes.io/hostname",
+        "whenUnsatisfiable": "ScheduleAnyway",
+        "labelSelector": {"matchLabels": _labels(plan, role)},
+    }
+
+
+def _key_copier(image: str, node: dict[str, Any]) -> dict[str, Any]:
+    # Files of secrets can be read by the pod's group; a copy of its own can not, and has of all
+    # the secrets in the role's only this pod's. It may be made again, over one that is read-only.
+    copy = (
+        f"umask 077 && rm -rf {KEYS}/own && mkdir -p {KEYS}/own/authorized "
+        f"&& cp /secret/$NODE.key_secret {KEYS}/own/ && cp /secret/*.key {KEYS}/own/authorized/"
+    )
+    return {
+        "name": "keys",
+        "image": image,
+        "command": ["sh", "-c", copy],
+        "env": [node],
+        "securityContext": LOCKED,
+        "volumeMounts": [
+            {"name": "secret", "mountPath": "/secret", "readOnly": True},
+            {"name": "keys", "mountPath": KEYS},
+        ],
+    }
+
+
 def _pod(
-    plan: Plan,
+    plan: Deployment,
     role: str,
     image: str,
     cpus: float,
@@ -291,39 +327,14 @@ def _pod(
         main["ports"] = [{"name": "offbeat", "containerPort": plan.port}]
         main["startupProbe"] = {**probe, "failureThreshold": 60}
         main["livenessProbe"] = {**probe, "failureThreshold": 6}
-    # Files of secrets can be read by the pod's group; a copy of its own can not, and has of all
-    # the secrets in the role's only this pod's. It may be made again, over one that is read-only.
-    copy = (
-        f"umask 077 && rm -rf {KEYS}/own && mkdir -p {KEYS}/own/authorized "
-        f"&& cp /secret/$NODE.key_secret {KEYS}/own/ && cp /secret/*.key {KEYS}/own/authorized/"
-    )
     return {
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": GRACE_S,
         "securityContext": USER,
-        "initContainers": [
-            {
-                "name": "keys",
-                "image": image,
-                "command": ["sh", "-c", copy],
-                "env": [node],
-                "securityContext": LOCKED,
-                "volumeMounts": [
-                    {"name": "secret", "mountPath": "/secret", "readOnly": True},
-                    {"name": "keys", "mountPath": KEYS},
-                ],
-            }
-        ],
+        "initContainers": [_key_copier(image, node)],
         "containers": [main],
-        "topologySpreadConstraints": [
-            {
-                "maxSkew": 1,
-                "topologyKey": "kubernetes.io/hostname",
-                "whenUnsatisfiable": "ScheduleAnyway",
-                "labelSelector": {"matchLabels": _labels(plan, role)},
-            }
-        ],
+        "topologySpreadConstraints": [_spread(plan, role)],
         "volumes": [
             {"name": "config", "configMap": {"name": plan.name}},
             {
@@ -336,7 +347,47 @@ def _pod(
     }
 
 
-def kuberay(plan: Plan, image: str, cpus: float, memory: str, storage: str, entry: str) -> str:
+def _ray_pod(
+    plan: Deployment, image: str, cpus: float, memory: str, role: str, **extra: Any
+) -> dict[str, Any]:
+    volumes: list[dict[str, Any]] = [
+        {"name": "config", "configMap": {"name": plan.name}},
+        {"name": "tmp", "emptyDir": {}},
+    ]
+    mounts: list[dict[str, Any]] = [
+        {"name": "config", "mountPath": CONFIG, "readOnly": True},
+        {"name": "tmp", "mountPath": "/tmp"},
+    ]
+    if role == "head":
+        volumes.append({"name": "run", "persistentVolumeClaim": {"claimName": plan.name}})
+        mounts.append({"name": "run", "mountPath": RUN})
+    limits = {"cpu": f"{cpus:g}", "memory": memory}
+    container = {
+        "name": f"ray-{role}",
+        "image": image,
+        "env": [{"name": "HOME", "value": "/tmp"}],
+        "securityContext": {k: v for k, v in LOCKED.items() if k != "readOnlyRootFilesystem"},
+        "resources": {
+            "requests": limits,
+            "limits": limits | ({"nvidia.com/gpu": 1} if plan.cuda and role == "worker" else {}),
+        },
+        "volumeMounts": mounts,
+        **extra,
+    }
+    return {
+        "metadata": {"labels": _labels(plan, role)},
+        "spec": {
+            "automountServiceAccountToken": False,
+            "securityContext": USER,
+            "containers": [container],
+            "volumes": volumes,
+        },
+    }
+
+
+def kuberay(
+    plan: Deployment, image: str, cpus: float, memory: str, storage: str, entry: str
+) -> str:
     """A RayJob: a Ray cluster for this run, from the first job to the last.
 
     Args:
@@ -350,41 +401,7 @@ def kuberay(plan: Plan, image: str, cpus: float, memory: str, storage: str, entr
         "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": storage}}},
     }
 
-    def pod(role: str, extra: dict[str, Any], gpu: bool) -> dict[str, Any]:
-        volumes: list[dict[str, Any]] = [
-            {"name": "config", "configMap": {"name": plan.name}},
-            {"name": "tmp", "emptyDir": {}},
-        ]
-        mounts: list[dict[str, Any]] = [
-            {"name": "config", "mountPath": CONFIG, "readOnly": True},
-            {"name": "tmp", "mountPath": "/tmp"},
-        ]
-        if role == "head":
-            volumes.append({"name": "run", "persistentVolumeClaim": {"claimName": plan.name}})
-            mounts.append({"name": "run", "mountPath": RUN})
-        limits = {"cpu": f"{cpus:g}", "memory": memory}
-        container = {
-            "name": f"ray-{role}",
-            "image": image,
-            "env": [{"name": "HOME", "value": "/tmp"}],
-            "securityContext": {k: v for k, v in LOCKED.items() if k != "readOnlyRootFilesystem"},
-            "resources": {
-                "requests": limits,
-                "limits": limits | ({"nvidia.com/gpu": 1} if gpu else {}),
-            },
-            "volumeMounts": mounts,
-            **extra,
-        }
-        return {
-            "metadata": {"labels": _labels(plan, role)},
-            "spec": {
-                "automountServiceAccountToken": False,
-                "securityContext": USER,
-                "containers": [container],
-                "volumes": volumes,
-            },
-        }
-
+    each = plan, image, cpus, memory
     ports = [
         {"name": "gcs-server", "containerPort": 6379},
         {"name": "dashboard", "containerPort": 8265},
@@ -405,7 +422,7 @@ def kuberay(plan: Plan, image: str, cpus: float, memory: str, storage: str, entr
                 "headGroupSpec": {
                     # It serves; jobs are computed by the workers.
                     "rayStartParams": {"dashboard-host": "0.0.0.0", "num-cpus": "0"},
-                    "template": pod("head", {"ports": ports}, False),
+                    "template": _ray_pod(*each, "head", ports=ports),
                 },
                 "workerGroupSpecs": [
                     {
@@ -414,7 +431,7 @@ def kuberay(plan: Plan, image: str, cpus: float, memory: str, storage: str, entr
                         "minReplicas": 1,
                         "maxReplicas": len(plan.participants),
                         "rayStartParams": {},
-                        "template": pod("worker", {}, plan.cuda),
+                        "template": _ray_pod(*each, "worker"),
                     }
                 ],
             },

@@ -32,7 +32,7 @@ LEAST_MB = 4096  # of memory: for Python, torch, and a task without files
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Deployment:
     """One run on many machines.
 
     Args:
@@ -144,7 +144,7 @@ def plan(
     offbeat: str = "offbeat",
     experiment: str = "experiment.toml",
     place: str = SHIPPED,
-) -> Plan:
+) -> Deployment:
     """What is to be run, checked.
 
     Args:
@@ -154,7 +154,7 @@ def plan(
         run: the name of the run; the file's, where it is not said.
         prefix: of the names of workers, and of peers, that are counted; {run} is the run's.
         engine: that the recipe is for.
-        device, port, offbeat, experiment: see ``Plan``.
+        device, port, offbeat, experiment: see ``Deployment``.
         place: where nodes have the files that the experiment reads; {run} is the run's name.
 
     Raises:
@@ -170,34 +170,11 @@ def plan(
     notes = _engine_notes(file, what, own, engine, device)
     called = _name(run or _named(file))
     peers = isinstance(what.algorithm, Gossip)
-    size = what.fleet.workers
-    if isinstance(nodes, Hosts):
-        names = tuple(node.name for node in nodes.nodes())
-        if not peers:
-            nodes.serving()
-    else:
-        each = what.engine.spec.options["workers_per_actor"] if own == "ray" else 1  # type: ignore[union-attr]
-        count = math.ceil(size / each) if nodes is None else nodes
-        if not 1 <= count <= MOST_HOSTS:
-            raise ConfigError(f"--nodes must be from 1 to {MOST_HOSTS}, not {count}")
-        stem = prefix[peers].format(run=called)
-        names = tuple(f"{stem}{number}" for number in range(count))
-        _name(names[-1])
-    if peers and own != "ray" and len(names) != size:
-        raise ConfigError(
-            f"{file}: the graph has {size} nodes, but {len(names)} are to take part; gossip needs "
-            "exactly as many"
-        )
-    if peers and own != "ray" and what.topology is not None:
-        names = tuple(what.topology.seated(dict(zip(names, names, strict=True))))
-    if len(names) > size:
-        raise ConfigError(
-            f"{file}: the fleet has {size} workers, so of {len(names)} nodes "
-            f"{len(names) - size} would have nothing to do; set fleet.workers"
-        )
-    if len(names) < size and own != "ray":  # actors find room where there is some
+    names = _participants(file, what, nodes, prefix[peers].format(run=called), own == "ray")
+    if own != "ray" and len(names) < what.fleet.workers:  # actors find room where there is some
+        away = what.fleet.workers - len(names)
         notes.append(
-            f"the fleet has {size} workers; {size - len(names)} of them are away until they join"
+            f"the fleet has {what.fleet.workers} workers; {away} of them are away until they join"
         )
     if device not in DEVICES:
         raise ConfigError(f'--device must be cpu or cuda, not "{device}"')
@@ -205,7 +182,7 @@ def plan(
     for used in (device, *listed):
         _check_device(file, what, used)
     text, shipped = _shipped(file, place.format(run=called))
-    return Plan(
+    return Deployment(
         name=called,
         text=text,
         peers=peers,
@@ -220,6 +197,38 @@ def plan(
         notes=tuple(notes),
         memory_mb=_memory_mb(what, shipped.values()),
     )
+
+
+def _participants(
+    file: Path, what: Experiment, nodes: int | Hosts | None, stem: str, on_ray: bool
+) -> tuple[str, ...]:
+    """The names of who takes part: of the machines, or counted after ``stem``."""
+    peers, size = isinstance(what.algorithm, Gossip), what.fleet.workers
+    if isinstance(nodes, Hosts):
+        names = tuple(node.name for node in nodes.nodes())
+        if not peers:
+            nodes.serving()
+    else:
+        each = what.engine.spec.options["workers_per_actor"] if on_ray else 1  # type: ignore[union-attr]
+        count = math.ceil(size / each) if nodes is None else nodes
+        if not 1 <= count <= MOST_HOSTS:
+            raise ConfigError(f"--nodes must be from 1 to {MOST_HOSTS}, not {count}")
+        names = tuple(f"{stem}{number}" for number in range(count))
+        _name(names[-1])
+    if peers and not on_ray:
+        if len(names) != size:
+            raise ConfigError(
+                f"{file}: the graph has {size} nodes, but {len(names)} are to take part; gossip "
+                "needs exactly as many"
+            )
+        if what.topology is not None:
+            names = tuple(what.topology.seated(dict(zip(names, names, strict=True))))
+    if len(names) > size:
+        raise ConfigError(
+            f"{file}: the fleet has {size} workers, so of {len(names)} nodes "
+            f"{len(names) - size} would have nothing to do; set fleet.workers"
+        )
+    return names
 
 
 def _shipped(file: Path, place: str) -> tuple[str, dict[str, Path]]:

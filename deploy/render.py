@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from offbeat.deploy import manifests
 from offbeat.deploy.hosts import Host, Hosts
-from offbeat.deploy.plan import SERVER, Plan, server_endpoint
+from offbeat.deploy.plan import SERVER, Deployment, server_endpoint
 from offbeat.runtime.base.errors import ConfigError, StorageError
 
 CPU_BASE = "python:3.11-slim-bookworm"
@@ -48,7 +48,7 @@ def _fill(template: str, **values: Any) -> str:
 
 
 def slurm(
-    plan: Plan,
+    plan: Deployment,
     *,
     per_machine: int = 1,
     cpus: int = 1,
@@ -95,7 +95,7 @@ def slurm(
     }
 
 
-def systemd(plan: Plan, *, user: str = "offbeat") -> Files:
+def systemd(plan: Deployment, *, user: str = "offbeat") -> Files:
     """Units, and scripts that bring them to the hosts.
 
     Args:
@@ -150,7 +150,7 @@ def systemd(plan: Plan, *, user: str = "offbeat") -> Files:
     }
 
 
-def compose(plan: Plan, *, image: str) -> Files:
+def compose(plan: Deployment, *, image: str) -> Files:
     """A Compose file, the image's Dockerfile, and what has to be there before."""
     files = {"hosts.toml": plan.counted_hosts(lambda node: node)} if plan.peers else {}
     return (
@@ -165,7 +165,7 @@ def compose(plan: Plan, *, image: str) -> Files:
 
 
 def kubernetes(
-    plan: Plan, *, image: str, cpus: float = 1, memory: str = "", storage: str = "10Gi"
+    plan: Deployment, *, image: str, cpus: float = 1, memory: str = "", storage: str = "10Gi"
 ) -> Files:
     """Stateful sets with all around them, and a script that makes the secrets.
 
@@ -189,7 +189,7 @@ def kubernetes(
 
 
 def kuberay(
-    plan: Plan, *, image: str, cpus: float = 1, memory: str = "", storage: str = "10Gi"
+    plan: Deployment, *, image: str, cpus: float = 1, memory: str = "", storage: str = "10Gi"
 ) -> Files:
     """A RayJob; arguments as of ``kubernetes``. Ray's own network is the cluster's: no keys."""
     memory = memory or f"{plan.memory_mb}Mi"
@@ -200,7 +200,7 @@ def kuberay(
     }
 
 
-def ssh(plan: Plan, *, folder: str) -> Files:
+def ssh(plan: Deployment, *, folder: str) -> Files:
     """A launcher.
 
     Args:
@@ -237,13 +237,13 @@ def ssh(plan: Plan, *, folder: str) -> Files:
     }
 
 
-def _with_keys(plan: Plan, program: str = "offbeat") -> Files:
+def _with_keys(plan: Deployment, program: str = "offbeat") -> Files:
     """The experiment, and the script that makes keys with ``program`` of the machine it is on."""
     keys = _fill("shared/keys.sh", plan=plan, program=program)
     return {"experiment.toml": plan.text, "keys.sh": keys}
 
 
-def _dockerfile(plan: Plan, image: str) -> Files:
+def _dockerfile(plan: Deployment, image: str) -> Files:
     return {
         "Dockerfile": _fill(
             "shared/Dockerfile",
@@ -260,7 +260,7 @@ def _dockerfile(plan: Plan, image: str) -> Files:
     }
 
 
-def _by_host(plan: Plan) -> tuple[Hosts, list[Host], dict[str, list[str]]]:
+def _by_host(plan: Deployment) -> tuple[Hosts, list[Host], dict[str, list[str]]]:
     """All hosts, those that have something to do, and the names of what runs on each."""
     if plan.hosts is None:
         raise ConfigError("give the machines, as --nodes hosts.toml")
@@ -277,7 +277,7 @@ def _any_cuda(hosts: list[Host]) -> bool:
     return any(host.device != "cpu" and host.slots for host in hosts)
 
 
-def _check_sizes(plan: Plan, cpus: float, memory: str, storage: str) -> None:
+def _check_sizes(plan: Deployment, cpus: float, memory: str, storage: str) -> None:
     if not 0 < cpus <= 1024:
         raise ConfigError(f"--cpus must be above 0 and at most 1024, not {cpus}")
     for option, size in (("--memory", memory), ("--storage", storage)):

@@ -5,7 +5,7 @@
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -143,6 +143,19 @@ def attributes(old: str) -> Callable[[str], Any]:
         text = f"{HERE}{old}.{name} is private, and moved: {HERE}{new}.{now}; see offbeat.extend"
         warnings.warn(text, DeprecationWarning, stacklevel=2)
         return value
+
+    return get
+
+
+def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a public module of which some ``names`` were others."""
+
+    def get(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        text = f"{module}.{name} is called {names[name]} now"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        return getattr(import_module(module), names[name])
 
     return get
 

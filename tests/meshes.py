@@ -12,8 +12,9 @@ from simulated import experiment
 
 from offbeat.runtime.experiment.engines import Liveness
 from offbeat.runtime.gossip.hosted import Envelope
+from offbeat.runtime.node.effects import Compute, Send
 from offbeat.runtime.node.make import gossip_node
-from offbeat.runtime.node.node import Compute, Send
+from offbeat.runtime.protocol import messages as say
 from offbeat.runtime.protocol import peer as mesh
 from offbeat.runtime.protocol.peer import PeerProtocol
 
@@ -55,8 +56,8 @@ class Party:
                 self.moved_s = net.now
                 self._do(self.node.again(), again=True)
             m.round = self.node.round
-            if m.standing == mesh.RUNNING and self.node.quiet:
-                m.leave(mesh.DONE, net.now)
+            if m.standing == say.RUNNING and self.node.quiet:
+                m.leave(say.DONE, net.now)
         posts, m.outbox = m.outbox, []
         for to, _, frames in posts:
             net.carry(self.i, to, [bytes(memoryview(f).cast("B")) for f in frames])
@@ -116,7 +117,7 @@ class Net:
         self.rng = np.random.default_rng(seed)
         self.names = [f"n{i}" for i in range(self.n)]
         self.texts, self.runs = texts or ["text"] * self.n, ["run"] * self.n
-        self.kinds = mesh.spoken(task.initial(0))
+        self.kinds = say.spoken(task.initial(0))
         self.now, self.order, self.heap = 0.0, itertools.count(), []
         self.counts, self.cut, self.frozen = Counter(), set(), set()
         self.incarnations = Counter()
@@ -138,8 +139,7 @@ class Net:
     @property
     def settled(self):
         return len(self.parties) == self.n and all(
-            p.mesh.standing == mesh.DONE and p.mesh.finished(self.now)
-            for p in self.parties.values()
+            p.mesh.standing == say.DONE and p.mesh.finished(self.now) for p in self.parties.values()
         )
 
     def start(self, i, state=None):

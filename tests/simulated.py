@@ -15,8 +15,9 @@ from offbeat.runtime.experiment.experiment import Experiment
 from offbeat.runtime.experiment.settings import Evaluate, Stop
 from offbeat.runtime.node.asynchronous import IDLE
 from offbeat.runtime.node.channels import Copies, Public
+from offbeat.runtime.node.effects import Compute, RoundDone, Send
 from offbeat.runtime.node.make import gossip_node
-from offbeat.runtime.node.node import OPEN, Compute, RoundDone, Send
+from offbeat.runtime.node.node import OPEN
 from offbeat.topologies import TOPOLOGIES
 from offbeat.workers.fleet import Fleet
 

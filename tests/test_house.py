@@ -59,13 +59,19 @@ def test_a_room_imports_only_rooms_below_it():
 
 def test_no_imports_run_in_a_circle():
     graph = {path: set(files_of(tree)) - {path} for path, tree in SOURCES.items()}
-    TopologicalSorter(graph).prepare()  # raises CycleError, which names the files
+    sorted_files = [*TopologicalSorter(graph).static_order()]  # CycleError names the files
+    assert len(sorted_files) == len(SOURCES)
 
 
 def test_mathematics_knows_no_clock_and_no_engine():
     for path, tree in SOURCES.items():
         if path.startswith(("algorithms/", "topologies/")):
             assert not {name.split(".")[0] for name in imports(tree)} & FORBIDDEN, path
+
+
+def docstring_lines(node):
+    said = node.body[0]
+    return said.end_lineno - said.lineno + 1 if ast.get_docstring(node) is not None else 0
 
 
 def test_rooms_files_and_functions_are_small():
@@ -75,7 +81,7 @@ def test_rooms_files_and_functions_are_small():
     long = {path: n for path, text in everything.items() if (n := text.count("\n")) > 500}
     assert long == {}
     functions = {
-        f"{path}: {node.name}": node.end_lineno - node.lineno + 1
+        f"{path}: {node.name}": node.end_lineno - node.lineno + 1 - docstring_lines(node)
         for path, tree in SOURCES.items()
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef)

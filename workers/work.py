@@ -27,6 +27,7 @@ from offbeat.runtime.base.registry import (
     Spec,
 )
 from offbeat.runtime.base.tensors import dtype_of, fetch, is_tensor, library, load
+from offbeat.runtime.moved import renamed
 from offbeat.workers.tasks.contract import Task, ours
 from offbeat.workers.tasks.external import ELSEWHERE
 
@@ -182,7 +183,7 @@ class SGD(Inner):
         y -= g
 
 
-class Momentum(Inner):
+class MomentumSGD(Inner):
     """m = beta m + g; y -= rate m, or rate (g + beta m) with Nesterov's."""
 
     moments = ("momentum",)
@@ -298,9 +299,9 @@ def momentum(
     beta: Fraction = 0.9,
     nesterov: bool = False,
     weight_decay: NonNegative = 0.0,
-) -> Momentum:
+) -> MomentumSGD:
     """SGD with momentum: heavy ball, or Nesterov's."""
-    return Momentum(lr, beta, nesterov, weight_decay)
+    return MomentumSGD(lr, beta, nesterov, weight_decay)
 
 
 @INNERS.register("adamw")
@@ -466,3 +467,6 @@ def local_steps(
     if last_lr > made.lr:
         raise ConfigError(f"local-steps: last_lr={last_lr} is above the learning rate {made.lr}")
     return LocalSteps(made, steps, clip, warmup, total, last_lr, fresh)
+
+
+__getattr__ = renamed(__name__, {"Momentum": "MomentumSGD"})

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offbeat.algorithms.compression.coding import Reader
+from offbeat.algorithms.compression.coding import BitReader
 from offbeat.algorithms.compression.contract import (
     COMPRESSORS,
     HEADER,
@@ -60,7 +60,7 @@ class Blocks(Coded):
         return [b"".join(out)]
 
     @classmethod
-    def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> Message:
+    def _read(cls, source: BitReader, d: int, dtype: np.dtype, depth: int) -> Message:
         size = source.number("<u4")
         if not 1 <= size <= d or depth == MOST_NESTING:
             raise PeerError(f"a frame has blocks of {size} in {d} numbers, {depth} deep")

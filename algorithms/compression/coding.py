@@ -12,13 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offbeat.runtime.base.errors import PeerError
+from offbeat.runtime.moved import renamed
 
 CHUNK = 2**17  # numbers at a time: fits a cache, and is a multiple of 8
 
 RICE, FIXED, BITMAP, ALL = range(4)  # how a set of indices is written: two bits of its tag
 
 
-class Reader:
+class BitReader:
     """Walks over the bytes of a peer."""
 
     def __init__(self, frame: bytes | bytearray | memoryview) -> None:
@@ -72,7 +73,7 @@ def pack(values: NDArray, bits: int) -> bytes:
     return b"".join(parts)
 
 
-def unpack(source: Reader, count: int, bits: int) -> NDArray:
+def unpack(source: BitReader, count: int, bits: int) -> NDArray:
     """What ``pack`` wrote, ``[count]``, as the smallest of uint8, uint16, uint32 that holds it."""
     kind: Any = np.uint8 if bits <= 8 else np.uint16 if bits <= 16 else np.uint32
     whole, planes = divmod(bits, 8)
@@ -122,7 +123,7 @@ def write_rice(values: NDArray, b: int) -> bytes:
     return pack(low, b) + np.packbits(unary, bitorder="little").tobytes()
 
 
-def read_rice(source: Reader, count: int, b: int, most: int) -> NDArray[np.int64]:
+def read_rice(source: BitReader, count: int, b: int, most: int) -> NDArray[np.int64]:
     """What ``write_rice`` wrote: ``count`` numbers, their quotients' sum at most ``most``."""
     if b > 31:
         raise PeerError(f"a frame has Rice parameter {b}; at most 31 makes sense")
@@ -210,7 +211,7 @@ def write_support(index: NDArray, d: int) -> bytes:
     return head + np.packbits(bitmap, bitorder="little").tobytes()
 
 
-def read_support(source: Reader, d: int, k: int) -> NDArray:
+def read_support(source: BitReader, d: int, k: int) -> NDArray:
     """What ``write_support`` wrote: k sorted, distinct indices below d."""
     if k > d:
         raise PeerError(f"a frame keeps {k} of {d} numbers")
@@ -281,3 +282,6 @@ def subsets(seeds: NDArray[np.uint64], d: int, k: int) -> NDArray[np.int64]:
     keep = np.ones((n, d), bool)
     keep[np.arange(n)[:, None], chosen] = False
     return np.flatnonzero(keep).reshape(n, k) - np.arange(0, n * d, d)[:, None]
+
+
+__getattr__ = renamed(__name__, {"Reader": "BitReader"})

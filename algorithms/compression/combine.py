@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offbeat.algorithms.compression.coding import Reader
+from offbeat.algorithms.compression.coding import BitReader
 from offbeat.algorithms.compression.contract import (
     COMPRESSORS,
     Coded,
@@ -34,7 +34,7 @@ from offbeat.algorithms.compression.sparse import Sparsifier
 from offbeat.runtime.base.errors import ConfigError, PeerError
 
 
-def whole(source: Reader, depth: int, dtype: np.dtype, d: int) -> Message:
+def whole(source: BitReader, depth: int, dtype: np.dtype, d: int) -> Message:
     """A message of just d numbers inside a message."""
     inner = nested(source, depth, dtype, d)
     if inner.d != d:
@@ -63,7 +63,7 @@ class Scaled(Coded):
         return [struct.pack("<d", self.factor) + frame for frame in self.inner.encode()]
 
     @classmethod
-    def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> Message:
+    def _read(cls, source: BitReader, d: int, dtype: np.dtype, depth: int) -> Message:
         factor = float(source.array("<f8", 1)[0])
         if not 0 < factor <= 1:
             raise PeerError(f"a frame has the factor {factor}, not one of (0, 1]")
@@ -154,7 +154,7 @@ class Sum(Coded):
         return [a + b for a, b in zip(self.one.encode(), self.two.encode(), strict=True)]
 
     @classmethod
-    def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> Message:
+    def _read(cls, source: BitReader, d: int, dtype: np.dtype, depth: int) -> Message:
         return cls(whole(source, depth, dtype, d), whole(source, depth, dtype, d))
 
 

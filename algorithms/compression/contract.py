@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from offbeat.algorithms.compression.coding import CHUNK, Reader
+from offbeat.algorithms.compression.coding import CHUNK, BitReader
 from offbeat.runtime.base.errors import ConfigError, PeerError
 from offbeat.runtime.base.registry import Registry, Spec
 from offbeat.runtime.base.tensors import dtype_of, fetch, finite, is_tensor, joined, library, load
@@ -110,7 +110,7 @@ class Coded(Message):
 
     @classmethod
     @abstractmethod
-    def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> Message:
+    def _read(cls, source: BitReader, d: int, dtype: np.dtype, depth: int) -> Message:
         """One row from what follows the header."""
 
 
@@ -149,7 +149,7 @@ class Stack(Message):
         return [frame for row in self.rows for frame in row.encode()]
 
 
-def header(source: Reader, most: int) -> tuple[type[Coded], np.dtype, int]:
+def header(source: BitReader, most: int) -> tuple[type[Coded], np.dtype, int]:
     """``(codec, dtype, d)`` of what follows, d at most ``most``."""
     magic, version, number, kind, d = _HEADER.unpack(source.take(HEADER))
     if (magic, version) != (MAGIC, VERSION):
@@ -161,7 +161,7 @@ def header(source: Reader, most: int) -> tuple[type[Coded], np.dtype, int]:
     return CODECS[number], _DTYPES[kind], d
 
 
-def nested(source: Reader, depth: int, dtype: np.dtype, most: int) -> Message:
+def nested(source: BitReader, depth: int, dtype: np.dtype, most: int) -> Message:
     """A message of at most ``most`` numbers inside a message, of the same dtype."""
     if depth == MOST_NESTING:
         raise PeerError(f"a frame nests deeper than {MOST_NESTING} messages")
@@ -197,7 +197,7 @@ def decode(frames: Sequence[Frame], d: int | None = None) -> Message:
         raise PeerError(f"{len(frames)} frames; 1 to {MOST_ROWS} are read")
     rows: list[Message] = []
     for frame in frames:
-        source = Reader(frame)
+        source = BitReader(frame)
         cls, dtype, size = header(source, MOST_PARAMETERS)
         if rows and (size, dtype) != (rows[0].d, rows[0].dtype):
             raise PeerError("frames of one message differ in d or dtype")

@@ -28,7 +28,7 @@ from pydantic import Field
 
 from offbeat.algorithms.compression.coding import (
     CHUNK,
-    Reader,
+    BitReader,
     pack,
     packed_size,
     read_rice,
@@ -127,7 +127,7 @@ class Levels(Coded):
         return frames
 
     @classmethod
-    def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> Message:
+    def _read(cls, source: BitReader, d: int, dtype: np.dtype, depth: int) -> Message:
         scale = source.array(dtype.newbyteorder("<").str, 1).astype(dtype, copy=False)
         s, mode = source.number("<u2"), source.number("<u1")
         if not 1 <= s <= MOST_LEVELS or mode > RICE:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offbeat.algorithms.compression.coding import Reader
+from offbeat.algorithms.compression.coding import BitReader
 from offbeat.algorithms.compression.contract import (
     COMPRESSORS,
     Coded,
@@ -51,7 +51,7 @@ class BFloat(Coded):
         return [row.data for row in self.upper.astype("<u2", copy=False)]
 
     @classmethod
-    def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> Message:
+    def _read(cls, source: BitReader, d: int, dtype: np.dtype, depth: int) -> Message:
         upper = source.array("<u2", d).astype(np.uint16)
         if (upper & 0x7FFF > _LARGEST).any():
             raise PeerError("a frame carries a number that is not finite")
@@ -114,7 +114,7 @@ class Half(Coded):
         ]
 
     @classmethod
-    def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> Message:
+    def _read(cls, source: BitReader, d: int, dtype: np.dtype, depth: int) -> Message:
         exponent = source.array("<i2", 1).astype(np.int16)
         half = source.array("<f2", d).astype(np.float16)
         with np.errstate(over="ignore"):

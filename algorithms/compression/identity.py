@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from offbeat.algorithms.compression.coding import Reader
+from offbeat.algorithms.compression.coding import BitReader
 from offbeat.algorithms.compression.contract import (
     COMPRESSORS,
     Coded,
@@ -33,7 +33,7 @@ class Dense(Coded):
         return [row.data for row in wire]
 
     @classmethod
-    def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> Message:
+    def _read(cls, source: BitReader, d: int, dtype: np.dtype, depth: int) -> Message:
         values = source.array(dtype.newbyteorder("<").str, d)
         return cls(values.astype(dtype, copy=False)[None])
 

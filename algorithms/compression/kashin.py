@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from offbeat.algorithms.compression.coding import Reader, subsets, words
+from offbeat.algorithms.compression.coding import BitReader, subsets, words
 from offbeat.algorithms.compression.contract import (
     COMPRESSORS,
     MOST_NESTING,
@@ -100,7 +100,7 @@ class Framed(Coded):
         return [self.seed.astype("<u8").tobytes() + self.inner.encode()[0]]
 
     @classmethod
-    def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> Message:
+    def _read(cls, source: BitReader, d: int, dtype: np.dtype, depth: int) -> Message:
         seed = source.array("<u8", 1).astype(np.uint64)
         # Coefficients nest nothing: frames in frames would each have eight times as many.
         deepest = max(depth, MOST_NESTING - 1)

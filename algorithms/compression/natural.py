@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from offbeat.algorithms.compression.coding import (
     CHUNK,
-    Reader,
+    BitReader,
     pack,
     packed_size,
     read_rice,
@@ -86,7 +86,7 @@ class Powers(Coded):
         return frames
 
     @classmethod
-    def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> Message:
+    def _read(cls, source: BitReader, d: int, dtype: np.dtype, depth: int) -> Message:
         bits = FORMS[dtype.itemsize][2]
         highest = 2 ** (bits - 1) - 1  # this exponent means infinity
         b = source.number("<u1")

@@ -23,7 +23,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from offbeat.algorithms.compression.coding import Reader
+from offbeat.algorithms.compression.coding import BitReader
 from offbeat.algorithms.compression.contract import (
     COMPRESSORS,
     Coded,
@@ -64,7 +64,7 @@ class Factors(Coded):
         ]
 
     @classmethod
-    def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> Message:
+    def _read(cls, source: BitReader, d: int, dtype: np.dtype, depth: int) -> Message:
         r, columns = source.number("<u4"), source.number("<u4")
         rows = -(-d // max(columns, 1))
         if not (1 <= columns <= d and 1 <= r <= min(rows, columns)):

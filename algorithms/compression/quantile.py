@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from offbeat.algorithms.compression.coding import Reader, pack, packed_size, unpack
+from offbeat.algorithms.compression.coding import BitReader, pack, packed_size, unpack
 from offbeat.algorithms.compression.contract import (
     COMPRESSORS,
     Coded,
@@ -51,7 +51,7 @@ class Codebook(Coded):
         return [head + pack(self.which, self._bits())]
 
     @classmethod
-    def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> Message:
+    def _read(cls, source: BitReader, d: int, dtype: np.dtype, depth: int) -> Message:
         count = source.number("<u1") + 1
         codes = source.array(dtype.newbyteorder("<").str, count).astype(dtype, copy=False)
         which = unpack(source, d, (count - 1).bit_length())

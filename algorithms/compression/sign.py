@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offbeat.algorithms.compression.coding import Reader
+from offbeat.algorithms.compression.coding import BitReader
 from offbeat.algorithms.compression.contract import (
     COMPRESSORS,
     Coded,
@@ -82,7 +82,7 @@ class Signs(Coded):
         return [s.tobytes() + b.tobytes() for s, b in zip(scale, self.bits, strict=True)]
 
     @classmethod
-    def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> Message:
+    def _read(cls, source: BitReader, d: int, dtype: np.dtype, depth: int) -> Message:
         scale = source.array(dtype.newbyteorder("<").str, 1).astype(dtype, copy=False)
         return cls(d, source.array("u1", (d + 7) // 8)[None], scale)
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from offbeat.algorithms.compression.coding import (
-    Reader,
+    BitReader,
     read_support,
     subsets,
     support_sizes,
@@ -81,7 +81,7 @@ class Sparse(Coded):
         return [inner + write_support(index, self.d) for index, inner in pairs]
 
     @classmethod
-    def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> Message:
+    def _read(cls, source: BitReader, d: int, dtype: np.dtype, depth: int) -> Message:
         values = nested(source, depth, dtype, d)
         return cls(d, read_support(source, d, values.d)[None], values)
 
@@ -117,7 +117,7 @@ class Seeded(Coded):
         return [seed.tobytes() + inner for seed, inner in pairs]
 
     @classmethod
-    def _read(cls, source: Reader, d: int, dtype: np.dtype, depth: int) -> Message:
+    def _read(cls, source: BitReader, d: int, dtype: np.dtype, depth: int) -> Message:
         seed = source.array("<u8", 1).astype(np.uint64)
         return cls(d, seed, nested(source, depth, dtype, d))
 

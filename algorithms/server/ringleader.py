@@ -22,7 +22,7 @@ from offbeat.runtime.base.registry import Positive
 
 
 @dataclass
-class Table:
+class GradientTable:
     """Gradients of a round, by worker."""
 
     sums: dict[int, NDArray] = field(default_factory=dict)  # worker -> sum [d]
@@ -44,7 +44,7 @@ class Ringleader(Algorithm):
 
     def __init__(self, lr: float) -> None:
         self.lr = lr
-        self.table, self.kept = Table(), Table()  # this round's, the next one's
+        self.table, self.kept = GradientTable(), GradientTable()  # this round's, the next one's
         self.waiting: list[int] = []  # phase 2: workers that have not had their step
 
     def arrive(self, server: Server, update: Update) -> None:
@@ -64,7 +64,7 @@ class Ringleader(Algorithm):
         self.waiting.remove(i)
         server.assign(i)
         if not self.waiting:
-            self.table, self.kept = self.kept, Table()
+            self.table, self.kept = self.kept, GradientTable()
 
 
 @ALGORITHMS.register("ringleader")

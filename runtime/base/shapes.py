@@ -84,3 +84,15 @@ def difference(here: Shapes, there: Shapes) -> str:
     said += [f"{name} {list(s)} is there alone" for name, s in theirs.items() if name not in mine]
     more = f"; and {len(said) - MOST_SHOWN} more" if len(said) > MOST_SHOWN else ""
     return "; ".join(said[:MOST_SHOWN]) + more
+
+
+def unlike(text: str, known: str, dim: int) -> str:
+    """Why a model of shapes ``text`` is not one of ``dim`` and of ``known``, if known; else ""."""
+    try:
+        theirs = read(text, dim)
+    except BadHeader as error:
+        return str(error)
+    ours = read(known)
+    if ours and bare(theirs) != bare(ours):
+        return f"its model is another than the run's: {difference(theirs, ours)}"
+    return ""

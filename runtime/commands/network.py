@@ -15,15 +15,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from offbeat.algorithms.gossip import Gossip
+from offbeat.deploy.hosts import read_hosts
 from offbeat.runtime.base.errors import ComputeError, ConfigError
 from offbeat.runtime.base.logs import FORM, telling
+from offbeat.runtime.commands.runs import INTERRUPTED, fresh, go_on
 from offbeat.runtime.experiment.engines import ENGINES, Liveness
 from offbeat.runtime.protocol import messages as say
 from offbeat.runtime.protocol import wire
 from offbeat.runtime.transport import keys, sockets
 
 PORT = 5555
-INTERRUPTED = 130
 ASK_S = 5.0  # for a server to answer
 Keys = Annotated[
     Path | None,
@@ -104,186 +105,168 @@ def _saves(most: int | None) -> list[str]:
     return [] if most is None else [f"record.max_failed_saves={most}"]
 
 
-def mount(
-    app: typer.Typer,
-    go_on: Callable[..., None],
-    fresh: Callable[[str], Path],
-    read_hosts: Callable[[Path], Any],
+def serve(
+    file: Annotated[Path, typer.Argument(help="An experiment (TOML).")],
+    bind: Annotated[str | None, typer.Option(help="Where to listen: tcp://0.0.0.0:5555.")] = None,
+    folder: Keys = None,
+    processes: Annotated[int, typer.Option(help="Workers to begin on this machine.")] = 0,
+    suspect_after_s: Annotated[
+        float | None, typer.Option(help="Silence after which a worker is suspected.")
+    ] = None,
+    max_idle_s: Annotated[
+        float | None, typer.Option(help="Without workers for so long, end.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="As for run; record.save_every_s=5 loses less than 30 s where it is killed.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run's folder; a run that is there goes on.")
+    ] = None,
+    max_failed_saves: Saves = None,
+    metrics: Metrics = "",
+    form: Form = "text",
 ) -> None:
-    """Add the commands to ``app``.
+    """Serve an experiment to workers that join, or go on with one that was stopped."""
+    options = {
+        "bind": bind,
+        "keys": str(folder) if folder else None,
+        "processes": processes,
+        "suspect_after_s": suspect_after_s,
+        "most_idle_s": max_idle_s,
+        "metrics": metrics or None,
+    }
+    given = {key: value for key, value in options.items() if value is not None}
+    from offbeat.runtime.api.api import load_experiment
+    from offbeat.runtime.run.folders import check_given
 
-    Args:
-        app: the program.
-        go_on: runs or resumes, and reports.
-        fresh: a new run folder.
-        read_hosts: reads a host file.
-    """
-    app.add_typer(keyring, name="keys")
+    with telling(form):
+        saves = _saves(max_failed_saves)
+        experiment, table = serving(file, given, (overrides or []) + saves)
+        place = out or fresh(file.stem)
+        parts = {str(experiment.algorithm.spec.name): place}
+        if (place / "experiment.toml").exists():
+            check_given(place, load_experiment(place), experiment)
+            go_on(parts, place, engine=table, overrides=saves)
+        else:
+            go_on(parts, place, experiment)
 
-    @app.command()
-    def serve(
-        file: Annotated[Path, typer.Argument(help="An experiment (TOML).")],
-        bind: Annotated[
-            str | None, typer.Option(help="Where to listen, as tcp://0.0.0.0:5555.")
-        ] = None,
-        folder: Keys = None,
-        processes: Annotated[int, typer.Option(help="Workers to begin on this machine.")] = 0,
-        suspect_after_s: Annotated[
-            float | None, typer.Option(help="Silence after which a worker is suspected.")
-        ] = None,
-        max_idle_s: Annotated[
-            float | None, typer.Option(help="Without workers for so long, end.")
-        ] = None,
-        overrides: Annotated[
-            list[str] | None,
-            typer.Option(
-                "--set",
-                metavar="KEY=VALUE",
-                help="As for run; record.save_every_s=5 loses less than 30 s where it is killed.",
-            ),
-        ] = None,
-        out: Annotated[
-            Path | None, typer.Option(help="The run's folder; a run that is there goes on.")
-        ] = None,
-        max_failed_saves: Saves = None,
-        metrics: Metrics = "",
-        form: Form = "text",
-    ) -> None:
-        """Serve an experiment to workers that join, or go on with one that was stopped."""
-        options = {
-            "bind": bind,
-            "keys": str(folder) if folder else None,
-            "processes": processes,
-            "suspect_after_s": suspect_after_s,
-            "most_idle_s": max_idle_s,
-            "metrics": metrics or None,
-        }
-        given = {key: value for key, value in options.items() if value is not None}
-        from offbeat.runtime.api.api import load_experiment
-        from offbeat.runtime.run.folders import check_given
 
-        with telling(form):
-            saves = _saves(max_failed_saves)
-            experiment, table = serving(file, given, (overrides or []) + saves)
-            place = out or fresh(file.stem)
-            parts = {str(experiment.algorithm.spec.name): place}
-            if (place / "experiment.toml").exists():
-                check_given(place, load_experiment(place), experiment)
-                go_on(parts, place, engine=table, overrides=saves)
-            else:
-                go_on(parts, place, experiment)
+def join(
+    address: Address,
+    name: Annotated[str, typer.Option(help="Of this worker, and of its key.")] = "",
+    folder: Keys = None,
+    device: Annotated[
+        str, typer.Option(help="Where a torch task such as lm computes: cpu, cuda:0, ...")
+    ] = "cpu",
+    max_wait_s: Annotated[
+        float | None, typer.Option(help="Without a server for so long, give up.")
+    ] = None,
+    metrics: Metrics = "",
+    form: Form = "text",
+) -> None:
+    """Work for a server until its run is over; it is waited for, and found again."""
+    from offbeat.runtime.on_zeromq.worker import Worker
 
-    @app.command()
-    def join(
-        address: Address,
-        name: Annotated[str, typer.Option(help="Of this worker, and of its key.")] = "",
-        folder: Keys = None,
-        device: Annotated[
-            str, typer.Option(help="Where a torch task such as lm computes: cpu, cuda:0, ...")
-        ] = "cpu",
-        max_wait_s: Annotated[
-            float | None, typer.Option(help="Without a server for so long, give up.")
-        ] = None,
-        metrics: Metrics = "",
-        form: Form = "text",
-    ) -> None:
-        """Work for a server until its run is over; it is waited for, and found again."""
-        from offbeat.runtime.on_zeromq.worker import Worker
+    with telling(form):
+        Worker(address, name, folder, device, max_wait_s, metrics).run()
 
-        with telling(form):
-            Worker(address, name, folder, device, max_wait_s, metrics).run()
 
-    @app.command()
-    def peer(
-        file: Annotated[Path, typer.Argument(help="An experiment (TOML) of a gossip method.")],
-        hosts: Annotated[Path, typer.Option(help="The host file: all nodes, and their addresses.")],
-        node: Annotated[str, typer.Option(help="Which of them this is, by its name.")],
-        folder: Keys = None,
-        out: Annotated[
-            Path | None, typer.Option(help="Its own folder (else runs/NAME-NODE); it goes on.")
-        ] = None,
-        bind: Annotated[
-            str, typer.Option(help="Where to listen, if not at the address in the host file.")
-        ] = "",
-        device: Annotated[
-            str | None,
-            typer.Option(help="Where a torch task computes, if not as in the host file."),
-        ] = None,
-        suspect_after_s: Annotated[
-            float | None,
-            typer.Option(help="Silence after which a neighbour is suspected; alike at all."),
-        ] = None,
-        overrides: Annotated[
-            list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As for run.")
-        ] = None,
-        max_failed_saves: Saves = None,
-        metrics: Metrics = "",
-        form: Form = "text",
-    ) -> None:
-        """Be one node of a gossip run; started again, it returns to the run."""
-        from offbeat.runtime.experiment.experiment import read
-        from offbeat.runtime.on_zeromq.alike import PeerAddress, alone
-        from offbeat.runtime.on_zeromq.peer import PeerProcess
+def peer(
+    file: Annotated[Path, typer.Argument(help="An experiment (TOML) of a gossip method.")],
+    hosts: Annotated[Path, typer.Option(help="The host file: all nodes, and their addresses.")],
+    node: Annotated[str, typer.Option(help="Which of them this is, by its name.")],
+    folder: Keys = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Its own folder (else runs/NAME-NODE); it goes on.")
+    ] = None,
+    bind: Annotated[
+        str, typer.Option(help="Where to listen, if not at the address in the host file.")
+    ] = "",
+    device: Annotated[
+        str | None, typer.Option(help="Where a torch task computes, if not as in the host file.")
+    ] = None,
+    suspect_after_s: Annotated[
+        float | None,
+        typer.Option(help="Silence after which a neighbour is suspected; alike at all."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As for run.")
+    ] = None,
+    max_failed_saves: Saves = None,
+    metrics: Metrics = "",
+    form: Form = "text",
+) -> None:
+    """Be one node of a gossip run; started again, it returns to the run."""
+    from offbeat.runtime.on_zeromq.alike import PeerAddress, alone
+    from offbeat.runtime.on_zeromq.peer import PeerProcess
 
-        with telling(form):
-            listed = read_hosts(hosts)
-            own = listed.node(node)
-            found = read(
-                file,
-                {"engine": own_engine(file) or "zmq", "clock": "real"},
-                (overrides or []) + _saves(max_failed_saves),
-            )
-            if len(found) > 1:
-                raise ConfigError(
-                    f"{file}: is a comparison of {len(found)} runs; take one at a time"
-                )
-            seats = {one.name: PeerAddress(one.name, one.endpoint) for one in listed.nodes()}
-            topology = found[0].topology
-            placed = topology.seated(seats) if topology else [*seats.values()]
-            if suspect_after_s is None:
-                usual = Liveness.suspect_after_s
-                suspect_after_s = getattr(found[0].engine, "suspect_after_s", usual)
-            if not bind:
-                bind = own.endpoint if folder is None else f"tcp://*:{own.port}"
-            reason = PeerProcess(
-                alone(found[0]),
-                placed,
-                placed.index(seats[node]),
-                out or Path("runs") / f"{file.stem}-{node}",
-                bind=bind,
-                keys_folder=folder,
-                device=device or own.device,
-                suspect_after_s=suspect_after_s,
-                metrics=metrics,
-            ).run()
-        typer.echo(f"{node}: the run is over ({reason})")
-        if reason == "interrupted":
-            raise typer.Exit(INTERRUPTED)
+    with telling(form):
+        listed = read_hosts(hosts)
+        own = listed.node(node)
+        experiment = _gossip(file, (overrides or []) + _saves(max_failed_saves))
+        seats = {one.name: PeerAddress(one.name, one.endpoint) for one in listed.nodes()}
+        topology = experiment.topology
+        placed = topology.seated(seats) if topology else [*seats.values()]
+        if suspect_after_s is None:
+            usual = Liveness.suspect_after_s
+            suspect_after_s = getattr(experiment.engine, "suspect_after_s", usual)
+        if not bind:
+            bind = own.endpoint if folder is None else f"tcp://*:{own.port}"
+        reason = PeerProcess(
+            alone(experiment),
+            placed,
+            placed.index(seats[node]),
+            out or Path("runs") / f"{file.stem}-{node}",
+            bind=bind,
+            keys_folder=folder,
+            device=device or own.device,
+            suspect_after_s=suspect_after_s,
+            metrics=metrics,
+        ).run()
+    typer.echo(f"{node}: the run is over ({reason})")
+    if reason == "interrupted":
+        raise typer.Exit(INTERRUPTED)
 
-    @app.command()
-    def status(
-        address: Address,
-        folder: Keys = None,
-        name: Annotated[
-            str, typer.Option(help="Of this node's key (else the server's, or the only one).")
-        ] = "",
-        other: Annotated[
-            str, typer.Option("--peer", help="Whose key the other side has, where it is a peer.")
-        ] = keys.SERVER,
-        watch: Annotated[bool, typer.Option("--watch", help="Look again every second.")] = False,
-        as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-    ) -> None:
-        """Show who works for a server, or whom a peer hears, and how it goes."""
-        with asking(address, folder, name, other) as ask:
-            if as_json:
-                typer.echo(json.dumps(ask()))
-            elif not watch:
-                Console().print(shown(ask()))
-            else:
-                with Live(shown(ask())) as live:
-                    while True:
-                        time.sleep(1.0)
-                        live.update(shown(ask()))
+
+def _gossip(file: Path, overrides: list[str]) -> Any:
+    """The one experiment of ``file``, under a real clock."""
+    from offbeat.runtime.experiment.experiment import read
+
+    engine = own_engine(file) or "zmq"
+    experiments = read(file, {"engine": engine, "clock": "real"}, overrides)
+    if len(experiments) > 1:
+        raise ConfigError(f"{file}: is a comparison of {len(experiments)} runs; take one at a time")
+    return experiments[0]
+
+
+def status(
+    address: Address,
+    folder: Keys = None,
+    name: Annotated[
+        str, typer.Option(help="Of this node's key (else the server's, or the only one).")
+    ] = "",
+    other: Annotated[
+        str, typer.Option("--peer", help="Whose key the other side has, where it is a peer.")
+    ] = keys.SERVER,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again every second.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show who works for a server, or whom a peer hears, and how it goes."""
+    with asking(address, folder, name, other) as ask:
+        if as_json:
+            typer.echo(json.dumps(ask()))
+        elif not watch:
+            Console().print(shown(ask()))
+        else:
+            with Live(shown(ask())) as live:
+                while True:
+                    time.sleep(1.0)
+                    live.update(shown(ask()))
 
 
 def _peers(status: dict[str, Any]) -> Table:

@@ -2,7 +2,7 @@
 
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
@@ -226,16 +226,7 @@ def from_table(table: Mapping[str, Any], *, ours: bool = False) -> list[Experime
         table: of an experiment file.
         ours: whether a user of this machine wrote it, so that it may name code to run.
     """
-    mistakes = [f'unknown key "{k}"{nearest(k, KEYS)}' for k in table if k not in KEYS]
-    examples = {"task": (TASKS, "logistic:digits"), "algorithm": (ALGORITHMS, "shuffled")}
-    for key, (registry, example) in examples.items():
-        if key not in table:
-            known = ", ".join(registry)
-            mistakes.append(
-                f'[{key}] is missing; for example {key} = "{example}", or --{key} {example} where '
-                f"there is no file; known: {known}"
-            )
-
+    mistakes = [*_mistaken_keys(table)]
     files.check(table)
     attempt = _Attempts(mistakes)
     seed = table.get("seed", 0)
@@ -250,9 +241,6 @@ def from_table(table: Mapping[str, Any], *, ours: bool = False) -> list[Experime
     if own and isinstance(given, Mapping) and not EMULATED & given.keys():
         given = {**given, "speeds": "real"}
     fleet = attempt(make_fleet, given)
-    for key in ("algorithm", "topology", "mode"):
-        if table.get(key) == []:
-            mistakes.append(f"{key}: an empty list; name at least one")
     algorithms = [attempt(make_part, ALGORITHMS, one) for one in _several(table, "algorithm", [])]
     topologies: list[Any] = [None]
     if "topology" in table and fleet is not None:
@@ -291,6 +279,21 @@ def from_table(table: Mapping[str, Any], *, ours: bool = False) -> list[Experime
             topologies, algorithms, _several(table, "mode", None)
         )
     ]
+
+
+def _mistaken_keys(table: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the keys alone."""
+    yield from (f'unknown key "{key}"{nearest(key, KEYS)}' for key in table if key not in KEYS)
+    examples = {"task": (TASKS, "logistic:digits"), "algorithm": (ALGORITHMS, "shuffled")}
+    for key, (registry, example) in examples.items():
+        if key not in table:
+            yield (
+                f'[{key}] is missing; for example {key} = "{example}", or --{key} {example} where '
+                f"there is no file; known: {', '.join(registry)}"
+            )
+    for key in ("algorithm", "topology", "mode"):
+        if table.get(key) == []:
+            yield f"{key}: an empty list; name at least one"
 
 
 class _Attempts:

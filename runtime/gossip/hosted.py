@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from offbeat.runtime.base.errors import OffbeatError, PeerError
 from offbeat.runtime.experiment.experiment import Experiment
 from offbeat.runtime.node.channels import Item
+from offbeat.runtime.node.effects import Compute, Effect, Send
 from offbeat.runtime.node.make import gossip_node
 from offbeat.runtime.node.network import Uplink
-from offbeat.runtime.node.node import Compute, Effect, GossipNode, Send
+from offbeat.runtime.node.node import GossipNode
 
 AGAIN_S = 5.0  # real seconds without a new round after which messages are repeated
 MOST_MAIL = 256  # parcels handled before the thread computes again

@@ -24,8 +24,9 @@ from offbeat.runtime.compute.backend import ALONE_BYTES
 from offbeat.runtime.gossip.loop import COUNTS, GossipLoop, measure
 from offbeat.runtime.node.asynchronous import ANSWER, OFFER, SHARES, PairingNode
 from offbeat.runtime.node.channels import Spoken
+from offbeat.runtime.node.effects import Compute, Effect, Send
 from offbeat.runtime.node.network import Uplink
-from offbeat.runtime.node.node import Compute, Effect, Send, Setting
+from offbeat.runtime.node.node import Setting
 from offbeat.runtime.run.records import ROWS_HELD, Records
 from offbeat.runtime.server.virtual import STACK_BYTES
 from offbeat.topologies import Topology

@@ -24,8 +24,9 @@ from offbeat.algorithms.gossip import Gossip
 from offbeat.runtime.base.errors import ConfigError, PeerError, StorageError
 from offbeat.runtime.experiment.experiment import Experiment
 from offbeat.runtime.gossip.loop import COUNTS, measure
+from offbeat.runtime.node.effects import Effect, Send
 from offbeat.runtime.node.make import gossip_node
-from offbeat.runtime.node.node import HELLO, Effect, GossipNode, Send
+from offbeat.runtime.node.node import HELLO, GossipNode
 from offbeat.runtime.run import checkpoint
 from offbeat.runtime.run.folders import check_trace
 from offbeat.runtime.run.loop import Loop

@@ -13,8 +13,8 @@ from offbeat.runtime.compute.backend import JobResult
 from offbeat.runtime.compute.flat import Flat, fit
 from offbeat.runtime.compute.source import JobSource, log
 from offbeat.runtime.experiment.experiment import Experiment
+from offbeat.runtime.node.effects import Compute
 from offbeat.runtime.node.make import request
-from offbeat.runtime.node.node import Compute
 from offbeat.runtime.on_zeromq.alike import PeerAddress
 from offbeat.runtime.on_zeromq.peer import PeerProcess
 from offbeat.runtime.run import checkpoint
@@ -39,9 +39,9 @@ class LoopPeer(PeerProcess):
 
     def take(self, answer: JobResult) -> None:
         """What came of the job at hand."""
-        assert self._hosted is not None
+        assert self.hosted is not None
         losses = [] if answer.loss is None else [answer.loss]
-        self._hosted.computed(self.me, answer.serial, losses, answer.payload)
+        self.hosted.computed(self.me, answer.serial, losses, answer.payload)
 
     def attend(self) -> None:
         """Take part until the run is over, in a thread that is not the process's first."""
@@ -57,7 +57,7 @@ class LoopPeer(PeerProcess):
 
     def part(self) -> None:
         """Leave the run, after the event at hand."""
-        self._leaving = True
+        self.leaving = True
 
     def heard_s(self) -> float:
         """When any neighbour was last heard."""

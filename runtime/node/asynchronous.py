@@ -36,9 +36,10 @@ from numpy.typing import NDArray
 from offbeat.runtime.base import trees
 from offbeat.runtime.base.errors import PeerError
 from offbeat.runtime.base.randomness import rng
-from offbeat.runtime.node.channels import Coded, Item, LocalView, Spoken, read
+from offbeat.runtime.node.channels import CodedVector, Item, LocalView, Spoken, read
+from offbeat.runtime.node.effects import Effect, Send
 from offbeat.runtime.node.network import NOTHING
-from offbeat.runtime.node.node import OPEN, Edge, Effect, GossipNode, Send
+from offbeat.runtime.node.node import OPEN, Edge, GossipNode
 from offbeat.runtime.node.synchronous import GOT
 
 OFFER, ANSWER, CONFIRM, SHARES = "offer", "answer", "confirm", "shares"
@@ -77,12 +78,12 @@ class PairNode:
     """
 
     def __init__(
-        self, x: NDArray, names: Sequence[str], code: Callable[[str, NDArray], Coded | None]
+        self, x: NDArray, names: Sequence[str], code: Callable[[str, NDArray], CodedVector | None]
     ) -> None:
         self.x = x
         self._code = code
         self._values: dict[str, NDArray] = {}
-        self._coded: dict[str, Coded | None] = {}  # the message of a value that is compressed
+        self._coded: dict[str, CodedVector | None] = {}  # the message of a value that is compressed
         self._got: dict[str, NDArray] = {}
         self._out: dict[str, dict[int, NDArray]] = {name: {} for name in names}
         self._back: dict[str, dict[int, NDArray]] = {name: {} for name in names}
@@ -133,7 +134,7 @@ class PairNode:
         fields, held, frames = (trees.load(None, state[n]) for n in ("fields", "held", "frames"))
         vars(self).update(fields | held)
         for name, frame in frames.items():
-            self._coded[name] = frame and Coded(self._values[name], frame=frame)
+            self._coded[name] = frame and CodedVector(self._values[name], frame=frame)
 
 
 class PairingNode(GossipNode):
@@ -339,20 +340,20 @@ class PairingNode(GossipNode):
                 spoken[name] = self.node._back[name][j] + spoken[name]
         return {name: value for name, value in spoken.items() if value is not None}
 
-    def _code(self, name: str, value: NDArray) -> Coded | None:
+    def _code(self, name: str, value: NDArray) -> CodedVector | None:
         """The message of a value that is published, where it is compressed without memory."""
         if self.method.exact or name in self.remembers:
             return None
         return self._squeeze(name, value, self.i)
 
-    def _squeeze(self, name: str, x: NDArray, j: int) -> Coded:
+    def _squeeze(self, name: str, x: NDArray, j: int) -> CodedVector:
         compressor, generator = self.method.compressor, None
         if compressor.draws:
             at = self.i * self.n + j
             generator = rng(self.setting.seed, f"compress {name}", at, self.count)
         self.count += 1
         message = compressor.compress(x, generator)
-        return Coded(message.dense(), message)
+        return CodedVector(message.dense(), message)
 
     def _sent(self, send: Send) -> Send:
         self.counts["messages"] += 1

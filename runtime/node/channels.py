@@ -35,7 +35,7 @@ Spoken = dict[str, NDArray]
 """What one node says to another: a vector a channel, as who hears it then knows it."""
 
 
-class Coded:
+class CodedVector:
     """A compressed vector: the ``value`` that its receiver reads, and the message, or its frame."""
 
     __slots__ = ("_frame", "message", "value")
@@ -487,11 +487,11 @@ def read(items: Sequence[Item], sizes: Sequence[int], dtype: np.dtype) -> list[R
     return found
 
 
-def nbytes(items: Iterable[Item | Coded]) -> int:
+def nbytes(items: Iterable[Item | CodedVector]) -> int:
     """Bytes of a message."""
     return sum(
         item.nbytes
-        if isinstance(item, Coded)
+        if isinstance(item, CodedVector)
         else len(item)
         if isinstance(item, bytes)
         else HEADER + item.nbytes

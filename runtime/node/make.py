@@ -6,8 +6,9 @@ from offbeat.runtime.compute.private import private
 from offbeat.runtime.experiment.checks import of_live_nodes, refuse
 from offbeat.runtime.experiment.experiment import Experiment
 from offbeat.runtime.node.asynchronous import PairingNode
+from offbeat.runtime.node.effects import Compute
 from offbeat.runtime.node.network import Network
-from offbeat.runtime.node.node import Compute, GossipNode, Setting
+from offbeat.runtime.node.node import GossipNode, Setting
 from offbeat.runtime.node.synchronous import RoundNode
 
 

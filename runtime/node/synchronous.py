@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from offbeat.runtime.base.errors import PeerError
 from offbeat.runtime.node.channels import Item, LocalView, NodeChannels, Read
-from offbeat.runtime.node.node import CLOSED, OPENING, Edge, Effect, GossipNode, RoundDone, Send
+from offbeat.runtime.node.effects import Effect, RoundDone, Send
+from offbeat.runtime.node.node import CLOSED, OPENING, Edge, GossipNode
 
 MOST_EARLY = 2  # messages held of one neighbour: of the round at hand, and of the next
 MOST_EARLY_ONE_WAY = 1024  # the same of one that does not hear this node

@@ -21,8 +21,8 @@ from offbeat.runtime.compute.backend import JobResult
 from offbeat.runtime.gossip.driver import GossipDriver, Slot
 from offbeat.runtime.gossip.hosted import Envelope, NodeLoop, NodeReport
 from offbeat.runtime.node.channels import nbytes
+from offbeat.runtime.node.effects import Compute
 from offbeat.runtime.node.make import request
-from offbeat.runtime.node.node import Compute
 from offbeat.runtime.on_ray.loops import Loops, farewell, meet
 from offbeat.runtime.on_ray.server import INLINE_BYTES, START_EACH_S, START_S, places, why
 from offbeat.runtime.on_ray.start import last_line, load, start

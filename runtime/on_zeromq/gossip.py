@@ -23,7 +23,7 @@ from offbeat.runtime.base.errors import ComputeError, ConfigError, StorageError
 from offbeat.runtime.experiment.engines import Liveness
 from offbeat.runtime.gossip.driver import LOOK_S, GossipDriver, Slot
 from offbeat.runtime.gossip.hosted import NodeReport
-from offbeat.runtime.protocol.peer import WATCHING, Told, Watch
+from offbeat.runtime.protocol.messages import WATCHING, Told, Watch
 from offbeat.runtime.protocol.wire import Reader, pack, parcels
 from offbeat.runtime.run import checkpoint
 from offbeat.runtime.run.records import Records
@@ -47,6 +47,7 @@ def planned(folder: Path) -> tuple[list[str], Callable[[str], object]]:
     from offbeat.runtime.experiment.experiment import read
     from offbeat.runtime.on_zeromq.alike import PeerAddress
     from offbeat.runtime.on_zeromq.peer import PeerProcess
+    from offbeat.runtime.on_zeromq.policies import Driven
 
     plan, file = json.loads((folder / PLAN).read_text()), folder / "experiment.toml"
     device = tomllib.loads(file.read_text())["task"].get("device", "cpu")
@@ -63,7 +64,7 @@ def planned(folder: Path) -> tuple[list[str], Callable[[str], object]]:
             names.index(name),
             folder / name,
             suspect_after_s=plan["suspect_after_s"],
-            watched=True,
+            policy=Driven,
         ).run()
 
     return names, run

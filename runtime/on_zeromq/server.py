@@ -125,22 +125,26 @@ class ZmqBackend(ComputeBackend):
             self._frames: list[Any] = []  # of the message that is being read
             text = f"server {self._claim.incarnation} listens at {self.endpoint}"
             tell("listens", text, endpoint=self.endpoint)
-            slots = experiment.fleet.workers
-            loops = isinstance(experiment.work, OwnLoop)
-            count = options.processes
-            if count and loops:
-                raise ConfigError(f"processes = {count}: {ELSEWHERE}")
-            if count is None:
-                count = 0 if loops else slots
-            if count:
-                words = (keys.knock(self.endpoint), str(count), options.keys)
-                self._nursery = Nursery("worker", *words)
-                self._await_all(min(count, slots))
-            if loops:
-                self._meet(experiment, folder)
+            self._meet_all(experiment, options, folder)
         except BaseException:
             self.close()
             raise
+
+    def _meet_all(self, experiment: "Experiment", options: "Zmq", folder: Path | None) -> None:
+        """Begin workers of this machine, and let the run begin when they, or a loop, are there."""
+        slots = experiment.fleet.workers
+        loops = isinstance(experiment.work, OwnLoop)
+        count = options.processes
+        if count and loops:
+            raise ConfigError(f"processes = {count}: {ELSEWHERE}")
+        if count is None:
+            count = 0 if loops else slots
+        if count:
+            words = (keys.knock(self.endpoint), str(count), options.keys)
+            self._nursery = Nursery("worker", *words)
+            self._await_all(min(count, slots))
+        if loops:
+            self._meet(experiment, folder)
 
     def _await_all(self, count: int) -> None:
         """Let the run begin when the workers of this machine are there."""

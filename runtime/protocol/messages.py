@@ -1,4 +1,4 @@
-"""What a server and its workers say to each other."""
+"""What a server and its workers say to each other, and what peers do."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -7,13 +7,16 @@ from typing import Annotated
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-from offbeat.runtime.protocol.wire import ArraySpec, Counter, Kind, Name
+from offbeat.runtime.protocol.wire import MOST_ARRAYS, PIECE_BYTES, ArraySpec, Counter, Kind, Name
+from offbeat.runtime.protocol.wire import Counter as Natural
 from offbeat.workers.compressed import SENT
 from offbeat.workers.work import Kept
 
 MOST_TEXT = 2**17
 KEPT = "kept."  # before the names of what a worker keeps between jobs
 
+GATHERING, SAVED, RUNNING, DONE, LEFT = range(5)  # how far a peer is
+LEAST_ENTRIES = 4  # of an item that is no vector of the model
 Text = Annotated[str, Meta(max_length=MOST_TEXT)]
 Seconds = Annotated[float, Meta(ge=0, lt=1e9)]
 
@@ -158,3 +161,72 @@ def manifest(kinds: Mapping[str, Kind]) -> str:
         for kind, spoken in kinds.items()
         for name, spec in spoken.arrays.items()
     )
+
+
+# -- Between peers ---------------------------------------------------------------------------------
+
+
+class Beat(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
+    """A peer is alive."""
+
+    number: Natural
+    """Of the sender's beats."""
+    known: Natural
+    """The highest session of the addressee that it knows; 0: none."""
+    before: Natural
+    """The last one of the process before that."""
+    hears: bool
+    standing: Annotated[int, Meta(ge=GATHERING, le=LEFT)]
+    counts: bool
+    """Whether it counts on the addressee since it began."""
+    round: Natural
+
+
+class Said(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
+    """What a gossip node sends; array k is item k, and where there is none the item is nothing."""
+
+    what: Name
+    number: Annotated[int, Meta(ge=-1, lt=2**53)]
+    serial: Natural
+    items: Annotated[int, Meta(ge=0, le=MOST_ARRAYS)]
+
+
+class Config(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
+    """What the sender's run depends on, for one whose run differs."""
+
+    text: Text
+
+
+class Watch(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
+    """Do what ``commands`` (JSON) says, and report; asked again, the answer is the same."""
+
+    question: Natural
+    commands: Text
+
+
+class Told(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
+    """A piece of a report, which begins ``offset`` bytes into it; ``last`` ends it."""
+
+    question: Natural
+    offset: Natural
+    last: bool
+
+
+WATCHING = {
+    "watch": Kind(Watch, stranger=True),
+    "told": Kind(Told, {"part": ArraySpec("|u1", (PIECE_BYTES,), loose=True)}, stranger=True),
+}
+
+
+def spoken(x: NDArray) -> dict[str, Kind]:
+    """All that peers with models like ``x [d]`` say."""
+    item = ArraySpec(x.dtype.str, (max(x.size, LEAST_ENTRIES),), optional=True, loose=True)
+    items = {str(place): item for place in range(MOST_ARRAYS)}
+    return {
+        **WATCHING,
+        "beat": Kind(Beat, stranger=True),
+        "said": Kind(Said, items),
+        "config": Kind(Config, stranger=True),
+        "ask": GREETING["ask"],
+        "status": GREETING["status"],
+    }

@@ -22,11 +22,9 @@ who comes back then learns from it that the run is over, and what came of it.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from msgspec import Meta, Struct
-from numpy.typing import NDArray
 
 from offbeat.runtime.base.errors import (
     BadArray,
@@ -43,102 +41,37 @@ from offbeat.runtime.base.logs import Note
 from offbeat.runtime.experiment.engines import Liveness
 from offbeat.runtime.gossip.hosted import Envelope
 from offbeat.runtime.node.channels import Item
-from offbeat.runtime.protocol import messages as say
 from offbeat.runtime.protocol.channel import Full, ReliableChannel
+from offbeat.runtime.protocol.messages import (
+    DONE,
+    GATHERING,
+    LEFT,
+    RUNNING,
+    SAVED,
+    Beat,
+    Config,
+    Said,
+)
 from offbeat.runtime.protocol.roster import GRAVE, MOST_OFFENCES
+from offbeat.runtime.protocol.slot import PROCESS, RESETS, Neighbour, incarnation, process
 from offbeat.runtime.protocol.wire import (
-    MOST_ARRAYS,
-    PIECE_BYTES,
-    ArraySpec,
     Assembly,
     Buffer,
     Header,
     Kind,
-    Name,
     Reader,
     Received,
     pack,
     parcels,
 )
-from offbeat.runtime.protocol.wire import Counter as Natural
 
-PROCESS = 2**20  # processes of one incarnation are told apart by a number below this,
-RESETS = 2**16  # and each gives a link up less often than that
 MOST_INCARNATIONS = 2**16
 MOST_SAID = 500  # characters of what differs
-LEAST_ENTRIES = 4  # of an item that is no vector of the model
 HARMLESS = (OldIncarnation, WrongRun)  # what honest nodes cause, too
-GATHERING, SAVED, RUNNING, DONE, LEFT = range(5)
 WAIT_S = 600.0  # for neighbours that were never heard, before a run begins without them
 DIFFER_S = 3.0  # for a neighbour of the same run to be heard, where another's run differs
 LATE_S = 20.0  # that a peer which is done stays for a neighbour that is being started again
 START, RESTORE, JOIN, OVER = "start", "restore", "join", "over"
-
-
-class Beat(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
-    """A peer is alive."""
-
-    number: Natural
-    """Of the sender's beats."""
-    known: Natural
-    """The highest session of the addressee that it knows; 0: none."""
-    before: Natural
-    """The last one of the process before that."""
-    hears: bool
-    standing: Annotated[int, Meta(ge=GATHERING, le=LEFT)]
-    counts: bool
-    """Whether it counts on the addressee since it began."""
-    round: Natural
-
-
-class Said(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
-    """What a gossip node sends; array k is item k, and where there is none the item is nothing."""
-
-    what: Name
-    number: Annotated[int, Meta(ge=-1, lt=2**53)]
-    serial: Natural
-    items: Annotated[int, Meta(ge=0, le=MOST_ARRAYS)]
-
-
-class Config(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
-    """What the sender's run depends on, for one whose run differs."""
-
-    text: say.Text
-
-
-class Watch(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
-    """Do what ``commands`` (JSON) says, and report; asked again, the answer is the same."""
-
-    question: Natural
-    commands: say.Text
-
-
-class Told(Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
-    """A piece of a report, which begins ``offset`` bytes into it; ``last`` ends it."""
-
-    question: Natural
-    offset: Natural
-    last: bool
-
-
-WATCHING = {
-    "watch": Kind(Watch, stranger=True),
-    "told": Kind(Told, {"part": ArraySpec("|u1", (PIECE_BYTES,), loose=True)}, stranger=True),
-}
-
-
-def spoken(x: NDArray) -> dict[str, Kind]:
-    """All that peers with models like ``x [d]`` say."""
-    item = ArraySpec(x.dtype.str, (max(x.size, LEAST_ENTRIES),), optional=True, loose=True)
-    items = {str(place): item for place in range(MOST_ARRAYS)}
-    return {
-        **WATCHING,
-        "beat": Kind(Beat, stranger=True),
-        "said": Kind(Said, items),
-        "config": Kind(Config, stranger=True),
-        "ask": say.GREETING["ask"],
-        "status": say.GREETING["status"],
-    }
 
 
 class Request(NamedTuple):
@@ -148,37 +81,6 @@ class Request(NamedTuple):
     node: str
     kind: str
     body: Any
-
-
-class Neighbour:
-    """What is known of one."""
-
-    def __init__(self, number: int, name: str, session: int, assembly: Assembly) -> None:
-        self.number, self.name, self.mine, self.assembly = number, name, session, assembly
-        self.theirs = self.before = 0
-        self.heard_s = -np.inf
-        self.excused = False  # since then: this side was away
-        self.knows = False  # this end's session, and hears it
-        self.standing, self.round = GATHERING, 0
-        self.counts = False  # on this peer since it began
-        self.since = 0  # its session on which this peer counts since it began
-        self.up = False
-        self.beats = 0  # number of the last one heard
-        self.beat_s = -np.inf  # when the next beat is due
-        self.address = b""  # from which it speaks
-        self.config_s = -np.inf  # when it may be told again that its run differs
-        self.offences = 0
-        self.link: ReliableChannel = ReliableChannel(resend_s=1.0)
-
-
-def process(session: int) -> int:
-    """What the sessions of one process have in common."""
-    return session // RESETS
-
-
-def incarnation(session: int) -> int:
-    """Of whose session it is."""
-    return process(session) // PROCESS
 
 
 class PeerProtocol:

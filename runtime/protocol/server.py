@@ -1,6 +1,6 @@
 """The server's side of the protocol: messages and time in, messages and events out.
 
-It knows no socket.  ``runtime.net.server`` moves its bytes over ZeroMQ, the tests over a simulated
+It knows no socket.  ``runtime.on_zeromq.server`` moves its bytes over ZeroMQ, the tests over a simulated
 network, and it is the same code that meets both.
 """
 
@@ -14,17 +14,8 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from offbeat.runtime.base import shapes
-from offbeat.runtime.base.errors import (
-    BadHeader,
-    NotFinite,
-    OldIncarnation,
-    PeerError,
-    StaleJob,
-    WrongNode,
-    WrongRun,
-    WrongVersion,
-)
+from offbeat.runtime.base import errors, shapes
+from offbeat.runtime.base.errors import PeerError
 from offbeat.runtime.base.logs import Note
 from offbeat.runtime.base.tensors import finite
 from offbeat.runtime.compute.backend import Back, ComputeEvent, Failed, Gone, JobRequest, JobResult
@@ -40,26 +31,28 @@ from offbeat.runtime.protocol.roster import (
     NotNow,
     Roster,
 )
-from offbeat.runtime.protocol.slot import MemberSlot
+from offbeat.runtime.protocol.slot import MemberSlot, Outbox
 from offbeat.runtime.protocol.wire import (
     Assembly,
     Buffer,
-    Frames,
     Header,
     Kind,
     Pool,
     Reader,
     Received,
-    pack,
     parcels,
 )
 
 SERVER = "server"  # the name under which it speaks
 MOST_SHOWN = 400  # workers in a status
-HARMLESS = (OldIncarnation, StaleJob, NotFinite)  # what honest nodes cause, too
+HARMLESS = (
+    errors.OldIncarnation,
+    errors.StaleJob,
+    errors.NotFinite,
+)  # what honest nodes cause, too
 
 
-class ServerProtocol:
+class ServerProtocol(Outbox):
     """Server of one run.
 
     Args:
@@ -84,7 +77,8 @@ class ServerProtocol:
         package: str,
         resend_s: float | None = None,
     ) -> None:
-        self.run, self.incarnation, self.liveness = run, incarnation, liveness
+        super().__init__(run, SERVER, incarnation)
+        self.liveness = liveness
         self._experiment, self._kinds, self._package = experiment, kinds, package
         self._manifest, self._resend_s = say.manifest(kinds), resend_s or liveness.resend_s
         self._reader, self._pool = Reader(run, kinds), Pool()
@@ -96,7 +90,6 @@ class ServerProtocol:
         self.events: list[ComputeEvent] = [
             Gone(slot, "nobody has joined yet") for slot in range(slots)
         ]
-        self.outbox: list[tuple[bytes, list[Any]]] = []  # address, frames for it
         self.cuts: list[tuple[bytes, str]] = []  # addresses to be cut off, and why
         self.notes: list[Note] = []  # for the log
         self.counts: Counter[str] = Counter()
@@ -152,26 +145,17 @@ class ServerProtocol:
 
     def status(self, now_s: float) -> dict[str, Any]:
         """How the run is."""
-        rows = [
-            seat.row(suspected=self.roster.suspects(seat.member, now_s))
-            for seat in sorted(self.seats.values(), key=lambda seat: seat.member.slot)
-        ]
-        results = self.jobs.counts["accepted"]
-        return {
-            "run": self.run,
-            "incarnation": self.incarnation,
-            "slots": self.roster.slots,
-            "jobs": results,
-            "spent_s": [self._spent_s, results],
-            "staleness": [self._staleness, results],
-            "bytes_in": self.bytes_in,
-            "bytes_out": self.bytes_out,
-            "out": len(self.jobs.outstanding),
-            "step": self._newest,
-            "resends": sum(seat.link.resends for seat in self.seats.values()),
-            "duplicates": sum(seat.link.duplicates for seat in self.seats.values()),
-            "workers": rows[:MOST_SHOWN],
-            "counts": dict(self.counts),
+        seats = sorted(self.seats.values(), key=lambda seat: seat.member.slot)
+        rows = [s.row(suspected=self.roster.suspects(s.member, now_s)) for s in seats[:MOST_SHOWN]]
+        results, links = self.jobs.counts["accepted"], [seat.link for seat in seats]
+        totals = {"resends": sum(link.resends for link in links)}
+        totals |= {"duplicates": sum(link.duplicates for link in links)}
+        return totals | {
+            **{"run": self.run, "incarnation": self.incarnation, "slots": self.roster.slots},
+            **{"jobs": results, "out": len(self.jobs.outstanding), "step": self._newest},
+            **{"spent_s": [self._spent_s, results], "staleness": [self._staleness, results]},
+            **{"bytes_in": self.bytes_in, "bytes_out": self.bytes_out},
+            **{"workers": rows, "counts": dict(self.counts)},
         }
 
     # -- What comes in ---------------------------------------------------------------------------
@@ -189,37 +173,37 @@ class ServerProtocol:
             self._take(address, node, message, now_s)
         except PeerError as error:
             self._offence(address, node, error, now_s)
-            return 1 if isinstance(error, (*HARMLESS, WrongRun)) else GRAVE
+            return 1 if isinstance(error, (*HARMLESS, errors.WrongRun)) else GRAVE
         return 0
 
     def _take(self, address: bytes, node: str | None, message: Received, now_s: float) -> None:
         head = message.head
         if node == "":
-            raise WrongNode(f"the key of who says that it is {head.node} is not in the list")
+            raise errors.WrongNode(f"the key of who says that it is {head.node} is not in the list")
         if node is not None and head.node != node:
             if head.kind == "hello":  # a mistake, more likely than a lie
                 self._misnamed(address, node, head, message.body)
                 return
-            raise WrongNode(f"{node} says that it is {head.node}")
+            raise errors.WrongNode(f"{node} says that it is {head.node}")
         if head.kind == "hello":
             self._hello(address, head, message.body, now_s)
             return
         if head.kind == "ask":
             if why := self.roster.quarantined.get(node or ""):
-                raise WrongNode(why)
+                raise errors.WrongNode(why)
             if now_s >= self._told_s:  # who asks all the time takes nobody else's
                 self._told_s = now_s + self.liveness.tick_s
                 self._told = say.Status(json.dumps(self.status(now_s)))
             self._post(address, "status", self._told, 0)
             return
         if head.run != self.run:
-            raise BadHeader(f"a {head.kind} of a stranger")
+            raise errors.BadHeader(f"a {head.kind} of a stranger")
         if head.to != self.incarnation:
             self._again(address, head)
-            raise OldIncarnation(f"{head.node} speaks to server incarnation {head.to}")
+            raise errors.OldIncarnation(f"{head.node} speaks to server incarnation {head.to}")
         try:
             member = self.roster.find(head.node, head.incarnation)
-        except OldIncarnation:
+        except errors.OldIncarnation:
             self._again(address, head)
             raise
         self.roster.heard(member, now_s)
@@ -233,7 +217,7 @@ class ServerProtocol:
         seat.at(address, now_s)
         seat.link.acknowledge(head.acknowledged, now_s)
         if head.sequence == 0:
-            raise BadHeader(f"a {head.kind} outside of the order")
+            raise errors.BadHeader(f"a {head.kind} outside of the order")
         for passed in seat.link.receive(head.sequence, message, now_s):
             self._pass_on(seat, passed, now_s)
             if self.seats.get(head.node) is not seat:  # it is gone
@@ -293,7 +277,7 @@ class ServerProtocol:
 
     def _misnamed(self, address: bytes, node: str, head: Header, hello: say.Hello) -> None:
         why = f"its key is listed as {node}, and it says that it is {head.node}; give it one name"
-        self.counts[WrongNode.name] += 1
+        self.counts[errors.WrongNode.name] += 1
         self._refuse(node, why)
         self._post(address, "refusal", say.Refusal(hello.nonce, why, -1.0), 0)
 
@@ -339,23 +323,16 @@ class ServerProtocol:
             self._post(seat.address, "pulse", say.Pulse(), member.incarnation, link.acknowledged)
             self._lose(member, body.why, "left")
         elif kind != "pulse":
-            raise BadHeader(f"a worker does not say {kind}")
+            raise errors.BadHeader(f"a worker does not say {kind}")
 
     def _unlike(self, ready: say.Ready) -> str:
-        """What differs between its task and the run's; the first loop says what a model is."""
         if ready.manifest != self._manifest:
             return f"its task has {ready.manifest}, the server's {self._manifest}"
         if self.dim is None:
             return "it says how a loop's model is made; here is none" if ready.shapes else ""
-        try:
-            theirs = shapes.read(ready.shapes, self.dim)
-        except BadHeader as error:
-            return str(error)
-        known = shapes.read(self.shapes)
-        if known and shapes.bare(theirs) != shapes.bare(known):
-            difference = shapes.difference(theirs, known)
-            return f"its model is another than the run's: {difference}"
-        self.shapes = ready.shapes
+        if why := shapes.unlike(ready.shapes, self.shapes, self.dim):
+            return why
+        self.shapes = ready.shapes  # the first loop says what a model is
         return ""
 
     def _result(self, seat: MemberSlot, message: Received, now_s: float) -> None:
@@ -432,9 +409,9 @@ class ServerProtocol:
         text = f"{node or 'a peer'}: {error.name}: {error}"
         fields = {"member": node or None, "reason": error.name, "why": str(error)}
         self.notes.append(Note("rejected", text, fields))
-        if isinstance(error, WrongRun):
+        if isinstance(error, errors.WrongRun):
             self._post(address, "again", say.Again(), 0)
-        elif isinstance(error, WrongVersion):
+        elif isinstance(error, errors.WrongVersion):
             self._post(address, "refusal", say.Refusal(0, str(error), -1.0), 0)
         elif seat is None:
             self.cuts.append((address, error.name))
@@ -442,7 +419,7 @@ class ServerProtocol:
             return
         seat.member.offences += 1
         self._flush(seat, now_s)
-        if seat.member.offences >= MOST_OFFENCES or isinstance(error, WrongNode):
+        if seat.member.offences >= MOST_OFFENCES or isinstance(error, errors.WrongNode):
             why = f"{seat.member.node} is shut out: {seat.member.offences} wrong messages ({error})"
             self._shut_out(seat, why)
 
@@ -525,21 +502,3 @@ class ServerProtocol:
             self.outbox.append((seat.address, frames))
         if link.owes(now_s):
             self._post(seat.address, "pulse", say.Pulse(), member.incarnation, link.acknowledged)
-
-    def _post(
-        self, address: bytes, kind: str, body: Struct, to: int, acknowledged: int = 0
-    ) -> None:
-        """Send something outside of the order."""
-        (parcel,) = parcels(kind, body)
-        self.outbox.append((address, self._packed(parcel, to, acknowledged)))
-
-    def _packed(self, parcel: Frames, to: int, acknowledged: int, sequence: int = 0) -> list[Any]:
-        return pack(
-            parcel,
-            run=self.run,
-            node=SERVER,
-            incarnation=self.incarnation,
-            to=to,
-            sequence=sequence,
-            acknowledged=acknowledged,
-        )

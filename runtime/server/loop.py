@@ -187,6 +187,19 @@ class ServerLoop(Loop):
     def _start(self) -> None:
         self.algorithm.start(self._facade)
 
+    def _other(self, event: Left | Joined | Timer | TraceNote | None) -> None:
+        """Something happens that is no arrival."""
+        workers, records = self.workers, self.records
+        if isinstance(event, Timer):
+            self.algorithm.timer(self._facade, event.token)
+            if workers.real:  # else a replay knows
+                rung = {"event": "timer", "token": event.token}
+                records.note({"time_s": workers.now_s} | rung)
+        elif isinstance(event, TraceNote):
+            records.event(event.row, workers.now_s)
+        elif event is not None:
+            self._outage(event)  # flushes the rows that are held
+
     def _loop(self) -> str:
         server, workers, records = self.server, self.workers, self.records
         arrive, rows, clock = self.algorithm.arrive, records.rows, time.monotonic
@@ -203,15 +216,7 @@ class ServerLoop(Loop):
             while True:
                 event = pop(mark_s)
                 if type(event) is not Job:
-                    if isinstance(event, Timer):
-                        self.algorithm.timer(facade, event.token)
-                        if workers.real:  # else a replay knows
-                            rung = {"event": "timer", "token": event.token}
-                            records.note({"time_s": workers.now_s} | rung)
-                    elif isinstance(event, TraceNote):
-                        records.event(event.row, workers.now_s)
-                    elif event is not None:
-                        self._outage(event)  # flushes the rows that most_rows counts
+                    self._other(event)
                     break
                 if event.loss != event.loss:
                     self._diverged(event)

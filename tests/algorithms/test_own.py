@@ -43,7 +43,7 @@ class Own:
 
 
 class OwnGossip:
-    channels = {"x": Channel()}  # noqa: RUF012 - as a user writes it
+    channels = {"x": Channel(gain=0.4)}  # noqa: RUF012 - as a user writes it
 
     def __init__(self, compressor="identity"):
         self.compressor = compressor
@@ -52,7 +52,7 @@ class OwnGossip:
         node.publish("x", node.x)
 
     def ask(self, node):
-        node.x = node.x + node.mix("x")
+        node.x = node.x + 0.4 * node.mix("x")
         return node.x
 
     def tell(self, node, gradient):

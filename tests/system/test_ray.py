@@ -250,7 +250,7 @@ def test_others_take_over_when_an_actor_does_not_live_to_begin():
 
     engine = Borrowed()
     made = ENGINES["ray"](N // 2, restarts=0)
-    engine.crew = lambda experiment, folder: Stillborn(experiment, made)
+    engine.backend = lambda experiment, folder: Stillborn(experiment, made)
     result = run("pure", engine, clock="virtual")
     assert result.facts["restarts"] == 0
     same(result, run("pure", "virtual"))
@@ -303,7 +303,7 @@ def test_ray_kill_counts_too(tmp_path):
             return events
 
     engine = Borrowed(4)
-    engine.crew = lambda experiment, folder: Killed(experiment, engine.made)
+    engine.backend = lambda experiment, folder: Killed(experiment, engine.made)
     result = run("pure", engine, steps=400, clock="virtual")
     assert len(kills) == 1
     assert result.facts["restarts"] == N // 2

@@ -5,7 +5,7 @@ import pytest
 from cells import work
 from ray.cloudpickle import register_pickle_by_value
 
-from offbeat.runtime.studies import on_ray, study
+from offbeat.runtime.studies import pool, study
 from offbeat.runtime.studies.study import Study
 
 pytestmark = pytest.mark.xdist_group("ray")  # one Ray at a time
@@ -30,7 +30,7 @@ def test_tasks_give_what_processes_give(tmp_path):
 
 def test_a_task_that_dies_or_raises_costs_its_cell_only():
     items = [("fine", 0), ("raise", 1), ("die", 2), ("fine", 3)]
-    found = dict(on_ray.tasks(work, items, 2))
+    found = dict(pool.ray_tasks(work, items, 2))
     assert (found[0], found[3]) == ((0, None), (9, None))
     assert found[1] == (None, "ValueError: cannot do 1")
     assert found[2][0] is None

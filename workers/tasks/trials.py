@@ -33,7 +33,7 @@ STATE = (
 )
 
 
-class Seen(NamedTuple):
+class Calls(NamedTuple):
     """What came of a job; what was drawn once its batch was there, and at its end."""
 
     batch: list[Any]
@@ -146,7 +146,7 @@ def _repeats(task: Any) -> None:
     with task._seeding() as seed:
         few = min(FEW, task._draws.batch) if task._draws.batch != "full" else FEW
 
-        def job(at: int) -> Seen:
+        def job(at: int) -> Calls:
             worker, draw = (np.array([part]) for part in jobs[at])
             rows = task._order[task._draws.share(jobs[at][0])]
             if task._draws.batch != "full":
@@ -158,7 +158,7 @@ def _repeats(task: Any) -> None:
             what = f"a job of {len(rows[:few])} samples cannot be computed"
             value, gradient = _attempt(what, task._one, task.load(points[at]), inputs, targets)
             numbers = task._torch.cat([value.reshape(1), gradient])
-            return Seen(batch, fetched, numbers, drawn())
+            return Calls(batch, fetched, numbers, drawn())
 
         def look() -> Any:
             # As many samples as share no divisor with a job's: no counter comes round to where it
@@ -187,7 +187,7 @@ def _repeats(task: Any) -> None:
             )
 
 
-def _compare(task: Any, one: Seen, two: Seen) -> None:
+def _compare(task: Any, one: Calls, two: Calls) -> None:
     samples = len(one.batch) == len(two.batch) and all(
         a.shape == b.shape and _equal(task, a, b) for a, b in zip(one.batch, two.batch, strict=True)
     )

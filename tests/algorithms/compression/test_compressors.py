@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from offbeat.algorithms.compression import COMPRESSORS, decode
 from offbeat.algorithms.compression.coding import (
     CHUNK,
-    Reader,
+    BitReader,
     entropy_bits,
     pack,
     packed_size,
@@ -495,14 +495,14 @@ def test_supports_and_packed_numbers_survive(data):
     _, size, *_ = sizes = support_plan(np.concatenate(others), counts, d)[0]
     assert sizes.tolist() == [len(write_support(other, d)) for other in others]
     assert len(written) == size <= 1 + (d + 7) // 8
-    source = Reader(written)
+    source = BitReader(written)
     np.testing.assert_array_equal(read_support(source, d, len(index)), index)
     source.end()
     bits = data.draw(st.integers(1, 31))
     values = g(d).integers(2**bits, size=d).astype(np.uint32)
     packed = pack(values, bits)
     assert len(packed) == packed_size(d, bits) == math.ceil(d * bits / 8)
-    np.testing.assert_array_equal(unpack(Reader(packed), d, bits), values)
+    np.testing.assert_array_equal(unpack(BitReader(packed), d, bits), values)
 
 
 def test_subsets_are_uniform_and_fixed_for_ever():

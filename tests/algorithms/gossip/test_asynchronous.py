@@ -21,9 +21,9 @@ from offbeat.algorithms.gossip import (
 from offbeat.runtime.base.errors import ConfigError
 from offbeat.runtime.experiment.experiment import Experiment
 from offbeat.runtime.experiment.settings import Evaluate, Stop
+from offbeat.runtime.node.effects import Compute
 from offbeat.runtime.node.make import gossip_node
 from offbeat.runtime.node.network import Uplink
-from offbeat.runtime.node.node import Compute
 from offbeat.topologies import TOPOLOGIES, from_matrix
 from offbeat.workers.fleet import Fleet, Outage
 

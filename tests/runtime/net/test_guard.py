@@ -13,7 +13,7 @@ import zmq
 
 from offbeat.runtime.base.errors import Refused
 from offbeat.runtime.experiment.engines import Liveness
-from offbeat.runtime.protocol import peer as mesh
+from offbeat.runtime.protocol import messages as say
 from offbeat.runtime.protocol import wire
 from offbeat.runtime.protocol.channel import ReliableChannel
 from offbeat.runtime.protocol.roster import GRAVE, MOST_OFFENCES, MOST_WRONG
@@ -355,7 +355,7 @@ def test_who_is_busy_for_hours_is_sent_no_more_than_is_needed():
 def test_what_a_node_may_need_follows_the_run():
     small = {"result": wire.Kind(guard.Connection, {"payload": wire.ArraySpec("<f8", (10,))})}
     large = {"result": wire.Kind(guard.Connection, {"payload": wire.ArraySpec("<f8", (10**7,))})}
-    assert guard.needs(mesh.spoken(np.zeros(10))) == 80 * (4 * 100 + wire.INLINE_BYTES)
+    assert guard.needs(say.spoken(np.zeros(10))) == 80 * (4 * 100 + wire.INLINE_BYTES)
     assert guard.needs({}) == 80 * wire.INLINE_BYTES
     assert guard.needs(small) == 80 * (100 + wire.INLINE_BYTES)
     assert guard.needs(large) == 80 * (wire.PIECE_BYTES + wire.INLINE_BYTES)

@@ -12,7 +12,8 @@ from offbeat.runtime.base.errors import ConfigError, Fenced
 from offbeat.runtime.gossip.hosted import Envelope
 from offbeat.runtime.protocol import messages as say
 from offbeat.runtime.protocol.channel import MOST_QUEUED
-from offbeat.runtime.protocol.peer import DONE, LATE_S, LEFT, RUNNING, Beat, Said
+from offbeat.runtime.protocol.messages import DONE, LEFT, RUNNING, Beat, Said
+from offbeat.runtime.protocol.peer import LATE_S
 from offbeat.runtime.protocol.roster import MOST_OFFENCES
 from offbeat.runtime.protocol.wire import pack, parcels
 from offbeat.workers.fleet import Fleet

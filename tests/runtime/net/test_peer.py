@@ -15,7 +15,7 @@ from offbeat.runtime.commands.network import asking, shown
 from offbeat.runtime.on_zeromq.alike import PeerAddress
 from offbeat.runtime.on_zeromq.peer import PeerProcess
 from offbeat.runtime.protocol import messages as say
-from offbeat.runtime.protocol.peer import DONE
+from offbeat.runtime.protocol.messages import DONE
 from offbeat.runtime.protocol.wire import pack, parcels
 
 STEPS = 8
@@ -98,7 +98,7 @@ def test_who_asks_and_does_not_read_is_in_nobodys_way(waiting):
         for _ in range(ASKED):
             deaf.send_multipart(ask)
         until_s = time.monotonic() + LIMIT_S
-        while waiting._bytes_in < ASKED * len(ask[0]):
+        while waiting.sockets.bytes_in < ASKED * len(ask[0]):
             assert time.monotonic() < until_s, "it does not hear all that is asked"
             time.sleep(0.01)
         with asking(waiting.endpoint, None, "test") as status:

@@ -25,7 +25,7 @@ from offbeat import topologies as offbeat_topologies
 from offbeat.algorithms.server.method import Finisher, Method, Schedule, StepSize
 from offbeat.runtime.api import api, plots
 from offbeat.runtime.base.errors import ConfigError
-from offbeat.runtime.commands import cli
+from offbeat.runtime.commands import runs
 from offbeat.runtime.experiment.experiment import from_table
 from offbeat.runtime.report import figures, recorded, report, watch
 from offbeat.runtime.report.scenes import COMMUNICATE, COMPUTE, QUEUE, graphs, timeline
@@ -69,7 +69,7 @@ def folders(tmp_path_factory):
         "fleet": {"workers": 5, "speeds": "1..5", "latency_s": 0.5},
         "stop": {"steps": 200},
     }
-    cli._prepare_all(from_table(table), root / "comparison")
+    runs.prepare_all(from_table(table), root / "comparison")
     for name in ("pure", "random"):
         api.resume(root / "comparison" / name)
     for mode in ("synchronous", "asynchronous"):
