@@ -4,7 +4,7 @@
 
 The run says what is to be computed; the crew moves it to a process that has the task, has a
 ``Runner`` there compute it, and brings the answer back, once or not at all.  When results count is
-not its business: see ``runtime.remote``.
+not its business: see ``runtime.server.remote``.
 """
 
 import math

@@ -26,7 +26,7 @@ class Courier(Worker):
     Args:
         endpoint, name, folder: see ``Worker``.
         x: a model like the loop's, ``[d]``.
-        shapes: of its parameters; see ``runtime.net.shapes``.
+        shapes: of its parameters; see ``runtime.base.shapes``.
         memory: makes buffers in which models are received.
     """
 

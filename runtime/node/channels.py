@@ -1,7 +1,8 @@
 """One node of a gossip run, with its own vectors ``[d]`` and only what neighbours tell it.
 
-It computes what one row of ``runtime.stacked`` computes.  A round: ``outbox`` answers what to send
-to each node that hears this one, ``inbox`` takes what came, then the method's ``ask`` and ``tell``.
+It computes what one row of ``runtime.gossip.stacked`` computes.  A round: ``outbox`` answers what
+to send to each node that hears this one, ``inbox`` takes what came, then the method's ``ask`` and
+``tell``.
 
 A link may be closed and opened again.  Its ends then forget what they kept for each other, and the
 first message over it says the whole copy instead of a difference.  What came over the link on a

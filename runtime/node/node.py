@@ -7,9 +7,9 @@ must arrive in the end, for which ``again`` repeats whatever may not have.
 
 Links.  A link is open at both ends from the start.  ``down(j)`` says that neighbour j is not heard
 of: the link is closed, from the round at hand on, its weight goes to the own diagonal, and what is
-kept for it is forgotten (``runtime.peer``).  ``up(j)`` says that j is heard of again, and the ends
-open the link: each sends what it promises, and the link is open to who has heard that the other
-knows his promise:
+kept for it is forgotten (``runtime.node.channels``).  ``up(j)`` says that j is heard of again, and
+the ends open the link: each sends what it promises, and the link is open to who has heard that the
+other knows his promise:
 
     open(promise, (mine, theirs, how far, round), model)
 

@@ -1,12 +1,12 @@
 """One peer's side of the protocol: messages and time in, messages and events out.
 
-It knows no socket.  ``runtime.net.peer`` moves its bytes over ZeroMQ.
+It knows no socket.  ``runtime.on_zeromq.peer`` moves its bytes over ZeroMQ.
 
 Sessions.  Each peer numbers its end of every link: first its incarnation, then a number drawn by
 its process, then how often the link was given up.  A message carries the sender's session and the
 one it knows of the addressee; only where both are the current ones it belongs to the link, whose
-messages come once and in order (``runtime.net.link``).  A higher session of the other end replaces
-its older ones.
+messages come once and in order (``runtime.protocol.channel``).  A higher session of the other end
+replaces its older ones.
 
 Beats.  Every peer tells every neighbour every ``heartbeat_s``: which session of it it knows, and
 whether it hears it.  A neighbour is up where both hear each other, and down where it is silent,

@@ -1,7 +1,7 @@
 """The server's side of the protocol: messages and time in, messages and events out.
 
-It knows no socket.  ``runtime.on_zeromq.server`` moves its bytes over ZeroMQ, the tests over a simulated
-network, and it is the same code that meets both.
+It knows no socket.  ``runtime.on_zeromq.server`` moves its bytes over ZeroMQ, the tests over a
+simulated network, and it is the same code that meets both.
 """
 
 import json
@@ -21,6 +21,7 @@ from offbeat.runtime.base.tensors import finite
 from offbeat.runtime.compute.backend import Back, ComputeEvent, Failed, Gone, JobRequest, JobResult
 from offbeat.runtime.experiment.engines import Liveness
 from offbeat.runtime.protocol import messages as say
+from offbeat.runtime.protocol import wire
 from offbeat.runtime.protocol.channel import Full, ReliableChannel
 from offbeat.runtime.protocol.roster import (
     GRAVE,
@@ -32,24 +33,10 @@ from offbeat.runtime.protocol.roster import (
     Roster,
 )
 from offbeat.runtime.protocol.slot import MemberSlot, Outbox
-from offbeat.runtime.protocol.wire import (
-    Assembly,
-    Buffer,
-    Header,
-    Kind,
-    Pool,
-    Reader,
-    Received,
-    parcels,
-)
 
 SERVER = "server"  # the name under which it speaks
 MOST_SHOWN = 400  # workers in a status
-HARMLESS = (
-    errors.OldIncarnation,
-    errors.StaleJob,
-    errors.NotFinite,
-)  # what honest nodes cause, too
+HARMLESS = (errors.OldIncarnation, errors.StaleJob, errors.NotFinite)  # honest ones do, too
 
 
 class ServerProtocol(Outbox):
@@ -70,7 +57,7 @@ class ServerProtocol(Outbox):
         self,
         run: str,
         experiment: str,
-        kinds: Mapping[str, Kind],
+        kinds: Mapping[str, wire.Kind],
         slots: int,
         incarnation: int,
         liveness: Liveness,
@@ -81,7 +68,7 @@ class ServerProtocol(Outbox):
         self.liveness = liveness
         self._experiment, self._kinds, self._package = experiment, kinds, package
         self._manifest, self._resend_s = say.manifest(kinds), resend_s or liveness.resend_s
-        self._reader, self._pool = Reader(run, kinds), Pool()
+        self._reader, self._pool = wire.Reader(run, kinds), wire.Pool()
         self._keeping = any(name.startswith(say.KEPT) for name in kinds["work"].arrays)
         self.roster, self.jobs = Roster(slots, liveness), JobBook()
         self.seats: dict[str, MemberSlot] = {}
@@ -96,7 +83,7 @@ class ServerProtocol(Outbox):
         self._opinions: dict[int, str] = {}  # serial -> whose result is to be checked
         self._newest = 0  # step of the newest order
         self.dim: int | None = None  # of the model of loops, where workers are such
-        self.shapes = ""  # of its parameters; see ``runtime.net.shapes``
+        self.shapes = ""  # of its parameters; see ``runtime.base.shapes``
         self._rates_s = 0.0  # when rates were measured
         self._told_s, self._told = -math.inf, say.Status("")  # status
         self.bytes_in = self.bytes_out = 0  # of whole messages
@@ -161,7 +148,7 @@ class ServerProtocol(Outbox):
     # -- What comes in ---------------------------------------------------------------------------
 
     def receive(
-        self, address: bytes, node: str | None, frames: Sequence[Buffer], now_s: float
+        self, address: bytes, node: str | None, frames: Sequence[wire.Buffer], now_s: float
     ) -> int:
         """A message from ``address``; ``node`` is who it is from, where a key says so.
 
@@ -176,7 +163,7 @@ class ServerProtocol(Outbox):
             return 1 if isinstance(error, (*HARMLESS, errors.WrongRun)) else GRAVE
         return 0
 
-    def _take(self, address: bytes, node: str | None, message: Received, now_s: float) -> None:
+    def _take(self, address: bytes, node: str | None, message: wire.Received, now_s: float) -> None:
         head = message.head
         if node == "":
             raise errors.WrongNode(f"the key of who says that it is {head.node} is not in the list")
@@ -225,7 +212,7 @@ class ServerProtocol(Outbox):
         if seat.link.urgent:
             self._flush(seat, now_s)
 
-    def _pass_on(self, seat: MemberSlot, message: Received, now_s: float) -> None:
+    def _pass_on(self, seat: MemberSlot, message: wire.Received, now_s: float) -> None:
         """A message in its order; an error in one does not keep the next from being heard."""
         try:
             whole = seat.assembly.take(message)
@@ -240,7 +227,7 @@ class ServerProtocol(Outbox):
         except PeerError as error:
             self._offence(seat.address, seat.member.node, error, now_s)
 
-    def _hello(self, address: bytes, head: Header, hello: say.Hello, now_s: float) -> None:
+    def _hello(self, address: bytes, head: wire.Header, hello: say.Hello, now_s: float) -> None:
         if hello.package != self._package:
             why = f"it runs offbeat {hello.package}, the server {self._package}"
             self._refuse(head.node, why)
@@ -260,7 +247,7 @@ class ServerProtocol(Outbox):
                 resend_s=self._resend_s, ack_s=self.liveness.tick_s
             )
             seat = self.seats[head.node] = MemberSlot(
-                member, address, link, Assembly(self._kinds, self._pool)
+                member, address, link, wire.Assembly(self._kinds, self._pool)
             )
             seat.where = hello.where
             self.counts["joined"] += 1
@@ -275,7 +262,7 @@ class ServerProtocol(Outbox):
         )
         self._post(address, "welcome", welcome, 0)
 
-    def _misnamed(self, address: bytes, node: str, head: Header, hello: say.Hello) -> None:
+    def _misnamed(self, address: bytes, node: str, head: wire.Header, hello: say.Hello) -> None:
         why = f"its key is listed as {node}, and it says that it is {head.node}; give it one name"
         self.counts[errors.WrongNode.name] += 1
         self._refuse(node, why)
@@ -286,7 +273,7 @@ class ServerProtocol(Outbox):
             Note("refused", f"{node} was refused: {why}", {"member": node, "why": why})
         )
 
-    def _again(self, address: bytes, head: Header) -> None:
+    def _again(self, address: bytes, head: wire.Header) -> None:
         """Tell who speaks that it is not known: after a restart, a partition, a long sleep."""
         if self.roster.replaced(head.node, head.incarnation) and head.to == self.incarnation:
             why = f"another process joined as {head.node}"
@@ -294,7 +281,7 @@ class ServerProtocol(Outbox):
         else:
             self._post(address, "again", say.Again(head.to), head.incarnation)
 
-    def _hear(self, seat: MemberSlot, message: Received, now_s: float) -> None:
+    def _hear(self, seat: MemberSlot, message: wire.Received, now_s: float) -> None:
         """A message in its order, whole."""
         kind, body, member = message.head.kind, message.body, seat.member
         if kind == "result":
@@ -335,7 +322,7 @@ class ServerProtocol(Outbox):
         self.shapes = ready.shapes  # the first loop says what a model is
         return ""
 
-    def _result(self, seat: MemberSlot, message: Received, now_s: float) -> None:
+    def _result(self, seat: MemberSlot, message: wire.Received, now_s: float) -> None:
         body, member = message.body, seat.member
         serial = self.jobs.accept(member, body.job)
         kept: Any = {}
@@ -488,7 +475,7 @@ class ServerProtocol(Outbox):
     ) -> None:
         """Send something in its order; a member that takes nothing is let go."""
         try:
-            for parcel in parcels(kind, body, arrays):
+            for parcel in wire.parcels(kind, body, arrays):
                 seat.link.send(parcel)
         except Full as error:
             self._lose(seat.member, f"it does not take what it is sent: {error}")

@@ -1,7 +1,8 @@
 """A worker's side of the protocol: messages and time in, messages and orders out.
 
-It knows no socket; see ``runtime.net.hub``.  It says hello until it is welcomed, and again whenever
-the server does not know it (any more): after a restart of either, a partition, a long sleep.
+It knows no socket; see ``runtime.protocol.server``.  It says hello until it is welcomed, and again
+whenever the server does not know it (any more): after a restart of either, a partition, a long
+sleep.
 """
 
 from collections import Counter, deque
@@ -203,7 +204,7 @@ class WorkerProtocol:
     def ready(self, kinds: Mapping[str, Kind], now_s: float, shapes: str = "") -> None:
         """The task of ``welcome`` is built, and its messages look like ``kinds``.
 
-        ``shapes`` are those of a loop's model; see ``runtime.net.shapes``.
+        ``shapes`` are those of a loop's model; see ``runtime.base.shapes``.
 
         Raises:
             ConfigError: they do not look as the server says.
