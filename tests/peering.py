@@ -159,7 +159,7 @@ def sound(ring, steps):
     compared = 0
     for i, node in nodes.items():
         for j, link in node.links.items():
-            if link.is_ == OPEN and not link.anew and not nodes[j].links[i].anew:
+            if link.state is OPEN and not link.anew and not nodes[j].links[i].anew:
                 mine, theirs = node.node._ends["x"], nodes[j].node._ends["x"]
                 np.testing.assert_array_equal(theirs.copies[i], mine.h)
                 compared += 1

@@ -194,7 +194,7 @@ class Simulation:
 
 
 def is_open(node, j):
-    return (node.links[j].is_ if j in node.links else node.first) == OPEN
+    return (node.links[j].state is OPEN) if j in node.links else not node.newcomer
 
 
 def copies_agree(simulation, i):
@@ -205,7 +205,7 @@ def copies_agree(simulation, i):
         if other is None or node.joining or other.joining:
             continue
         back = other.links.get(i)
-        if link.is_ != OPEN or back is None or back.is_ != OPEN:
+        if link.state is not OPEN or back is None or back.state is not OPEN:
             continue
         last, theirs_last = (n.round - (n.now is None or not n.full) for n in (node, other))
         if last != theirs_last or (link.theirs, link.mine) != (back.mine, back.theirs):
@@ -246,7 +246,7 @@ def ends_agree(simulation, i):
         if node.joining or not back or other.joining:
             continue
         mine, theirs = node.links[j], other.links[i]
-        if mine.is_ != OPEN or theirs.is_ != OPEN:
+        if mine.state is not OPEN or theirs.state is not OPEN:
             continue
         if (mine.mine, mine.theirs) != (theirs.theirs, theirs.mine):
             continue

@@ -99,8 +99,8 @@ class PairNode:
 
     def publish(self, channel: str, value: NDArray) -> NDArray:
         coded = self._coded[channel] = self._code(channel, value)
-        said = self._values[channel] = value if coded is None else coded.value
-        return said
+        self._values[channel] = value if coded is None else coded.value
+        return self._values[channel]
 
     def average(self, channel: str) -> NDArray:
         return self._values[channel] + self.mix(channel)
@@ -208,7 +208,7 @@ class PairingNode(GossipNode):
         effects: list[Effect] = []
         for j, weight in weights.items():
             at = self._at(j)
-            if self._link(j).is_ != OPEN or at.phase is not IDLE:
+            if self._link(j).state is not OPEN or at.phase is not IDLE:
                 continue
             mine, items = self._speak(j)
             offer = self._sent(Send(j, OFFER, at.number, items, mine, weight))
@@ -226,7 +226,7 @@ class PairingNode(GossipNode):
     def _received(self, frm: int, kind: str, number: int, items: Sequence[Item]) -> list[Effect]:
         if kind not in ((SHARES, GOT) if self.method.pushes else (OFFER, ANSWER, CONFIRM)):
             raise PeerError(f'node {frm} sent "{kind}", which no asynchronous node sends')
-        if self._link(frm).is_ != OPEN or number < self._link(frm).since:
+        if self._link(frm).state is not OPEN or number < self._link(frm).since:
             return self._dropped("closed")
         weight = 0.0
         if kind == OFFER:
@@ -333,8 +333,8 @@ class PairingNode(GossipNode):
     def _read(self, j: int, items: Sequence[Item]) -> Spoken:
         names, values = self.method.channels, self.node._values
         sizes = [len(values.get(name, self.node.x)) for name in names]
-        found = read(items, sizes, self.node.x.dtype)
-        spoken = dict(zip(names, (one.value for one in found), strict=True))
+        reads = read(items, sizes, self.node.x.dtype)
+        spoken = dict(zip(names, (one.value for one in reads), strict=True))
         for name in self.remembers:
             if spoken[name] is not None and j in self.node._back[name]:
                 spoken[name] = self.node._back[name][j] + spoken[name]
@@ -367,7 +367,7 @@ class PairingNode(GossipNode):
         node, own = self.node, view.own
         free = {}
         for j, share in view.shares.items():
-            if self._link(j).is_ == OPEN and self._at(j).phase is IDLE:
+            if self._link(j).state is OPEN and self._at(j).phase is IDLE:
                 free[j] = share
             else:  # kept: else all that a node has would soon be under way
                 own += share
@@ -453,5 +453,6 @@ class PairingNode(GossipNode):
             at = self.exchanges[j] = Exchange(number)
             at.phase, at.weight = Phase(phase), weight
             at.mine, at.theirs = trees.load(None, both).values()
-            if (made := trees.load(None, sent)) is not None:
-                at.sent = Send(j, made[0], number, list(made[1]), at.mine)
+            if (message := trees.load(None, sent)) is not None:
+                kind, items = message
+                at.sent = Send(j, kind, number, list(items), at.mine)

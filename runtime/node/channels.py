@@ -31,7 +31,6 @@ from offbeat.runtime.node.network import NOTHING, RoundGraph
 Item = bytes | NDArray | None
 """What one channel sends over one link: a compressor's frame, a vector, or nothing."""
 
-
 Spoken = dict[str, NDArray]
 """What one node says to another: a vector a channel, as who hears it then knows it."""
 
@@ -181,7 +180,6 @@ class Values(End):
         self.frame: Item = None  # what is sent
 
     def start(self, value: NDArray) -> None:
-        """See ``End``: nothing need be sent."""
         if self._squeeze is None:
             self.value = value
         else:
@@ -424,10 +422,10 @@ class NodeChannels:
     def read(self, items: Sequence[Item]) -> list[Read]:
         """What a neighbour sent; see ``read``."""
         values = [self.x if end.value is None else end.value for end in self._ends.values()]
-        found = read(items, [len(value) for value in values], self.x.dtype)
-        if self._pushes and any(one.value is None for one in found):
+        reads = read(items, [len(value) for value in values], self.x.dtype)
+        if self._pushes and any(one.value is None for one in reads):
             raise PeerError("a share is missing")
-        return found
+        return reads
 
     def inbox(self, links: LocalView, mail: Mapping[int, Sequence[Read]]) -> None:
         """What came this round, of which ``links.takes`` says what counts."""
@@ -470,10 +468,10 @@ def read(items: Sequence[Item], sizes: Sequence[int], dtype: np.dtype) -> list[R
     """
     if len(items) != len(sizes):
         raise PeerError(f"a message has {len(items)} items, not one a channel")
-    found = []
+    reads = []
     for item, d in zip(items, sizes, strict=True):
         if item is None:
-            found.append(Read(None, False))
+            reads.append(Read(None, False))
             continue
         whole = isinstance(item, np.ndarray)
         value = item if isinstance(item, np.ndarray) else decode([item], d).dense()
@@ -484,8 +482,8 @@ def read(items: Sequence[Item], sizes: Sequence[int], dtype: np.dtype) -> list[R
             )
         if not finite(value):
             raise PeerError("a vector is not finite")
-        found.append(Read(value, whole))
-    return found
+        reads.append(Read(value, whole))
+    return reads
 
 
 def nbytes(items: Iterable[Item | CodedVector]) -> int:

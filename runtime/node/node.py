@@ -36,6 +36,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
 from typing import Any
 
@@ -54,8 +55,18 @@ from offbeat.workers.work import Work, updated
 
 MOST_OPENINGS = 2**32  # of one link by one incarnation of a node
 KEPT_VIEWS = 64  # rounds of which a node keeps who hears whom
-OPEN, OPENING, CLOSED = range(3)
 HELLO = "open"
+
+
+class EdgeState(Enum):
+    """Whether a link is in use, as one end knows it."""
+
+    OPEN = "open"
+    OPENING = "opening"
+    CLOSED = "closed"
+
+
+OPEN, OPENING, CLOSED = EdgeState  # read often
 
 
 class Edge:
@@ -64,8 +75,8 @@ class Edge:
     Its openings are numbered; ``since`` is the first round in which it is used.
     """
 
-    def __init__(self, is_: int) -> None:
-        self.is_ = is_
+    def __init__(self, state: EdgeState) -> None:
+        self.state = state
         self.mine = self.theirs = 0
         self.since = 0
         self.blank = False  # whether the other end has lost its state
@@ -119,7 +130,7 @@ class GossipNode(ABC):
         self.jobs = 0  # number of the next
         self.job: Compute | None = None  # that is computed
         self.links: dict[int, Edge] = {}
-        self.first = CLOSED if joining else OPEN  # what links are of which nothing is known
+        self.newcomer = joining  # its links are closed until they are known
         self.heard: dict[int, int] = {}  # node -> its highest incarnation
         # Of neighbours, while joining.
         self.models: dict[int, NDArray] = {}
@@ -164,15 +175,15 @@ class GossipNode(ABC):
             return self._dropped("closed")
         return self._received(frm, kind, number, items)
 
-    def computed(self, number: int, losses: Sequence[float], found: Points) -> list[Effect]:
-        """Job ``number`` is done; ``found`` is shaped as its points were.
+    def computed(self, number: int, losses: Sequence[float], answers: Points) -> list[Effect]:
+        """Job ``number`` is done; ``answers`` is shaped as its points were.
 
         Raises:
             Diverged: it is not finite.
         """
         if self.job is None or number != self.job.number:
             return self._dropped("jobs")
-        gradients = found if isinstance(found, tuple) else (found,)
+        gradients = answers if isinstance(answers, tuple) else (answers,)
         if not all(np.isfinite(losses)) or not all(finite(g) for g in gradients):
             raise Diverged(
                 f"the gradient or loss of node {self.i} is not finite in round {self.round}; take "
@@ -200,16 +211,16 @@ class GossipNode(ABC):
 
     def down(self, j: int) -> list[Effect]:
         """Nothing is heard of ``j``."""
-        if self._link(j).is_ == CLOSED or not self.bears:
+        if self._link(j).state is CLOSED or not self.bears:
             return []
         self._shut(j)
         return self._try_join() if self.joining else self._step()
 
     def up(self, j: int) -> list[Effect]:
         """Something is heard of ``j`` again, or first."""
-        if self._link(j).is_ == CLOSED:
+        if self._link(j).state is CLOSED:
             self._opening(j)
-        return [self._hello(j)] if self._link(j).is_ == OPENING else []
+        return [self._hello(j)] if self._link(j).state is OPENING else []
 
     def meet(self, j: int, incarnation: int) -> list[Effect]:
         """The run begins, or goes on, with ``j`` as this incarnation: it has lost nothing."""
@@ -228,7 +239,7 @@ class GossipNode(ABC):
 
     def again(self) -> Sequence[Effect]:
         """Messages that were answered before, and may not have arrived."""
-        hellos = [self._hello(j) for j, link in self.links.items() if link.is_ == OPENING]
+        hellos = [self._hello(j) for j, link in self.links.items() if link.state is OPENING]
         return [*hellos, *([] if self.joining else self._unheard())]
 
     def answer(self, job: Compute) -> tuple[list[float], Points]:
@@ -236,9 +247,9 @@ class GossipNode(ABC):
         work, task = self.setting.work, guarded(self.setting.task)
         steps = np.array([work.steps])
         rows, draws = np.array([self.i]), steps * job.number
-        found = [updated(work, task, x[None], rows, draws, steps, {}) for x in job.points]
-        losses = [float(loss[0]) for loss, _ in found]
-        gradients = tuple(gradient[0] for _, gradient in found)
+        updates = [updated(work, task, x[None], rows, draws, steps, {}) for x in job.points]
+        losses = [float(loss[0]) for loss, _ in updates]
+        gradients = tuple(gradient[0] for _, gradient in updates)
         return losses, gradients if len(gradients) > 1 else gradients[0]
 
     @cached_property
@@ -345,26 +356,26 @@ class GossipNode(ABC):
 
     def _link(self, j: int) -> Edge:
         if j not in self.links:
-            self.links[j] = Edge(self.first)
+            self.links[j] = Edge(CLOSED if self.newcomer else OPEN)
         return self.links[j]
 
     def _shut(self, j: int) -> None:
         link = self._link(j)
-        self.counts["closed"] += link.is_ == OPEN
-        link.is_, link.anew = CLOSED, False
+        self.counts["closed"] += link.state is OPEN
+        link.state, link.anew = CLOSED, False
         self.models.pop(j, None)
         if not self.joining:
             self._close(j)
 
     def _opening(self, j: int) -> None:
         link = self._link(j)
-        link.is_ = OPENING
+        link.state = OPENING
         link.mine = max(link.mine, self.incarnation * MOST_OPENINGS) + 1
         link.since = -1 if self.joining else self._next(j)
 
     def _hello(self, j: int) -> Send:
         link = self._link(j)
-        far = 0 if self.joining else 1 + (link.is_ == OPEN)
+        far = 0 if self.joining else 1 + (link.state is OPEN)
         model = self.model if link.blank and not self.joining else None
         age = 0 if self.joining else self._age(link)
         return Send(j, HELLO, link.since, (np.array([link.mine, link.theirs, far, age]), model))
@@ -392,9 +403,9 @@ class GossipNode(ABC):
             return self._dropped("stale")
         new = mine > link.theirs
         link.theirs, link.blank = mine, far == 0
-        if link.is_ == CLOSED:  # until the driver says that it is up
+        if link.state is CLOSED:  # until the driver says that it is up
             return self._dropped("closed")
-        if new and link.is_ == OPEN:
+        if new and link.state is OPEN:
             self._shut(j)
             self._opening(j)
         if self.joining:
@@ -402,9 +413,9 @@ class GossipNode(ABC):
                 self.models[j], self.ages[j] = items[1], age
             hello: list[Effect] = [self._hello(j)] if new else []
             return hello + self._try_join()
-        was_open = link.is_ == OPEN
-        if link.is_ == OPENING and theirs == link.mine and far > 0:
-            link.is_, link.since = OPEN, max(link.since, promised)
+        was_open = link.state is OPEN
+        if link.state is OPENING and theirs == link.mine and far > 0:
+            link.state, link.since = OPEN, max(link.since, promised)
             self.counts["opened"] += 1
             self._opened(j)
         hello = [self._hello(j)] if far < 2 and (new or theirs != link.mine or was_open) else []
@@ -412,7 +423,7 @@ class GossipNode(ABC):
 
     def _try_join(self) -> list[Effect]:
         """Begin with the neighbours' models, once all that are up have answered."""
-        asked = {j: link for j, link in self.links.items() if link.is_ == OPENING}
+        asked = {j: link for j, link in self.links.items() if link.state is OPENING}
         if not self.models or any(not (j in self.models or k.blank) for j, k in asked.items()):
             return []
         x = np.mean(list(self.models.values()), axis=0)
@@ -427,13 +438,13 @@ class GossipNode(ABC):
 
     # -- Checkpoints ---------------------------------------------------------------------------
 
-    _STATE: Sequence[str] = ("joining", "round", "jobs", "heard", "first")
+    _STATE: Sequence[str] = ("joining", "round", "jobs", "heard", "newcomer")
 
     def state(self) -> dict[str, Any]:
         """Everything, as a tree of plain values and arrays."""
         return {
             "node": None if self.joining else self._node_state(),
-            "links": [[j, dict(vars(link))] for j, link in self.links.items()],
+            "links": [[j, vars(k) | {"state": k.state.value}] for j, k in self.links.items()],
             "job": None if self.job is None else [self.job.number, list(self.job.points)],
             "counts": dict(self.counts),
             "fields": {key: trees.dump(getattr(self, key)) for key in self._STATE},
@@ -444,8 +455,8 @@ class GossipNode(ABC):
         for key, tree in state["fields"].items():
             setattr(self, key, trees.load(None, tree))
         for j, fields in state["links"]:
-            self.links[j] = Edge(OPEN)
-            vars(self.links[j]).update(fields)
+            link = self.links[j] = Edge(OPEN)
+            vars(link).update(fields | {"state": EdgeState(fields["state"])})
         self.counts = Counter(state["counts"])
         self.job = (
             None if state["job"] is None else Compute(state["job"][0], tuple(state["job"][1]))

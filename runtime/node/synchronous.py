@@ -28,7 +28,7 @@ class RoundNode(GossipNode):
         self.now: LocalView | None = None  # of the round at hand, once it is begun
         self.full = False  # whether its messages are mixed in
         self.begun = False  # whether the method's beginning is done
-        self.found: Any = None  # the gradient, if it is there before the messages
+        self.gradient: Any = None  # the gradient, if it is there before the messages
         self.mail: dict[int, dict[int, list[Read]]] = {}  # round -> node -> what it sent
         self.kept: dict[int, dict[int, tuple[Item, ...]]] = {}  # node -> round -> may not be there
         # Whether whoever is heard hears this node, in the same rounds.
@@ -62,7 +62,7 @@ class RoundNode(GossipNode):
             self.node.begun()
             self.method.begin(self.node, gradient)
             return self._begun()
-        self.found = (gradient,)
+        self.gradient = (gradient,)
         return self._step()
 
     def _step(self) -> list[Effect]:
@@ -77,14 +77,14 @@ class RoundNode(GossipNode):
                 if not self.now.takes.keys() <= mail.keys():
                     break
                 effects += self._mixed(self.now, mail)
-            elif self.found is not None:
-                effects.append(self._told())
+            elif self.gradient is not None:
+                effects.append(self._finish())
             else:
                 break
         return effects
 
     def _may_begin(self) -> bool:
-        waits = (link.is_ == OPENING and link.since <= self.round for link in self.links.values())
+        waits = (link.state is OPENING and link.since <= self.round for link in self.links.values())
         return self.round < self.limit and not any(waits)
 
     def _begin(self) -> list[Effect]:
@@ -116,8 +116,8 @@ class RoundNode(GossipNode):
             self._link(j).anew = False
         return [] if self.method.overlap else [self._compute(self.method.ask(self.node))]
 
-    def _told(self) -> RoundDone:
-        (gradient,), self.found, self.now = self.found, None, None
+    def _finish(self) -> RoundDone:
+        (gradient,), self.gradient, self.now = self.gradient, None, None
         self.method.tell(self.node, gradient)
         self.round += 1
         return RoundDone(self.round, self.model)
@@ -126,7 +126,7 @@ class RoundNode(GossipNode):
         """Who hears whom in round ``k``, over links that are in use."""
         view = self._view(k)
         links = {j: self._link(j) for j in (*view.hears, *view.takes)}
-        out = [j for j, link in links.items() if link.is_ == CLOSED or k < link.since]
+        out = [j for j, link in links.items() if link.state is CLOSED or k < link.since]
         return view.without(out, self.method.pushes) if out else view
 
     # -- Messages ------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ class RoundNode(GossipNode):
         if number < 0 or frm not in self._view(number).takes:
             raise PeerError(f"node {frm} has nothing to say in round {number}")
         link = self._link(frm)
-        if link.is_ == CLOSED or number < link.since:
+        if link.state is CLOSED or number < link.since:
             return self._dropped("closed")
         receipt: list[Effect] = [] if self._paired else [Send(frm, GOT, number)]
         if number < self.round or (number == self.round and self.full and self.now is not None):
@@ -201,7 +201,7 @@ class RoundNode(GossipNode):
 
     # -- Checkpoints ---------------------------------------------------------------------------
 
-    _STATE = (*GossipNode._STATE, "full", "begun", "found", "mail", "kept")
+    _STATE = (*GossipNode._STATE, "full", "begun", "gradient", "mail", "kept")
 
     def _node_state(self) -> dict[str, Any]:
         own = None if self.now is None else self.now.own

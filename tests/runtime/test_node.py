@@ -125,9 +125,9 @@ def test_a_greeting_that_is_late_opens_nothing():
     mine = node.links[1].mine
     node.receive(1, "open", 1, (np.array([7, 0, 1, 0]), None))
     node.receive(1, "open", 1, (np.array([6, mine, 1, 0]), None))  # of an opening before that
-    assert node.links[1].is_ == OPENING
+    assert node.links[1].state is OPENING
     node.receive(1, "open", 1, (np.array([7, mine, 1, 0]), None))
-    assert node.links[1].is_ == OPEN
+    assert node.links[1].state is OPEN
 
 
 @pytest.mark.soak
