@@ -75,16 +75,16 @@ class Idle(ComputeBackend):
 
 def cost(work: Work, jobs: int) -> tuple[float, float, int]:
     """Milliseconds at the worker and at the server, and bytes, of a job."""
-    task, fleet, crew = Given(), Fleet(workers=1), Idle()
+    task, fleet, backend = Given(), Fleet(workers=1), Idle()
     x = task.initial(0)
     x.flags.writeable = False
-    server = RemoteWorkers(task, fleet, fleet.timing(0, 0), work, x, crew)
+    server = RemoteWorkers(task, fleet, fleet.timing(0, 0), work, x, backend)
     runner = Runner(task, work)
     spent: tuple[list[float], list[float]] = [], []
     for step in range(jobs):
         server.take(0, x, step)
         times = [time.process_time()]
-        (answer,) = runner.compute([crew.order])
+        (answer,) = runner.compute([backend.order])
         times.append(time.process_time())
         server._hear(answer)
         server.pop(math.inf)

@@ -196,7 +196,7 @@ def starting(n: int) -> dict[str, float]:
         stop=offbeat.Stop(steps=1), evaluate=offbeat.Evaluate(),
     )  # fmt: skip
     began_s = time.perf_counter()
-    crew = RayBackend(experiment, backends.ray())
+    backend = RayBackend(experiment, backends.ray())
     took_s = time.perf_counter() - began_s
     mine = [
         process
@@ -204,7 +204,7 @@ def starting(n: int) -> dict[str, float]:
         if process.cmdline()[:1] == ["ray::Host"]
     ]
     each = statistics.median(map(private, mine))
-    crew.close()
+    backend.close()
     print(f"# {n} actors: {took_s:.1f} s to start, {each:.0f} MB each of its own")
     return {"start_s": round(took_s, 2), "mb_each": round(each, 1)}
 

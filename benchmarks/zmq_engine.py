@@ -5,7 +5,7 @@ nothing and answer with an array they have, so that what is measured is what car
 
 *bare*: a ROUTER that is drained on its descriptor, and DEALERs that answer; large vectors are cut
 into pieces of 1 MB which either side copies into a buffer it has, the fastest of the ways tried.
-*ours*: the crew and the worker process of ``engine = "zmq"``, with all that they check: headers,
+*ours*: the backend and the worker process of ``engine = "zmq"``, with all that they check: headers,
 sequence numbers, acknowledgements, job table, finite results.
 *gloo*: torch.distributed, two processes that send to each other and wait.
 """
@@ -177,24 +177,24 @@ def ours(n: int, d: int, jobs: int, folder: Path | None) -> float:
     table = {"task": f"quadratic({d})", "algorithm": "pure", "fleet": {"workers": n}}
     (experiment,) = from_table(table)
     engine = ENGINES["zmq"](address, keys=str(folder or ""), processes=0)
-    crew = ZmqBackend(experiment, engine, None)
+    backend = ZmqBackend(experiment, engine, None)
     here = 0
     while here < n:
-        here += sum(isinstance(event, Back) for event in crew.collect(1.0))
+        here += sum(isinstance(event, Back) for event in backend.collect(1.0))
     models = [np.zeros(d) for _ in range(3)]  # a worker is not sent one twice in a row
     serial, done, began_s = 0, -warm(n, jobs), 0.0
 
     def give(who: int) -> None:
         nonlocal serial
         serial += 1
-        crew.submit(JobRequest(serial, who, who, serial, 1, serial, models[serial % 3], None))
+        backend.submit(JobRequest(serial, who, who, serial, 1, serial, models[serial % 3], None))
 
     owner = {}
     for who in range(n):
         give(who)
         owner[serial] = who
     while done < jobs:
-        for event in crew.collect(1.0):
+        for event in backend.collect(1.0):
             assert isinstance(event, JobResult)
             done += 1
             if done == 0:
@@ -204,7 +204,7 @@ def ours(n: int, d: int, jobs: int, folder: Path | None) -> float:
             owner[serial] = who
     rate = jobs / (time.perf_counter() - began_s)
     reap(pids)
-    crew.close()
+    backend.close()
     return rate
 
 

@@ -11,7 +11,11 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-ROOT_FILES = {"runtime/root.py": "offbeat/__init__.py", "runtime/py.typed": "offbeat/py.typed"}
+ROOT_FILES = {
+    "runtime/root.py": "offbeat/__init__.py",
+    "runtime/extend.py": "offbeat/extend.py",
+    "runtime/py.typed": "offbeat/py.typed",
+}
 
 
 class OneNamespace(BuildHookInterface):

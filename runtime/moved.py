@@ -108,7 +108,7 @@ NAMES = {
     "gossip.stacked": {"Links": "PerEdge", "Round": "RoundGraph"},
     "join.peering": {"Peering": "LoopSource"},
     "node.channels": {"Links": "LocalView", "Peer": "NodeChannels"},
-    "node.node": {"Link": "Edge", "Done": "RoundDone"},
+    "node.node": {"Link": "Edge"},
     "on_ray.gossip": {"GossipHost": "GossipActor", "Seat": "GossipSlot"},
     "on_ray.server": {"Host": "ServerActor", "Seat": "ActorSlot", "RayCrew": "RayBackend"},
     "on_zeromq.alike": {"Seat": "PeerAddress"},

@@ -63,6 +63,19 @@ def test_no_imports_run_in_a_circle():
     assert len(sorted_files) == len(SOURCES)
 
 
+def test_the_page_of_the_architecture_has_every_file():
+    """Each with the first line of its docstring: half a line a file."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    said = {
+        path: (ast.get_docstring(tree) or "").split("\n")[0]
+        for path, tree in SOURCES.items()
+        if path.startswith("runtime/") and not path.endswith("__init__.py")
+    }
+    lines = {path: f"| `{path.removeprefix('runtime/')}` | {line} |" for path, line in said.items()}
+    assert [line for line in lines.values() if line not in page] == []
+    assert page.count("| `") == len(lines)
+
+
 def test_mathematics_knows_no_clock_and_no_engine():
     for path, tree in SOURCES.items():
         if path.startswith(("algorithms/", "topologies/")):
@@ -148,8 +161,8 @@ def test_a_wheel_holds_exactly_the_rooms(tmp_path):
         for room in ROOMS
         for path in (ROOT / room).rglob("*")
         if path.suffix in (".py", ".html", ".css", ".js") or path.parent.parent.name == "recipes"
-    } - {"offbeat/runtime/root.py", "offbeat/deploy/packaging.py"}
-    assert packed == expected | {"offbeat/__init__.py", "offbeat/py.typed"}
+    } - {f"offbeat/{path}" for path in (*ENTRANCES, "deploy/packaging.py")}
+    assert packed == expected | {"offbeat/__init__.py", "offbeat/extend.py", "offbeat/py.typed"}
 
 
 def test_doctests():

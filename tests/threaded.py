@@ -91,7 +91,7 @@ class Threads:
 
     def __init__(self, actors=2, watch_s=0.1, kind=Threaded):
         self.made = ENGINES["ray"]()
-        self.spec, self.clocks, self.crew = self.made.spec, self.made.clocks, self.made.crew
+        self.spec, self.clocks, self.backend = self.made.spec, self.made.clocks, self.made.backend
         self._more, self._kind = {"actors": actors, "watch_s": watch_s}, kind
 
     def gossip(self, experiment, records, **around):

@@ -87,12 +87,12 @@ def _loop(
             return _gossip(e, records, around, None, trace)
         if (loop := _live_gossip(e, records, around)) is not None:
             return loop
-        crew = _backend(e, folder)
+        backend = _backend(e, folder)
         try:
-            return _gossip(e, records, around, crew, None)
+            return _gossip(e, records, around, backend, None)
         except BaseException:
-            if crew is not None:
-                crew.close()
+            if backend is not None:
+                backend.close()
             raise
     x = e.task.initial(e.seed)
     algorithm = copy.deepcopy(e.algorithm)
@@ -101,13 +101,13 @@ def _loop(
         return ServerLoop(e.task, algorithm, workers, records, **around)
     sized = isinstance(e.work, Compressed)
     jobs = e.task, e.fleet, e.fleet.timing(e.seed, int(x.nbytes), sized), e.work, x
-    if (crew := _backend(e, folder)) is None:
+    if (backend := _backend(e, folder)) is None:
         return ServerLoop(e.task, algorithm, VirtualWorkers(*jobs), records, **around)
     try:
-        workers = LiveWorkers(*jobs, crew, e.pace) if e.real else RemoteWorkers(*jobs, crew)
+        workers = LiveWorkers(*jobs, backend, e.pace) if e.real else RemoteWorkers(*jobs, backend)
         return ServerLoop(e.task, algorithm, workers, records, **around)
     except BaseException:
-        crew.close()
+        backend.close()
         raise
 
 
@@ -154,17 +154,17 @@ def _gossip(
     e: Experiment,
     records: Records,
     around: dict[str, Any],
-    crew: ComputeBackend | None,
+    backend: ComputeBackend | None,
     trace: NDArray | None,
 ) -> Loop:
-    """The loop of a gossip method in this process, whose gradients a crew may compute."""
+    """The loop of a gossip method in this process, whose gradients a backend may compute."""
     assert isinstance(e.algorithm, Gossip)
     assert e.topology is not None
     parts = e.task, e.algorithm, e.topology, e.fleet
     timing = e.fleet.timing(e.seed, 0)
     if trace is not None:
         timing.clock = RecordedClock(trace)
-    work: Work = e.work if crew is None else FarmedWork(e.work, crew)
+    work: Work = e.work if backend is None else FarmedWork(e.work, backend)
     if e.asynchronous:
         return Pairs(*parts, timing, records, work=work, **around)
     return Rounds(*parts, timing, records, work=work, replicas=e.replicas, **around)

@@ -1,8 +1,8 @@
 """Who computes jobs somewhere else: the contract between a server run and what carries it.
 
-    crew.submit(order); ...; for event in crew.collect(timeout_s): ...
+    backend.submit(order); ...; for event in backend.collect(timeout_s): ...
 
-The run says what is to be computed; the crew moves it to a process that has the task, has a
+The run says what is to be computed; the backend moves it to a process that has the task, has a
 ``Runner`` there compute it, and brings the answer back, once or not at all.  When results count is
 not its business: see ``runtime.server.remote``.
 """

@@ -1,4 +1,4 @@
-"""Gradients of a gossip run under the virtual clock, computed by a crew."""
+"""Gradients of a gossip run under the virtual clock, computed by a backend."""
 
 from itertools import count
 
@@ -15,12 +15,12 @@ COLLECT_S = 1.0  # between looks at whether anybody is left
 
 
 class FarmedWork:
-    """``work``, row by row on the processes of ``crew``: the same numbers."""
+    """``work``, row by row on the processes of ``backend``: the same numbers."""
 
     spec: Spec | None = None
 
-    def __init__(self, work: Work, crew: ComputeBackend) -> None:
-        self.steps, self.crew = work.steps, crew
+    def __init__(self, work: Work, backend: ComputeBackend) -> None:
+        self.steps, self.backend = work.steps, backend
         self._keep = work.keep
         self._serials = count()
 
@@ -35,11 +35,11 @@ class FarmedWork:
             i, drawn, many = job
             serial = next(self._serials)
             orders[serial] = JobRequest(serial, i, i, drawn, many, 0, row, None)
-            self.crew.submit(orders[serial])
+            self.backend.submit(orders[serial])
         first = next(iter(orders), 0)
         losses, found = np.empty(len(x), x.dtype), np.empty_like(x)
         while orders:
-            for event in self.crew.collect(COLLECT_S):
+            for event in self.backend.collect(COLLECT_S):
                 if isinstance(event, JobResult) and event.serial in orders:
                     del orders[event.serial]
                     losses[event.serial - first] = event.loss
@@ -49,5 +49,5 @@ class FarmedWork:
                 elif isinstance(event, Back):  # its process knows nothing of what it was given
                     for order in orders.values():
                         if order.worker == event.worker:
-                            self.crew.submit(order)
+                            self.backend.submit(order)
         return losses, found

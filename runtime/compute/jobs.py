@@ -34,8 +34,8 @@ class Job:
     x: Any  # the model [d]; None once dropped
     payload: Any
     kept: dict[str, NDArray]  # rows [1, ...] that its worker shall keep; set where there are any
-    late: bool  # of a crew: it took longer than its worker would have
-    spent_s: float  # of a crew: real seconds
+    late: bool  # of a backend: it took longer than its worker would have
+    spent_s: float  # of a backend: real seconds
     loss: float | None
     nbytes: int  # of its compressed update
     order: int  # of start, among all jobs: breaks ties

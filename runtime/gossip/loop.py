@@ -72,7 +72,7 @@ class GossipLoop(Loop):
 
     def close(self) -> None:
         if isinstance(self.work, FarmedWork):
-            self.work.crew.close()
+            self.work.backend.close()
 
     def _answers(
         self, points: tuple[NDArray, ...], node: NDArray, draw: NDArray, steps: NDArray, kept: Kept

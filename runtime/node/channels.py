@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from offbeat.algorithms.compression import Compressor, Message
+from offbeat.algorithms.compression import Compressor
 from offbeat.algorithms.compression.contract import HEADER, decode
 from offbeat.algorithms.gossip import Channel, Gossip
 from offbeat.runtime.base import trees
@@ -40,23 +40,20 @@ class CodedVector:
 
     __slots__ = ("_frame", "message", "value")
 
-    def __init__(
-        self, value: NDArray, message: Message | None = None, frame: bytes | None = None
-    ) -> None:
+    def __init__(self, value: NDArray, message: Any = None, frame: bytes | None = None) -> None:
         self.value, self.message, self._frame = value, message, frame
 
     @property
     def frame(self) -> bytes:
         """The bytes that travel; they are made when they are asked for."""
         if self._frame is None:
-            assert self.message is not None
             self._frame = self.message.encode()[0]
         return self._frame
 
     @property
     def nbytes(self) -> int:
         """How many."""
-        return len(self.frame) if self.message is None else self.message.nbytes
+        return len(self.frame) if self.message is None else int(self.message.nbytes)
 
 
 class Read(NamedTuple):

@@ -155,7 +155,7 @@ class RayGossip(GossipDriver[GossipSlot]):
 
     Args:
         experiment: what to run.
-        options: see ``backends.ray``.
+        options: see ``engines.ray``.
         records: where everything is written.
         around: see ``Loop``, and the seed.
 

@@ -1,4 +1,4 @@
-"""A crew of Ray actors.
+"""The compute backend of Ray actors.
 
 Each actor computes for one or several workers, one call at a time with another one waiting.  What
 its workers are given meanwhile goes along in the next call, as many orders as make a call of some
@@ -147,7 +147,7 @@ class RayBackend(ComputeBackend):
 
     Args:
         experiment: whose jobs.
-        options: see ``backends.ray``.
+        options: see ``engines.ray``.
         folder: of the run.
 
     Raises:

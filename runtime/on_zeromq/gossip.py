@@ -93,7 +93,7 @@ class ZmqGossip(GossipDriver[PeerSlot]):
 
     Args:
         experiment: what to run.
-        options: see ``backends.zmq``.
+        options: see ``engines.zmq``.
         records: where everything is written.
         around: see ``Loop``, and the seed.
 

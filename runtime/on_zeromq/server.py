@@ -1,4 +1,4 @@
-"""A crew of machines: a ROUTER socket, and the hub whose bytes it moves.
+"""The compute backend of machines: a ROUTER socket, and the protocol whose bytes it moves.
 
 The socket is drained on its own descriptor, in the run's thread: no other loop, no queue between
 threads.  While the run evaluates or saves, messages wait in the socket.
@@ -59,7 +59,7 @@ class ZmqBackend(ComputeBackend):
 
     Args:
         experiment: what they compute.
-        options: see ``backends.zmq``.
+        options: see ``engines.zmq``.
         folder: of the run.
 
     Raises:

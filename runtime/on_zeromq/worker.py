@@ -1,4 +1,4 @@
-"""A worker process: a DEALER socket, the spoke whose bytes it moves, and what it computes.
+"""A worker process: a DEALER socket, the protocol whose bytes it moves, and what it computes.
 
 One thread does both: while it computes, ZeroMQ's own thread takes in the next job, and a second
 thread says over a connection of its own that the process is alive.

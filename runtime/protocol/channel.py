@@ -1,5 +1,4 @@
-"""One end of a link: what is sent is numbered and sent again until it is acknowledged; what comes
-is put in order and passed on once.
+"""One end of a link: what is sent is repeated until acknowledged, and passed on once, in order.
 
 It knows no socket and no clock.  The transport calls ``send`` to queue, ``out`` for what is to be
 put on the wire now, ``receive`` for what came.  A link is between one incarnation of either side;

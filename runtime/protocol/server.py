@@ -92,7 +92,7 @@ class ServerProtocol(Outbox):
     # -- What the run asks for -------------------------------------------------------------------
 
     def submit(self, order: JobRequest, now_s: float) -> None:
-        """See ``Crew``; an order for a worker that is not here is forgotten."""
+        """See ``ComputeBackend``; an order for a worker that is not here is forgotten."""
         seat = self._slots[order.worker]
         if seat is None:
             return

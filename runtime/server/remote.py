@@ -1,4 +1,4 @@
-"""Workers whose jobs a crew computes: under the virtual clock, or as they really come in."""
+"""Workers whose jobs a backend computes: under the virtual clock, or as they really come in."""
 
 import logging
 import math
@@ -33,18 +33,24 @@ MOST_FAILURES = 3  # of one job, before the run is given up
 class RemoteWorkers(VirtualWorkers):
     """Time is virtual: the same run, to the bit, as with ``VirtualWorkers``.
 
-    A job is handed to the crew as soon as its input is known, long before its result is due.
+    A job is handed to the backend as soon as its input is known, long before its result is due.
 
     Args:
         task, fleet, timing, work, x: see ``VirtualWorkers``.
-        crew: who computes.
+        backend: who computes.
     """
 
     def __init__(
-        self, task: Task, fleet: Fleet, timing: Timing, work: Work, x: NDArray, crew: ComputeBackend
+        self,
+        task: Task,
+        fleet: Fleet,
+        timing: Timing,
+        work: Work,
+        x: NDArray,
+        backend: ComputeBackend,
     ) -> None:
         super().__init__(task, fleet, timing, work, x)
-        self.crew = crew
+        self.backend = backend
         self._sent: dict[int, Job] = {}  # serial -> job whose answer is awaited
         self._unaware = set(range(self.n))  # whose process may not have what the worker keeps
         self._report = getattr(task, "report", None)  # of losses that only workers know
@@ -58,14 +64,14 @@ class RemoteWorkers(VirtualWorkers):
         return super().facts() | {"failures": self.failures, "restarts": self.restarts}
 
     def ended(self, reason: str) -> None:
-        self.crew.ended(reason)
+        self.backend.ended(reason)
 
     def state(self) -> dict[str, Any]:
-        self.crew.saving()
+        self.backend.saving()
         return super().state()
 
     def close(self) -> None:
-        self.crew.close()
+        self.backend.close()
 
     def take(self, worker: int, x: NDArray, step: int, more: More | None = None) -> None:
         super().take(worker, x, step, more)
@@ -74,7 +80,7 @@ class RemoteWorkers(VirtualWorkers):
     def _compute(self, due: Job) -> None:
         self._send()
         while due.payload is None:
-            for event in self.crew.collect(LOOK_S):
+            for event in self.backend.collect(LOOK_S):
                 self._hear(event)
 
     def _send(self) -> None:
@@ -99,11 +105,11 @@ class RemoteWorkers(VirtualWorkers):
         order = JobRequest(
             job.serial, job.worker, job.shard, job.draw, job.steps, job.step, job.x, kept
         )
-        self.crew.submit(order)
+        self.backend.submit(order)
 
     def _drop(self, job: Job) -> None:
         if self._sent.pop(job.serial, None) is not None:
-            self.crew.cancel(job.serial)
+            self.backend.cancel(job.serial)
             self._failures.pop(job.serial, None)
         if self._kept:  # its process may have gone on from what was never accepted
             self._unaware.add(job.worker)
@@ -177,7 +183,7 @@ class LiveWorkers(RemoteWorkers):
     until the time has passed that its speed law and its links would have taken.
 
     Args:
-        task, fleet, timing, work, x, crew: see ``RemoteWorkers``.
+        task, fleet, timing, work, x, backend: see ``RemoteWorkers``.
         pace: real seconds a second of this run; all its times are in the latter.
     """
 
@@ -190,10 +196,10 @@ class LiveWorkers(RemoteWorkers):
         timing: Timing,
         work: Work,
         x: NDArray,
-        crew: ComputeBackend,
+        backend: ComputeBackend,
         pace: float = 1.0,
     ) -> None:
-        super().__init__(task, fleet, timing, work, x, crew)
+        super().__init__(task, fleet, timing, work, x, backend)
         self._pace, self._measured = pace, fleet.law().measured
         self._waits = fleet.on_outage == "pause"  # jobs wait for their worker's return
         self._came: list[Left | Joined | TraceNote] = []  # to be told, oldest first
@@ -233,7 +239,7 @@ class LiveWorkers(RemoteWorkers):
             if before_s <= now_s or left_s <= 0:
                 return None
             until_s = min(ready_s, self._change_s, before_s)
-            for heard in self.crew.collect(min(left_s, (until_s - now_s) * self._pace)):
+            for heard in self.backend.collect(min(left_s, (until_s - now_s) * self._pace)):
                 self._hear(heard)
 
     def _tick(self, now_s: float) -> None:
@@ -332,7 +338,7 @@ class LiveWorkers(RemoteWorkers):
             job.late = False
             if job.payload is not None:
                 self._answered(job)
-        for event in self.crew.collect(0.0):  # whose process is not there
+        for event in self.backend.collect(0.0):  # whose process is not there
             self._hear(event)
         self._came += [Joined(worker) for worker in sorted(self._away)]  # whose was not, but is
         self._send()

@@ -211,7 +211,7 @@ class VirtualWorkers:
         return {key: getattr(self, key) for key in ("lost", "reassigned", "cancelled")}
 
     def ended(self, reason: str) -> None:
-        """The run has ended; see ``Crew``."""
+        """The run has ended; see ``ComputeBackend``."""
 
     def close(self) -> None:
         """The run is over."""

@@ -1,4 +1,4 @@
-"""Jobs computed by a crew: the same run under the virtual clock, a replayable one under a real."""
+"""Jobs computed by a backend: the same run in virtual time, a replayable one in real time."""
 
 import time
 
@@ -74,7 +74,7 @@ class HereCrew(ComputeBackend):
 
 
 class Here(Virtual):
-    """An engine whose crews are ``HereCrew``, or of another class."""
+    """An engine whose backends are ``HereCrew``, or of another class."""
 
     clocks = ("virtual", "real")
 
@@ -253,7 +253,7 @@ def both_ends(monkeypatch):
 
     def submitted(self, job):
         sure = SENT in self._kept and job.worker not in self._unaware
-        if sure and (mine := self.crew.runners[job.worker]._kept.get(job.worker)) is not None:
+        if sure and (mine := self.backend.runners[job.worker]._kept.get(job.worker)) is not None:
             np.testing.assert_array_equal(mine[SENT][0], self._kept[SENT][job.worker])
             seen.append(job.worker)
         submit(self, job)
@@ -340,8 +340,8 @@ def live(policy, *outages, work="gradient", n=1):
 
 
 def happens(workers, *events):
-    """What the run is told when its crew says ``events``: kinds, without notes."""
-    workers.crew.events += events
+    """What the run is told when its backend says ``events``: kinds, without notes."""
+    workers.backend.events += events
     told = []
     while (event := workers.pop(np.inf)) is not None or workers._came:
         told.append(type(event).__name__)

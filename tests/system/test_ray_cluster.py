@@ -41,11 +41,11 @@ def where(host):
 def whereabouts(engine):
     task = quadratic(5, workers=N)
     parts = SimpleNamespace(task=task, work=gradient(), fleet=SimpleNamespace(workers=N))
-    crew = RayBackend(parts, ENGINES.parse(engine))
+    backend = RayBackend(parts, ENGINES.parse(engine))
     try:
-        return ray.get([seat.actor.__ray_call__.remote(where) for seat in crew._seats])
+        return ray.get([seat.actor.__ray_call__.remote(where) for seat in backend._seats])
     finally:
-        crew.close()
+        backend.close()
 
 
 def test_actors_go_where_they_are_sent_and_find_the_package_there(cluster):

@@ -59,7 +59,7 @@ class Borrowed:
 
     def __init__(self, workers_per_actor=N // 2):
         self.made = ENGINES["ray"](workers_per_actor)
-        self.spec, self.clocks, self.crew = self.made.spec, self.made.clocks, self.made.crew
+        self.spec, self.clocks, self.backend = self.made.spec, self.made.clocks, self.made.backend
 
     def gossip(self, experiment, records, **around):
         if not experiment.real:
@@ -171,7 +171,7 @@ class Deadly:
 
     def __init__(self, kills, workers_per_actor=2, **more):
         self.made = ENGINES["ray"](workers_per_actor, **more)
-        self.spec, self.clocks, self.crew = self.made.spec, self.made.clocks, self.made.crew
+        self.spec, self.clocks, self.backend = self.made.spec, self.made.clocks, self.made.backend
         self.kills = kills
 
     def gossip(self, experiment, records, **around):

@@ -25,14 +25,14 @@ def test_a_server_that_was_replaced_while_it_slept_saves_nothing(tmp_path, monke
     folder = tmp_path / "run"
     steps = []
 
-    def take_over(crew):
+    def take_over(backend):
         """From where locks do not reach, after the run's first checkpoint."""
         steps.append(True)
         if len(steps) == 2:
             mine = json.loads((folder / "server.json").read_text())
             taken = json.dumps(mine | {"incarnation": mine["incarnation"] + 1})
             write_whole(folder / "server.json", taken.encode())
-        saving(crew)
+        saving(backend)
 
     saving = ZmqBackend.saving
     monkeypatch.setattr(ZmqBackend, "saving", take_over)

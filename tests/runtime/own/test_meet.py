@@ -17,17 +17,17 @@ TEXT = '[["w",[2]]]'
 
 def meeting(events, shapes_told=TEXT):
     """A server that hears ``events``, a list a time; and whom it asks."""
-    crew = object.__new__(ZmqBackend)
-    crew._hub = SimpleNamespace(shapes=shapes_told, events=[], dim=None)
-    crew.asked, left = [], deque(events)
-    crew.submit = lambda order: crew.asked.append((order.serial, order.worker, order.steps))
-    crew.collect = lambda timeout_s: left.popleft()
-    return crew
+    backend = object.__new__(ZmqBackend)
+    backend._hub = SimpleNamespace(shapes=shapes_told, events=[], dim=None)
+    backend.asked, left = [], deque(events)
+    backend.submit = lambda order: backend.asked.append((order.serial, order.worker, order.steps))
+    backend.collect = lambda timeout_s: left.popleft()
+    return backend
 
 
-def begun(crew, folder=None):
+def begun(backend, folder=None):
     task = External((), 2, "float64", 2)
-    crew._meet(SimpleNamespace(task=task, seed=0), folder)
+    backend._meet(SimpleNamespace(task=task, seed=0), folder)
     return task.start
 
 
@@ -36,15 +36,15 @@ def model(x):
 
 
 def test_one_loop_is_asked_and_another_where_it_goes():
-    crew = meeting([[Back(0)], [Back(1)], [Gone(0, "")], [model([1, 2])]])
-    np.testing.assert_array_equal(begun(crew), [1, 2])
-    assert crew.asked == [(FIRST, 0, 0), (FIRST, 1, 0)]
-    assert crew._hub.dim == 2
+    backend = meeting([[Back(0)], [Back(1)], [Gone(0, "")], [model([1, 2])]])
+    np.testing.assert_array_equal(begun(backend), [1, 2])
+    assert backend.asked == [(FIRST, 0, 0), (FIRST, 1, 0)]
+    assert backend._hub.dim == 2
 
 
 def test_a_model_that_is_not_finite_is_not_begun_with(caplog):
-    crew = meeting([[Back(0)], [model([1, np.nan])], [Gone(0, ""), Back(1)], [model([3, 4])]])
-    np.testing.assert_array_equal(begun(crew), [3, 4])
+    backend = meeting([[Back(0)], [model([1, np.nan])], [Gone(0, ""), Back(1)], [model([3, 4])]])
+    np.testing.assert_array_equal(begun(backend), [3, 4])
     assert "the model of worker 0 is not finite" in caplog.text
 
 
@@ -54,7 +54,7 @@ def test_a_run_that_stopped_before_it_saved_asks_again(tmp_path, saved):
     if saved:
         (tmp_path / "checkpoint").mkdir()
         checkpoint.write(tmp_path / "checkpoint", 1, {"x": np.ones(2)})
-    crew = meeting([[Back(0)], [model([1, 2])]])
-    start = begun(crew, tmp_path)
+    backend = meeting([[Back(0)], [model([1, 2])]])
+    start = begun(backend, tmp_path)
     assert (start is None) == saved
-    assert len(crew.asked) == (not saved)
+    assert len(backend.asked) == (not saved)
