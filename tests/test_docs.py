@@ -113,7 +113,7 @@ def run(words, call, monkeypatch):
     if there := not {"ray", "zmq"} & set(words):
         words = [*words, "--set", "stop.gradients=30"]
     else:
-        monkeypatch.setattr(cli, "_go_on", lambda *parts, **more: made.append(parts))
+        monkeypatch.setattr(cli, "go_on", lambda *parts, **more: made.append(parts))
     call(words)
     assert len(made) == (not there)
 

@@ -254,7 +254,7 @@ def test_a_file_that_ends_too_soon_in_a_users_code_is_no_abort(offbeat_, tmp_pat
     def torn(*parts, **more):
         raise EOFError("no data left")
 
-    monkeypatch.setattr(cli, "_go_on", torn)
+    monkeypatch.setattr(cli, "go_on", torn)
     with pytest.raises(RuntimeError, match="ended too soon: no data left"):
         offbeat_("run", "--task", "quadratic", "--algorithm", "pure")
 

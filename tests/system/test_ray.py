@@ -322,7 +322,7 @@ def test_code_that_raises_is_told_with_its_traceback(tmp_path, caplog):
     task = Faulty(tmp_path, {(3, 3): ("raise", 9)})
     said = r"job 3 of worker 3 .* failed 3 times; (.|\n)*ZeroDivisionError: division at \(3, 3\)"
     with pytest.raises(ComputeError, match=said):
-        run("pure", Borrowed(), task=task, clock="real", pace=1e-3)
+        run("pure", Borrowed(), task=task, clock="real", pace=1e-3, steps=10**6)
 
 
 # -- Mistakes --------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from offbeat.runtime.base.errors import ConfigError
 from offbeat.runtime.commands.network import asking, shown
 from offbeat.runtime.on_zeromq.alike import PeerAddress
 from offbeat.runtime.on_zeromq.peer import PeerProcess
+from offbeat.runtime.on_zeromq.policies import Keeping
 from offbeat.runtime.protocol import messages as say
 from offbeat.runtime.protocol.messages import DONE
 from offbeat.runtime.protocol.wire import pack, parcels
@@ -21,13 +22,13 @@ from offbeat.runtime.protocol.wire import pack, parcels
 STEPS = 8
 
 
-class Late(PeerProcess):
+class Late(Keeping):
     """Evaluations take until all rounds are done, and the last until nobody needs this peer."""
 
     def _evaluate(self, k, time_s, x):
         until_s = time.monotonic() + LIMIT_S
-        while self.mesh.standing < DONE or (
-            k == STEPS and not self.mesh.finished(time.monotonic())
+        while self.peer.mesh.standing < DONE or (
+            k == STEPS and not self.peer.mesh.finished(time.monotonic())
         ):
             assert time.monotonic() < until_s, "it did not happen in time"
             time.sleep(0.01)
@@ -38,7 +39,8 @@ def test_a_peer_stays_until_its_last_model_was_evaluated(tmp_path):
     of = {**table(STEPS, "dsgd(lr=0.1)", evaluate={"steps": 1}), "fleet": "2 0.2"}
     seats = [PeerAddress(*seat) for seat in Ring(of, tmp_path, n=2).seats]
     peers = [
-        Late(made(of), seats, i, tmp_path / seats[i].name, suspect_after_s=3.0) for i in range(2)
+        PeerProcess(made(of), seats, i, tmp_path / seats[i].name, suspect_after_s=3.0, policy=Late)
+        for i in range(2)
     ]
     try:
         assert together(*[peer._work for peer in peers]) == ["steps"] * 2
@@ -84,7 +86,7 @@ def waiting(tmp_path):
     thread = threading.Thread(target=peer._work)
     thread.start()
     yield peer
-    peer._leaving = True
+    peer.leaving = True
     thread.join(LIMIT_S)
     peer.close()
     assert not thread.is_alive()
@@ -94,16 +96,16 @@ def test_who_asks_and_does_not_read_is_in_nobodys_way(waiting):
     ask = pack(parcels("ask", say.Ask())[0], run="", node="deaf", incarnation=0)
     with zmq.Context() as context, context.socket(zmq.DEALER) as deaf:
         deaf.linger, deaf.rcvhwm = 0, 1
-        deaf.connect(waiting.endpoint)
+        deaf.connect(waiting.sockets.endpoint)
         for _ in range(ASKED):
             deaf.send_multipart(ask)
         until_s = time.monotonic() + LIMIT_S
         while waiting.sockets.bytes_in < ASKED * len(ask[0]):
             assert time.monotonic() < until_s, "it does not hear all that is asked"
             time.sleep(0.01)
-        with asking(waiting.endpoint, None, "test") as status:
+        with asking(waiting.sockets.endpoint, None, "test") as status:
             assert status()["state"] == "gathering"
-        assert not waiting._parts
+        assert not waiting.parts
 
 
 def test_a_status_is_json_before_there_is_a_loss(waiting):
@@ -116,9 +118,9 @@ def test_a_status_is_json_before_there_is_a_loss(waiting):
 def test_who_says_what_cannot_be_read_is_cut_and_others_are_heard(waiting):
     with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
         stranger.linger = 0
-        stranger.connect(waiting.endpoint)
+        stranger.connect(waiting.sockets.endpoint)
         stranger.send(b"no header")
-        with asking(waiting.endpoint, None, "test") as status:
+        with asking(waiting.sockets.endpoint, None, "test") as status:
             until_s = time.monotonic() + LIMIT_S
             while not (counts := status()["counts"]).get("cut"):
                 assert time.monotonic() < until_s, "it did not happen in time"
@@ -141,7 +143,7 @@ def test_where_there_are_no_keys_none_is_asked_about(tmp_path, caplog):
                 assert time.monotonic() < until_s, "it did not happen in time"
                 other.accept()[0].close()
         finally:
-            peer._leaving = True
+            peer.leaving = True
             thread.join(LIMIT_S)
             peer.close()
     name = seats[1].name
