@@ -93,8 +93,10 @@ class GossipLoop(Loop):
         while True:
             if reason := self._reached():
                 return reason
-            if not self._advance():
-                return "idle"
+            moved = self.time_s, self.gradients
+            while (self.time_s, self.gradients) == moved:  # nothing else is looked at below
+                if not self._advance():
+                    return "idle"
             self._check_time()
             if (
                 self.step >= self._next_step

@@ -93,6 +93,10 @@ class Pairs(GossipLoop):
         return self.gradients_done // self.n
 
     @property
+    def gradients(self) -> int:
+        return self.gradients_done * self.work.steps
+
+    @property
     def time_s(self) -> float:
         return self.now_s
 
