@@ -1,12 +1,22 @@
 """Imports of before work, and warn; what users extend with is public."""
 
 import importlib
+import sys
 
 import numpy as np
 import pytest
 
 import offbeat
 from offbeat.runtime import moved
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    """Tests that look through all modules do not find the old ones."""
+    yield
+    for name in {moved.HERE + old for old in moved.MODULES} & sys.modules.keys():
+        if isinstance(sys.modules[name].__loader__, moved.Moved):
+            del sys.modules[name]
 
 
 @pytest.mark.parametrize("old", moved.MODULES)

@@ -235,11 +235,11 @@ def test_live_nodes_do_what_virtual_ones_do(name, graph):
         made = from_matrix((made.matrix(0) + made.matrix(0).T).toarray() / 2)
     for text, loss, outages in itertools.product(FLEETS, (0.0, 0.3), ([], PAUSE)):
         fleet = replace(Fleet.parse(text), loss=loss, outages=outages)
-        virtual = pairs(canonical(noise=0.1), method, made, fleet, steps=6, every=6)
+        virtual = pairs(canonical(noise=0.1), method, made, fleet, steps=4, every=4)
         virtual.run()
         assert (virtual.counts()["messages_lost"] > 0) == (loss > 0)
         assert virtual.heap
-        np.testing.assert_array_equal(virtual._models(), live(virtual, 6))
+        np.testing.assert_array_equal(virtual._models(), live(virtual, 4))
 
 
 @pytest.mark.parametrize("name", ["dsgd", "dsgt", "beer", "gradient-push"])
