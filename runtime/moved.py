@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -136,9 +137,12 @@ def attributes(old: str) -> Callable[[str], Any]:
     new = MODULES[old]
 
     def get(name: str) -> Any:
+        folders = vars(sys.modules[HERE + old]).get("__path__", ())
+        if any(Path(folder, f"{name}.py").exists() for folder in folders):
+            raise AttributeError(name)  # a module of the room, which is found without this
         now = NAMES.get(new, {}).get(name, name)
         value = None if name.startswith("__") else getattr(import_module(HERE + new), now, None)
-        if value is None or isinstance(value, ModuleType):  # modules are found without this
+        if value is None or isinstance(value, ModuleType):
             raise AttributeError(f"module {HERE + old!r} has no attribute {name!r}")
         text = f"{HERE}{old}.{name} is private, and moved: {HERE}{new}.{now}; see offbeat.extend"
         warnings.warn(text, DeprecationWarning, stacklevel=2)

@@ -1,6 +1,7 @@
 """Imports of before work, and warn; what users extend with is public."""
 
 import importlib
+import subprocess
 import sys
 
 import numpy as np
@@ -49,6 +50,11 @@ def test_old_names_give_the_new_things():
     with pytest.warns(DeprecationWarning, match="Momentum is called MomentumSGD now"):
         from offbeat.workers.work import Momentum
     assert (Order.__name__, Momentum.__name__) == ("JobRequest", "MomentumSGD")
+
+
+@pytest.mark.parametrize("first", ["experiment.checks", "experiment.metrics", "experiment.files"])
+def test_any_module_can_be_imported_first(first):
+    assert subprocess.call([sys.executable, "-c", f"import offbeat.runtime.{first}"]) == 0
 
 
 def test_errors_are_called_as_users_know_them():
